@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from vtengine.vision.image_input import ImageInput as ImageInput
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -28,34 +30,6 @@ class RequestRejected(ValueError):
 
 class BackendFailed(RuntimeError):
     """The engine broke while serving; the request may be tried again."""
-
-
-@dataclass(frozen=True)
-class ImageInput:
-    """One view of one image, ready for the vision tower.
-
-    pixel_values: [num_patches, 1176] (full) or [num_patches, 588] (compact), float32 or bfloat16, merge-window order.
-    content_hash: equal for equal pixels; the key of the feature cache and of the radix tree.
-    """
-
-    content_hash: str
-    grid_thw: tuple[int, int, int]
-    pixel_values: torch.Tensor = field(compare=False, repr=False)
-
-    @property
-    def visual_tokens(self) -> int:
-        t, h, w = self.grid_thw
-        return t * h * w // 4
-
-    @property
-    def width(self) -> int:
-        """Pixels."""
-        return self.grid_thw[2] * 14
-
-    @property
-    def height(self) -> int:
-        """Pixels."""
-        return self.grid_thw[1] * 14
 
 
 @dataclass(frozen=True)
@@ -111,7 +85,9 @@ class TokenChunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids: sampled ids with the stop id; logprobs: one per id, natural log. cached_tokens + prefill_tokens = prompt_tokens.
+    """token_ids: sampled ids with the stop id; logprobs: one per id, natural log.
+
+    cached_tokens + prefill_tokens = prompt_tokens.
 
     images_encoded: per image of the request, whether the vision tower ran for it because of this request.
     ttft_s and latency_s count from submission to first and last token.

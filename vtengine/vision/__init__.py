@@ -1,0 +1,1 @@
+"""Images in, vision-tower rows out. Import the modules directly: `plan` and `errors` need the standard library only."""

@@ -1,0 +1,123 @@
+"""One http(s) GET with every bound enforced: bytes, total seconds, redirects, and which hosts may be reached."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from urllib.parse import urljoin, urlsplit
+
+from vtengine.vision.errors import ImageError
+
+MAX_REDIRECTS = 3
+_CHUNK = 1 << 16
+
+
+def fetch(url: str, max_bytes: int, timeout_s: float, allow_private_hosts: bool) -> bytes:
+    """The body of the answer to `url`. Proxies of the environment are not used, so that the host check holds."""
+    deadline = time.monotonic() + timeout_s
+    for _ in range(MAX_REDIRECTS + 1):
+        status, location, body = _get(url, max_bytes, deadline, allow_private_hosts)
+        if status == 200:
+            return body
+        if status not in (301, 302, 303, 307, 308) or not location:
+            raise ImageError("image_not_found", f"image {url!r}: the server answered with status {status}")
+        url = urljoin(url, location)
+    raise ImageError("image_not_found", f"image {url!r}: more than {MAX_REDIRECTS} redirects")
+
+
+def _get(url: str, max_bytes: int, deadline: float, allow_private: bool) -> tuple[int, str | None, bytes]:
+    connection = _connection(url, deadline, allow_private)
+    try:
+        connection.connect()
+        # The socket's own time-out restarts with each byte received; this one does not.
+        guard = threading.Timer(max(0.0, deadline - time.monotonic()), _cut, (connection.sock,))
+        guard.daemon = True
+        guard.start()
+        try:
+            answer = _exchange(connection, url, max_bytes)
+        finally:
+            guard.cancel()
+        if time.monotonic() >= deadline:  # the guard's cut looks like the end of a body without a stated length
+            raise TimeoutError
+        return answer
+    except (OSError, http.client.HTTPException, UnicodeError) as fault:
+        late = time.monotonic() >= deadline
+        reason = "timed out" if late else str(fault) or type(fault).__name__
+        raise ImageError("image_not_found", f"image {url!r} cannot be fetched: {reason}") from fault
+    finally:
+        connection.close()
+
+
+def _exchange(connection: http.client.HTTPConnection, url: str, max_bytes: int) -> tuple[int, str | None, bytes]:
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "vtengine"})
+    answer = connection.getresponse()
+    if answer.status != 200:
+        return answer.status, answer.getheader("Location"), b""
+    stated = answer.length  # None for a chunked body
+    body = bytearray()
+    while len(body) <= max_bytes and (stated is None or stated <= max_bytes):
+        chunk = answer.read(_CHUNK)
+        if not chunk:
+            if stated is not None and len(body) < stated:
+                raise OSError(f"{len(body)} of {stated} bytes received")
+            return 200, None, bytes(body)
+        body += chunk
+    raise ImageError("image_too_large_bytes", f"image {url!r} has more than {max_bytes} bytes, the most accepted")
+
+
+def _connection(url: str, deadline: float, allow_private: bool) -> http.client.HTTPConnection:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as fault:
+        raise ImageError("image_url_not_allowed", f"image {url!r}: {fault}") from fault
+    if parts.scheme not in ("http", "https") or not host or parts.username is not None:
+        raise ImageError("image_url_not_allowed", f"image {url!r}: must be http(s)://host/..., without a user name")
+    left = max(0.001, deadline - time.monotonic())
+    connection: http.client.HTTPConnection
+    if parts.scheme == "https":
+        connection = http.client.HTTPSConnection(host, port, timeout=left, context=ssl.create_default_context())
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=left)
+    if not allow_private:
+        # http.client's one hook for the socket: the address that was checked is the address connected to.
+        setattr(connection, "_create_connection", _public_only(url))  # noqa: B010
+    return connection
+
+
+def _public_only(url: str) -> Callable[..., socket.socket]:
+    def connect(address: tuple[str, int], timeout: float, source_address: None = None) -> socket.socket:
+        found = dict.fromkeys(str(entry[4][0]) for entry in socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+        fault: OSError | None = None
+        for ip in found:
+            if not _is_public(ip):
+                raise ImageError("image_url_not_allowed", f"image {url!r}: its host {ip} is not on the public internet")
+        for ip in found:
+            try:
+                return socket.create_connection((ip, address[1]), timeout, source_address)
+            except OSError as unreachable:
+                fault = unreachable
+        raise fault or OSError("the host has no address")
+
+    return connect
+
+
+def _is_public(ip: str) -> bool:
+    known = ipaddress.ip_address(ip.partition("%")[0])
+    known = getattr(known, "ipv4_mapped", None) or known
+    return known.is_global and not known.is_multicast
+
+
+def _cut(sock: socket.socket | None) -> None:
+    if sock is not None:
+        try:
+            sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # closed meanwhile
+            return

@@ -1,0 +1,193 @@
+"""Image sources -> views ready for the vision tower: read, decode, plan, patchify on worker threads, each once.
+
+    pipeline = ImagePipeline(PixelLimits(), layout="compact", dtype=torch.bfloat16)
+    image = await pipeline.open("photo.jpg", root)
+    low = await pipeline.view(image, image.low)
+
+Decoding and patchify release the GIL, so they run beside the engine. Nothing about the high view is computed until it
+is asked for. Memory: the cache, plus the encoded bytes of each open image; pixels that the cache has dropped are
+decoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from vtengine_kernels.patchify import Target, patchify
+
+from vtengine.vision.decode import DecodeLimits, decode_image
+from vtengine.vision.image_input import ImageInput
+from vtengine.vision.once import OnceCache
+from vtengine.vision.plan import Box, PixelLimits, ViewPlan, plan_crop, plan_high, plan_low
+from vtengine.vision.source import SourceLimits, read_image_source
+
+Filter = Literal["bicubic", "lanczos"]
+Layout = Literal["full", "compact"]
+_RECIPE = "vtengine-view-1"  # part of every content hash; change it when the same plan gives other values
+
+
+@dataclass(frozen=True, eq=False)
+class SourceImage:
+    """An image that was decoded, with the plans of its two standard views.
+
+    content_hash: SHA-256 hex of size and decoded pixels: equal for the same picture in two files.
+    width, height: pixels, upright. encoded: the file, kept so that evicted pixels can come back.
+    """
+
+    content_hash: str
+    width: int
+    height: int
+    high: ViewPlan
+    low: ViewPlan
+    limits: PixelLimits = field(repr=False)
+    file_hash: str = field(repr=False)
+    encoded: bytes = field(repr=False)
+
+    def crop(self, box: Box) -> ViewPlan:
+        """The plan of a box in low-view pixels."""
+        return plan_crop(self.width, self.height, self.low, box, self.limits)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pixels:
+    values: np.ndarray  # uint8 [H, W, 3], read-only
+    content_hash: str
+
+
+class ImagePipeline:
+    """Opens images and makes their views. Coroutines may run concurrently, in any event loop."""
+
+    def __init__(
+        self,
+        limits: PixelLimits | None = None,
+        layout: Layout = "full",
+        dtype: torch.dtype = torch.float32,
+        num_workers: int | None = None,
+        cache_bytes: int = 1 << 30,
+        *,
+        resample: Filter = "bicubic",
+        decode_limits: DecodeLimits | None = None,
+        source_limits: SourceLimits | None = None,
+    ) -> None:
+        """num_workers: threads, None = one per core, at most 8; cache_bytes: decoded pixels and finished views.
+
+        A limit left out is the default of its class.
+        """
+        for name, value, allowed in (
+            ("layout", layout, ("full", "compact")),
+            ("resample", resample, ("bicubic", "lanczos")),
+            ("dtype", dtype, (torch.float32, torch.bfloat16)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"pipeline.{name} = {value}: must be one of {', '.join(map(str, allowed))}")
+        self.limits = limits or PixelLimits()
+        self._layout = layout
+        self._dtype = dtype
+        self._resample = resample
+        self._decode_limits = decode_limits or DecodeLimits()
+        self._source_limits = source_limits or SourceLimits()
+        self._cache = OnceCache(num_workers or min(8, os.cpu_count() or 1), cache_bytes, "pipeline")
+        self._counts = {"files_read": 0, "images_decoded": 0, "views_patchified": 0}
+        self._counting = threading.Lock()
+
+    async def open(self, source: str, root: Path) -> SourceImage:
+        """Reads and decodes `source` (path under root, data: URL, http(s) where allowed). Raises ImageError.
+
+        A path is read at every call, so a changed file is seen; equal bytes are decoded once, whatever their source.
+        """
+        read = await self._cache.get(("read", source, str(root)), lambda: self._read(source, root), lambda _: 0)
+        encoded, file_hash = read
+        pixels = await self._pixels(encoded, file_hash)
+        height, width, _ = pixels.values.shape
+        high = plan_high(width, height, self.limits)
+        return SourceImage(pixels.content_hash, width, height, high, plan_low(high), self.limits, file_hash, encoded)
+
+    async def view(self, image: SourceImage, plan: ViewPlan) -> ImageInput:
+        """One view of an opened image."""
+        return (await self.views(image, (plan,)))[0]
+
+    async def views(self, image: SourceImage, plans: Sequence[ViewPlan]) -> list[ImageInput]:
+        """Several views, in the order of `plans`; those not made yet are made from one read of the pixels."""
+        keys = [self._content_hash(image, plan) for plan in plans]
+        made = self._cache.kept(keys)
+        if made is None:
+            pixels = await self._pixels(image.encoded, image.file_hash)
+            todo = dict(zip(keys, plans, strict=True))
+            made = await self._cache.get_all(
+                keys, lambda wanted: self._patchify(pixels.values, {key: todo[key] for key in wanted}), _view_bytes
+            )
+        return list(made)
+
+    def stats(self) -> dict[str, float]:
+        """Work done and cache counters since the start."""
+        cache = self._cache
+        return {
+            **self._counts,
+            "cache_hits": cache.hits,
+            "cache_shared": cache.shared,
+            "cache_misses": cache.misses,
+            "cache_evictions": cache.evictions,
+            "cache_bytes": cache.used_bytes,
+        }
+
+    def close(self) -> None:
+        """Finishes the work accepted, then refuses more. Blocks until the workers have ended."""
+        self._cache.close()
+
+    def __enter__(self) -> ImagePipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _pixels(self, encoded: bytes, file_hash: str) -> _Pixels:
+        found: _Pixels = await self._cache.get(
+            ("pixels", file_hash), lambda: self._decode(encoded), lambda pixels: pixels.values.nbytes
+        )
+        return found
+
+    def _read(self, source: str, root: Path) -> tuple[bytes, str]:
+        self._count("files_read")
+        encoded = read_image_source(source, root, self._source_limits)
+        return encoded, hashlib.sha256(encoded).hexdigest()
+
+    def _decode(self, encoded: bytes) -> _Pixels:
+        self._count("images_decoded")
+        values = decode_image(encoded, self._decode_limits)
+        digest = hashlib.sha256(b"%d x %d\n" % values.shape[:2])
+        digest.update(values.data)
+        return _Pixels(values, digest.hexdigest())
+
+    def _patchify(self, pixels: np.ndarray, plans: dict[str, ViewPlan]) -> list[ImageInput]:
+        """One patchify call for each part of the image that is shown, for all its sizes."""
+        self._count("views_patchified", len(plans))
+        rows: dict[str, torch.Tensor] = {}
+        for box in {plan.source_box for plan in plans.values()}:
+            group = {key: plan for key, plan in plans.items() if plan.source_box == box}
+            part = pixels if box is None else np.ascontiguousarray(pixels[box[1] : box[3], box[0] : box[2]])
+            targets = [Target(plan.height, plan.width) for plan in group.values()]
+            made = patchify(part, targets, filter=self._resample, layout=self._layout, dtype=self._dtype)
+            rows.update(zip(group, made, strict=True))
+        return [ImageInput(key, plan.grid_thw, rows[key]) for key, plan in plans.items()]
+
+    def _content_hash(self, image: SourceImage, plan: ViewPlan) -> str:
+        """Equal for equal pixel values: everything that they depend on."""
+        box = plan.source_box or (0, 0, image.width, image.height)
+        parts = (_RECIPE, image.content_hash, box, plan.height, plan.width, self._resample, self._layout, self._dtype)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._counting:
+            self._counts[name] += by
+
+
+def _view_bytes(view: ImageInput) -> int:
+    return view.pixel_values.nbytes
