@@ -1,0 +1,63 @@
+# make demo | test | check | bench | gpu      each sets up .venv first; a second run of the set-up is instant
+#
+# PYTHON=python3.12        the interpreter the environment is made with (3.11 or newer; found by itself)
+# TORCH_INDEX=URL          an extra package index for torch, for example https://download.pytorch.org/whl/cpu
+#                          (without it, PyPI's build is taken, which on Linux carries the CUDA libraries: 3 GB)
+# PYTEST_ARGS=tests/repo   what `make test` is to run;  JOBS=4  processes it uses
+# SUITES="patchify"        what `make bench` is to run; BENCH_ARGS=--quick
+VENV  := .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+JOBS  ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+SUITES ?= $(basename $(notdir $(filter-out benchmarks/suites/gpu_%,$(wildcard benchmarks/suites/[a-z]*.py))))
+GPU_SUITES ?= $(basename $(notdir $(wildcard benchmarks/suites/gpu_*.py)))
+PYTHON_CODE := vtengine kernels training benchmarks tests examples setup.py
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+
+export PYTHON TORCH_INDEX
+
+.PHONY: help venv demo test check format bench report gpu clean
+help:
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+
+venv: $(STAMP)
+$(STAMP): pyproject.toml setup.py constraints.txt .ci/venv $(SOURCES)
+	@.ci/venv $(VENV)
+	@touch $@
+
+demo: $(STAMP)
+	$(PY) examples/demo.py
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(PY) -m ruff format --check $(wildcard $(PYTHON_CODE))
+	$(PY) -m ruff check $(wildcard $(PYTHON_CODE))
+	$(PY) -m mypy
+	PYTHONPATH=.:kernels:training $(VENV)/bin/lint-imports
+	$(PY) -m pytest -q tests/repo/test_budget.py
+
+format: $(STAMP)
+	$(PY) -m ruff format $(wildcard $(PYTHON_CODE))
+	$(PY) -m ruff check --fix $(wildcard $(PYTHON_CODE))
+
+bench: $(STAMP)
+	@set -e; for suite in $(SUITES); do $(PY) benchmarks/run.py --suite $$suite $(BENCH_ARGS); done
+	$(PY) benchmarks/report.py
+
+report: $(STAMP)
+	$(PY) benchmarks/report.py
+
+gpu: $(STAMP)
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    set -e; $(PY) -m pytest -m gpu $(PYTEST_ARGS); \
+	    for suite in $(GPU_SUITES); do $(PY) benchmarks/run.py --suite $$suite $(BENCH_ARGS); done; \
+	else \
+	    echo 'make gpu: no CUDA device seen by torch. Skipped: the tests marked gpu$(if $(GPU_SUITES),; the benchmarks $(GPU_SUITES)).'; \
+	fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
