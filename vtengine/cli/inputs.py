@@ -1,0 +1,184 @@
+"""Strict reading of IN.jsonl: every line becomes a question or a rejection with a code, never an exception.
+
+Codes: line_not_utf8 · line_too_long · line_not_json · line_not_object · key_reserved · id_wrong_type · id_duplicate ·
+image_missing · image_wrong_type · question_missing · question_wrong_type · answer_wrong_type · text_not_unicode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+MAX_LINE_BYTES = 64 * 2**20
+RESERVED_KEYS = frozenset(
+    {"sample", "status", "error", "expected", "correct", "upscaled", "turns", "visual_tokens", "visual_tokens_full"}
+    | {"latency_s", "logprob_sum", "image_path"}
+)
+
+RowId = str | int
+
+
+@dataclass(frozen=True)
+class InputRow:
+    """One question. `answers`: accepted answers, empty when none was given. `line`: 1-based, in the input file."""
+
+    line: int
+    id: RowId
+    image: str
+    question: str
+    answers: tuple[str, ...] = ()
+    carried: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A line that cannot be run. `carried` holds what could be read of it."""
+
+    line: int
+    id: RowId
+    code: str
+    message: str
+    carried: dict[str, Any] = field(default_factory=dict)
+
+
+class _Reject(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def read_inputs(path: Path) -> Iterator[InputRow | RejectedRow]:
+    """Rows of a JSONL file, in order; blank lines are skipped. The first row with an id keeps it.
+
+    Raises OSError when the file cannot be opened or read; nothing that a line holds raises.
+    """
+    seen: set[str] = set()
+    with path.open("rb") as file:
+        for number, (raw, complete) in enumerate(_lines(file), start=1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if complete and not raw.strip():
+                continue
+            row = _parse_line(number, raw, complete)
+            if isinstance(row, InputRow) and str(row.id) in seen:
+                message = f"id {str(row.id)[:80]!r} is already used by an earlier row; ids must differ"
+                row = RejectedRow(number, row.id, "id_duplicate", message, row.carried)
+            seen.add(str(row.id))
+            yield row
+
+
+def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Lines without their end, and whether the line was within the limit; the rest of a too long one is skipped."""
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        complete = len(raw) <= MAX_LINE_BYTES or raw.endswith(b"\n")
+        rest = raw
+        while rest and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES)
+        yield raw.rstrip(b"\r\n"), complete
+
+
+def _parse_line(number: int, raw: bytes, complete: bool) -> InputRow | RejectedRow:
+    row_id: RowId = f"line-{number}"
+    carried: dict[str, Any] = {}
+    try:
+        record = _load(raw, complete)
+        if _is_id(record.get("id")):
+            row_id = record["id"]
+        carried = {
+            key: value for key, value in record.items() if key not in RESERVED_KEYS and key not in ("id", "answer")
+        }
+        return _check_record(number, row_id, record, carried)
+    except _Reject as error:
+        if error.code == "text_not_unicode":
+            row_id, carried = f"line-{number}", {}
+        return RejectedRow(number, row_id, error.code, str(error), carried)
+
+
+def _load(raw: bytes, complete: bool) -> dict[str, Any]:
+    if not complete:
+        raise _Reject("line_too_long", f"the line is longer than {MAX_LINE_BYTES} bytes")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Reject("line_not_utf8", f"byte {error.start} of the line is not UTF-8") from None
+    try:
+        record = json.loads(text, parse_constant=_bad_number, parse_float=_finite, object_pairs_hook=_unique_keys)
+        text.encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _Reject("line_not_json", f"not a JSON object on one line: {reason}") from None
+    if not isinstance(record, dict):
+        raise _Reject("line_not_object", f"a row is a JSON object, this one is {_kind(record)}")
+    return record
+
+
+def _check_record(number: int, row_id: RowId, record: dict[str, Any], carried: dict[str, Any]) -> InputRow:
+    if not _encodable(record):
+        raise _Reject("text_not_unicode", "a string holds half of a surrogate pair, which is no Unicode text")
+    reserved = sorted(RESERVED_KEYS & record.keys())
+    if reserved:
+        raise _Reject("key_reserved", f"key {reserved[0]!r} is written by vtengine; rename it in the input")
+    if record.get("id") is not None and not _is_id(record["id"]):
+        raise _Reject("id_wrong_type", f"id must be a non-empty string or an integer, not {_kind(record['id'])}")
+    image = _text(record, "image")
+    question = _text(record, "question")
+    return InputRow(number, row_id, image, question, _answers(record.get("answer")), carried)
+
+
+def _text(record: dict[str, Any], key: str) -> str:
+    value = record.get(key)
+    if value is None or value == "":
+        raise _Reject(f"{key}_missing", f"key {key!r} is missing or empty")
+    if not isinstance(value, str):
+        raise _Reject(f"{key}_wrong_type", f"{key} must be a string, not {_kind(value)}")
+    if not value.strip():
+        raise _Reject(f"{key}_missing", f"{key} holds only white space")
+    return value
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    for item in values:
+        if not isinstance(item, str | int | float) or isinstance(item, bool):
+            raise _Reject("answer_wrong_type", f"answer must be text, a number or a list of them, not {_kind(item)}")
+    return tuple(str(item) for item in values)
+
+
+def _is_id(value: Any) -> bool:
+    return (isinstance(value, str) and value.strip() != "") or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return record
+
+
+def _bad_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+def _encodable(record: dict[str, Any]) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

@@ -1,0 +1,115 @@
+"""OUT.jsonl on disk: appended in order, synced now and then, continued after a crash.
+
+A run writes `OUT.jsonl.run` beside the output (the settings that decide what the rows hold) and removes it when the last
+row is written, so that `--resume` can refuse to mix rows made with different settings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vtengine.cli.errors import CliError, UsageError, one_line
+
+SYNC_SECONDS = 2.0
+
+
+def encode_row(row: Mapping[str, Any]) -> bytes:
+    """One line of JSON with its newline: ASCII, no NaN, keys in the order given."""
+    return json.dumps(row, ensure_ascii=True, allow_nan=False, separators=(", ", ": ")).encode("ascii") + b"\n"
+
+
+def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole rows at the start of a file, each with the offset of its end; stops at a torn or foreign line."""
+    with path.open("rb") as file:
+        offset = 0
+        for raw in file:
+            offset += len(raw)
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(raw)
+            except (ValueError, RecursionError):
+                return
+            if not isinstance(row, dict):
+                return
+            yield row, offset
+
+
+class OutputFile:
+    """Appends rows. `resume_at` cuts the file to that many bytes first; without it an older file is kept as `.previous`.
+
+    Raises UsageError when the path cannot be written. Later failures (disk full) raise CliError from `append` or `sync`,
+    and leave the file with whole rows and at most one torn last line, which `--resume` cuts.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, resume_at: int | None = None) -> None:
+        self.path = path
+        self._marker = settings_path(path)
+        self._regular = not path.exists() or stat.S_ISREG(path.stat().st_mode)
+        self._synced_s = time.monotonic()
+        try:
+            if resume_at is None and self._regular and path.exists() and path.stat().st_size:
+                path.replace(path.with_name(path.name + ".previous"))
+            self._file = path.open("ab", buffering=0)
+            if self._regular:
+                if resume_at is not None:
+                    self._file.truncate(resume_at)
+                self._marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"-o {path}: cannot be written: {one_line(error)}") from None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Writes one row; it is safe against a crash of this process at once, against a power cut after `sync`."""
+        self._guarded(self._write_all, encode_row(row))
+        if time.monotonic() - self._synced_s >= SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        if self._regular:
+            self._guarded(os.fsync, self._file.fileno())
+        self._synced_s = time.monotonic()
+
+    def close(self, *, finished: bool) -> None:
+        """Syncs and closes; `finished` says that every row is there, so nothing is left to resume."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
+        if finished and self._regular:
+            self._marker.unlink(missing_ok=True)
+
+    def _write_all(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def _guarded(self, action: Any, argument: Any) -> None:
+        try:
+            action(argument)
+        except OSError as error:
+            hint = "free some space, then run the same command with --resume"
+            raise CliError(f"{self.path}: writing failed: {error.strerror}; {hint}") from None
+
+
+def settings_path(path: Path) -> Path:
+    """Where the settings of an unfinished run are kept."""
+    return path.with_name(path.name + ".run")
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UsageError when the unfinished run at `path` was started with other settings."""
+    try:
+        before = json.loads(settings_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    changed = [
+        f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value
+    ]
+    if changed:
+        raise UsageError(f"--resume {path}: the run was started with other settings ({'; '.join(changed)})")

@@ -1,0 +1,40 @@
+"""Whether an answer equals one of the accepted answers, by rule: no model, no judge.
+
+Case, surrounding white space, outer punctuation and quotes do not count; numbers are compared by value
+("1,250.00" equals "1250"), with an optional currency or percent sign on both or neither.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+
+_NUMBER = re.compile(
+    r"(?P<sign>[-+]?)(?P<unit>[$€£¥]?)(?P<digits>\d{1,3}(?:,\d{3})+|\d+)(?P<fraction>\.\d+)?(?P<percent>%?)"
+)
+_OUTER = " \t\r\n.,;:!?\"'`()[]{}“”‘’"
+
+
+def is_correct(answer: str | None, accepted: Sequence[str]) -> bool:
+    """True when `answer` equals one of `accepted` after normalisation; no answer is never right."""
+    if answer is None:
+        return False
+    given = normalise(answer)
+    return any(given == normalise(text) for text in accepted)
+
+
+def normalise(text: str) -> str:
+    """The form that is compared. Numbers become plain decimals, other text folded words with single spaces."""
+    text = unicodedata.normalize("NFKC", text).casefold().strip()
+    number = _NUMBER.fullmatch(text.strip(_OUTER)) if text.strip(_OUTER) else None
+    if number is not None:
+        plain = number["sign"] + number["digits"].replace(",", "") + (number["fraction"] or "")
+        try:
+            value = Decimal(plain[:64]).normalize()
+        except InvalidOperation:
+            return text
+        return f"{number['unit']}{value:f}{number['percent']}"
+    words = " ".join(text.split())
+    return words.strip(_OUTER) or words

@@ -1,0 +1,165 @@
+"""Images of episodes as data URLs, at the sizes that the model was given.
+
+Nothing is fetched from a network. The page has a budget in bytes: past it a view keeps its caption and loses its picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtengine.vision.errors import ImageError
+from vtengine.vision.plan import PixelLimits, ViewPlan, plan_high, plan_low
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_SIDE = 1280  # pixels; larger views are embedded at this size, their caption tells the true one
+QUALITY = 82
+NUM_DECODED = 8  # images whose pixels are kept for the rows that follow
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture of an episode. `key`: of its data URL, None when there is none, and then `note` says why."""
+
+    name: str
+    width: int
+    height: int
+    visual_tokens: int
+    shown: bool
+    key: str | None
+    note: str | None
+
+
+class PictureBook:
+    """Decodes each image once while its rows are near, and gives every picture one key.
+
+    Images are read below `root`; when that is None, from `image_path` of the row, relative to `rows_folder`.
+    `fresh` collects the data URLs that were made since it was last emptied, for the caller to write out.
+    """
+
+    def __init__(self, rows_folder: Path, root: Path | None, budget_bytes: int) -> None:
+        self._rows_folder = rows_folder
+        self._root = root
+        self._left_bytes = budget_bytes
+        self._keys: dict[tuple[str, int, int], str] = {}
+        self._decoded: dict[str, np.ndarray | str] = {}
+        self.fresh: dict[str, str] = {}
+
+    def views(self, row: Mapping[str, Any]) -> list[View]:
+        """The low and the high view first, then any other the model saw; `shown` tells which ones it saw."""
+        source, root = self._place(row)
+        if source is None:
+            return []
+        shown = _shown_sizes(row)
+        pixels = self._pixels(source, root)
+        if isinstance(pixels, str):
+            return [View("shown", *size, _tokens(size), True, None, pixels) for size in shown]
+        height, width = pixels.shape[:2]
+        try:
+            high = _high_plan(width, height, row.get("visual_tokens_full"))
+        except (ImageError, ValueError) as error:
+            return [View("whole", width, height, 0, False, None, " ".join(str(error).split()))]
+        low = plan_low(high)
+        names = {(low.width, low.height): "low", (high.width, high.height): "high"}
+        sizes = dict.fromkeys([*names, *shown])
+        return [self._view(source, pixels, names.get(size), size, size in shown) for size in sizes]
+
+    def _place(self, row: Mapping[str, Any]) -> tuple[str | None, Path]:
+        """The image source of a row, and the folder that it may be read from."""
+        image, recorded = row.get("image"), row.get("image_path")
+        if not isinstance(image, str):
+            return None, Path()
+        if image[:5].lower() == "data:":
+            return image, self._rows_folder
+        if self._root is not None or not isinstance(recorded, str):
+            return image, self._root or self._rows_folder
+        path = self._rows_folder.joinpath(recorded).resolve()
+        return str(path), path.parent
+
+    def _view(self, source: str, pixels: np.ndarray, name: str | None, size: tuple[int, int], shown: bool) -> View:
+        tokens = _tokens(size)
+        if name is None:
+            return View(
+                "other", *size, tokens, shown, None, "a crop or another scale, see the action of the turn before"
+            )
+        key = self._keys.get((_short(source), *size))
+        if key is None:
+            url = encode(pixels, *size)
+            if len(url) > self._left_bytes:
+                return View(name, *size, tokens, shown, None, "left out: the page has reached its size limit")
+            self._left_bytes -= len(url)
+            key = f"p{len(self._keys)}"
+            self._keys[(_short(source), *size)] = key
+            self.fresh[key] = url
+        return View(name, *size, tokens, shown, key, None)
+
+    def _pixels(self, source: str, root: Path) -> np.ndarray | str:
+        """The decoded image, or one line that says why there is none."""
+        name = _short(source)
+        if name not in self._decoded:
+            while len(self._decoded) >= NUM_DECODED:
+                self._decoded.pop(next(iter(self._decoded)))
+            self._decoded[name] = _read(source, root)
+        return self._decoded[name]
+
+
+def encode(pixels: np.ndarray, width: int, height: int) -> str:
+    """uint8 [H, W, 3] resized to width x height (at most MAX_SIDE on the longer side) as a WebP data URL."""
+    from PIL import Image
+
+    factor = min(1.0, MAX_SIDE / max(width, height))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "WEBP", quality=QUALITY, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _read(source: str, root: Path) -> np.ndarray | str:
+    from vtengine.vision.decode import DecodeLimits, decode_image
+    from vtengine.vision.source import read_image_source
+
+    try:
+        return decode_image(read_image_source(source, root), DecodeLimits())
+    except (ImageError, OSError, ValueError) as error:
+        return " ".join(str(error).split())
+
+
+def _high_plan(width: int, height: int, visual_tokens_full: Any) -> ViewPlan:
+    """The high view, under the default limits or under those that give the token count in the record."""
+    high = plan_high(width, height, PixelLimits())
+    if isinstance(visual_tokens_full, int) and 0 < visual_tokens_full < high.visual_tokens:
+        return plan_high(width, height, PixelLimits(min_pixels=784, max_pixels=visual_tokens_full * 784))
+    return high
+
+
+def _shown_sizes(row: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Distinct (width, height) of the images in the turns, in order."""
+    sizes: dict[tuple[int, int], None] = {}
+    turns = row.get("turns")
+    for turn in turns if isinstance(turns, list) else []:
+        images = turn.get("images") if isinstance(turn, Mapping) else None
+        for image in images if isinstance(images, list) else []:
+            width, height = (image.get("width"), image.get("height")) if isinstance(image, Mapping) else (None, None)
+            if _is_side(width) and _is_side(height):
+                sizes[(width, height)] = None
+    return list(sizes)
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and 28 <= value < 2**20 and value % 28 == 0
+
+
+def _tokens(size: tuple[int, int]) -> int:
+    return size[0] * size[1] // 784
+
+
+def _short(source: str) -> str:
+    """A key for a source; data URLs are long."""
+    return hashlib.sha256(source.encode()).hexdigest() if len(source) > 512 else source

@@ -1,0 +1,96 @@
+"""What the rows of a run add up to. Rows are untrusted: a missing or odd value counts as nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over rows. Tokens are counts; `resumed_tokens` were in the cache when a later turn of their episode began."""
+
+    rows: int = 0
+    statuses: tuple[tuple[str, int], ...] = ()
+    scored: int = 0
+    correct: int = 0
+    answered: int = 0
+    upscaled: int = 0
+    visual_tokens: int = 0
+    visual_tokens_full: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    resumed_tokens: int = 0
+    later_prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @staticmethod
+    def of(rows: Iterable[Mapping[str, Any]]) -> Totals:
+        counter = TotalsCounter()
+        for row in rows:
+            counter.add(row)
+        return counter.totals()
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers among the rows that have an accepted answer; None without such rows."""
+        return self.correct / self.scored if self.scored else None
+
+    @property
+    def upscale_ratio(self) -> float | None:
+        """Share of the rows with a reply in which the model asked for more pixels."""
+        return self.upscaled / self.answered if self.answered else None
+
+    @property
+    def visual_ratio(self) -> float | None:
+        """Visual tokens spent, as a share of what always showing the high view would have cost."""
+        return self.visual_tokens / self.visual_tokens_full if self.visual_tokens_full else None
+
+    @property
+    def unfinished(self) -> int:
+        """Rows that were rejected or failed."""
+        counts = dict(self.statuses)
+        return counts.get("rejected", 0) + counts.get("failed", 0)
+
+
+class TotalsCounter:
+    """Adds rows up one by one, for runs that do not fit into memory."""
+
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._statuses: Counter[str] = Counter()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        sums = self._sums
+        sums["rows"] += 1
+        self._statuses[str(row.get("status"))] += 1
+        if isinstance(row.get("correct"), bool):
+            sums["scored"] += 1
+            sums["correct"] += row["correct"]
+        turns = [turn for turn in _list(row.get("turns")) if isinstance(turn, Mapping)]
+        if not turns:
+            return
+        sums["answered"] += 1
+        sums["upscaled"] += row.get("upscaled") is True
+        sums["visual_tokens"] += _count(row.get("visual_tokens"))
+        sums["visual_tokens_full"] += _count(row.get("visual_tokens_full"))
+        for number, turn in enumerate(turns):
+            sums["prompt_tokens"] += _count(turn.get("prompt_tokens"))
+            sums["cached_tokens"] += _count(turn.get("cached_tokens"))
+            sums["completion_tokens"] += _count(turn.get("completion_tokens"))
+            if number:
+                sums["resumed_tokens"] += _count(turn.get("cached_tokens"))
+                sums["later_prompt_tokens"] += _count(turn.get("prompt_tokens"))
+
+    def totals(self) -> Totals:
+        return Totals(statuses=tuple(self._statuses.most_common()), **self._sums)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
