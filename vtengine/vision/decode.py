@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from vtengine.vision.errors import ImageError
-from vtengine.vision.header import Format, end_is_missing, sniff, webp_size
+from vtengine.vision.header import Format, end_is_missing, sniff, stated_size
 
 PILLOW_MAX_PIXELS = 178_956_970  # Pillow itself refuses more, whatever our limit says
 WHITE = (255, 255, 255, 255)
@@ -86,7 +86,7 @@ def _check_pixels(width: int, height: int, limits: DecodeLimits) -> None:
 
 def _open(data: bytes, name: Format, limits: DecodeLimits) -> Image.Image:
     """The image with its header read and checked, no pixel decoded."""
-    if name == "WEBP" and (size := webp_size(data)):
+    if size := stated_size(data, name):
         _check_pixels(*size, limits)
     try:
         image = Image.open(io.BytesIO(data), formats=(name,))

@@ -24,11 +24,20 @@ def sniff(data: bytes) -> Format | None:
     return next((name for magic, name in _MAGIC if data.startswith(magic)), None)
 
 
-def webp_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) in pixels of a WebP file, None if its first chunk is cut or unknown.
+def stated_size(data: bytes, name: Format) -> tuple[int, int] | None:
+    """(width, height) in pixels of a PNG, GIF or WebP file; None for other formats and where the header is cut.
 
-    Pillow allocates the canvas while it opens a WebP file, so its size must be known before.
+    Needed before Pillow opens the file: it allocates a WebP's canvas while opening, and calls a PNG or GIF that ends
+    after a huge header cut, which is true and less to the point.
     """
+    if name == "PNG" and data[12:16] == b"IHDR" and len(data) >= 24:
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if name == "GIF" and len(data) >= 10:
+        return int.from_bytes(data[6:8], "little"), int.from_bytes(data[8:10], "little")
+    return _webp_size(data) if name == "WEBP" else None
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
     kind, body = data[12:16], data[20:30]
     if len(body) < 10:
         return None
