@@ -1,0 +1,1 @@
+"""The conversation with the model, in messages: pure, standard library only."""

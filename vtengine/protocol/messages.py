@@ -1,0 +1,111 @@
+"""The nouns of the protocol: views of an image, the parts of a prompt, statuses. No tokens, no pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Protocol, get_args
+
+ViewKind = Literal["low", "high", "scale", "crop"]
+Resolution = Literal["adaptive", "low", "high"]
+Status = Literal["answered", "malformed", "truncated", "turn_limit", "rejected", "failed"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+RESOLUTIONS: tuple[Resolution, ...] = get_args(Resolution)
+
+PIXELS_PER_VISUAL_TOKEN = 28 * 28
+"""Patch side 14, merged two by two."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at the image.
+
+    low, high: the two standard views. scale: the high view with both sides times `scale`.
+    crop: `box` = (x1, y1, x2, y2) in pixels of the low view, cut from the original image.
+    """
+
+    kind: ViewKind
+    scale: Fraction | None = None
+    box: tuple[int, int, int, int] | None = None
+
+
+LOW = View("low")
+HIGH = View("high")
+
+
+@dataclass(frozen=True)
+class ViewSize:
+    """Pixels given to the model; both sides are multiples of 28."""
+
+    width: int
+    height: int
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.width * self.height // PIXELS_PER_VISUAL_TOKEN
+
+
+class Geometry(Protocol):
+    """What a conversation must know of its image: how large each view would be."""
+
+    def size(self, view: View) -> ViewSize:
+        """Raises ValueError when the view does not exist (a box outside the low view)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of prompt text. Only trusted text (ours) may name special tokens; the user's text never does."""
+
+    text: str
+    trusted: bool = True
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """The place of one view's visual tokens. The markers around it are text of the profile."""
+
+    view: View
+
+
+Part = Text | ImagePart
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is appended to the context before the model's reply number `turn` (from 0)."""
+
+    parts: tuple[Part, ...]
+    turn: int
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return tuple(part.view for part in self.parts if isinstance(part, ImagePart))
+
+    def text(self, image: str = "<|image_pad|>") -> str:
+        """The prompt as one string, `image` standing for the visual tokens of each view."""
+        return "".join(part.text if isinstance(part, Text) else image for part in self.parts)
+
+
+@dataclass(frozen=True)
+class ErrorInfo:
+    """Why an episode did not end with an answer. `code` is stable; `message` is for people."""
+
+    code: str
+    message: str
+
+
+def merged(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Neighbouring texts of equal trust joined, empty ones dropped."""
+    result: list[Part] = []
+    for part in parts:
+        last = result[-1] if result else None
+        if isinstance(part, Text):
+            if not part.text:
+                continue
+            if isinstance(last, Text) and last.trusted == part.trusted:
+                result[-1] = Text(last.text + part.text, part.trusted)
+                continue
+        result.append(part)
+    return tuple(result)

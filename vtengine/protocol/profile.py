@@ -1,0 +1,233 @@
+"""A protocol profile: every string the model ever sees, as a data file.
+
+`load_profile` reads `profiles/<name>.toml`, a path to such a file, or a checkpoint folder holding `profile.toml`.
+In a template `{word}` is a placeholder from a fixed list; other braces are plain text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from vtengine.protocol.tools import ARGUMENTS, ToolCall
+
+OnBadCall = Literal["end", "retry"]
+PROFILE_FILE = "profile.toml"
+SHIPPED = Path(__file__).parent / "profiles"
+PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+ROLES = ("system", "user", "assistant")
+
+_SIZE = ("width", "height")
+_AFTER_CALL = ("or_call", "budget_left")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One string of the file: where it stands, which placeholders it must and may hold."""
+
+    required: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+    default: str | None = None
+
+
+_SCHEMA: Mapping[str, Mapping[str, Field]] = {
+    "turn": {
+        "open": Field(("role",)),
+        "close": Field(),
+        "joiner": Field(default="\n"),
+        "joiner_after_reply": Field(default="\n"),
+        "image": Field(("pixels",)),
+    },
+    "adaptive": {
+        "system": Field((), ("tools",)),
+        "user": Field(("image", "question"), ("budget_note", *_SIZE)),
+    },
+    "direct": {"system": Field(), "user": Field(("image", "question"), _SIZE)},
+    "response": {
+        "resize": Field(("image",), (*_SIZE, *_AFTER_CALL)),
+        "crop": Field(("image",), (*_SIZE, *_AFTER_CALL)),
+        "denied": Field((), ("reason", *_AFTER_CALL)),
+        "bad_call": Field((), ("reason", *_AFTER_CALL)),
+    },
+    "reasons": {"budget": Field(), "already_shown": Field(), "box_outside": Field()},
+    "budget": {"note": Field((), ("budget", "used"), default=""), "left": Field((), ("left",), default="")},
+    "reply": {
+        "answer": Field(("think", "answer")),
+        "call": Field(("think", "call")),
+        "or_call": Field(default=""),
+    },
+}
+
+
+@dataclass(frozen=True)
+class OfferedTool:
+    """A tool as a profile offers it. `line`: what {tools} shows of it (may be empty for compact prompts)."""
+
+    name: str
+    arguments: tuple[str, ...]
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """`strings` maps "section.key" to a template. `on_bad_call`: a call that cannot be obeyed ends the episode
+    as malformed, or is answered with `response.bad_call` while turns are left."""
+
+    name: str
+    about: str
+    on_bad_call: OnBadCall
+    strings: Mapping[str, str]
+    tools: tuple[OfferedTool, ...]
+
+    def __getitem__(self, key: str) -> str:
+        return self.strings[key]
+
+    @property
+    def offered(self) -> dict[str, tuple[str, ...]]:
+        """Tool name -> arguments, as parse_reply wants it."""
+        return {tool.name: tool.arguments for tool in self.tools}
+
+    @property
+    def tool_lines(self) -> str:
+        return "\n".join(tool.line for tool in self.tools if tool.line)
+
+    @property
+    def close(self) -> str:
+        """The text that ends a turn; the model ends its own with the same mark."""
+        return self["turn.close"]
+
+    def open(self, role: str) -> str:
+        assert role in ROLES, role
+        return self["turn.open"].replace("{role}", role)
+
+    def reply_answer(self, think: str, answer: str) -> str:
+        """The taught form of an answering reply, without the closing mark."""
+        return fill(self["reply.answer"], {"think": think, "answer": answer})
+
+    def reply_call(self, think: str, call: ToolCall) -> str:
+        """The taught form of a calling reply, without the closing mark."""
+        return fill(self["reply.call"], {"think": think, "call": call.to_json()})
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    """Every placeholder replaced once; inserted text is never read as a template."""
+    return PLACEHOLDER.sub(lambda match: values[match[1]] if match[1] in values else match[0], template)
+
+
+def pieces(template: str) -> Iterable[tuple[str, str]]:
+    """(text, placeholder) pairs in order; the last placeholder is empty."""
+    start = 0
+    for match in PLACEHOLDER.finditer(template):
+        yield template[start : match.start()], match[1]
+        start = match.end()
+    yield template[start:], ""
+
+
+def shipped_profiles() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.toml")))
+
+
+def load_profile(source: str | Path = "vtengine") -> Profile:
+    """A shipped profile by name, a .toml file, or a folder holding profile.toml. Raises ValueError."""
+    path = Path(source)
+    if str(source) in shipped_profiles():
+        path = SHIPPED / f"{source}.toml"
+    elif path.is_dir():
+        path = path / PROFILE_FILE
+    if not path.is_file():
+        raise ValueError(f"profile {str(source)!r}: not found; give a file, or one of {', '.join(shipped_profiles())}")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"profile {path}: not TOML in UTF-8: {error}") from None
+    try:
+        return parse_profile(data)
+    except ValueError as error:
+        raise ValueError(f"profile {path}: {error}") from None
+
+
+def parse_profile(data: Mapping[str, Any]) -> Profile:
+    """Checks a profile read from TOML. Raises ValueError naming the field."""
+    reject_unknown("", data, ("name", "about", "on_bad_call", "tools", *_SCHEMA))
+    name = _string(data, "name", "")
+    on_bad_call = data.get("on_bad_call", "end")
+    if on_bad_call not in ("end", "retry"):
+        raise ValueError(f'on_bad_call = {on_bad_call!r}: must be "end" or "retry"')
+    strings: dict[str, str] = {}
+    for section, fields in _SCHEMA.items():
+        table = _table(data, section)
+        reject_unknown(f"{section}.", table, fields)
+        for key, field in fields.items():
+            value = field.default if key not in table and field.default is not None else _string(table, key, section)
+            _check_placeholders(f"{section}.{key}", value, field)
+            strings[f"{section}.{key}"] = value
+    tools = tuple(_parse_tool(tool, table) for tool, table in _table(data, "tools").items())
+    if not tools:
+        raise ValueError("tools: offer at least one of " + ", ".join(ARGUMENTS))
+    return Profile(name, str(data.get("about", "")), on_bad_call, MappingProxyType(strings), tools)
+
+
+def _parse_tool(name: str, table: Any) -> OfferedTool:
+    reject_unknown("tools.", (name,), ARGUMENTS)
+    if not isinstance(table, dict):
+        raise ValueError(f"tools.{name}: must be a table")
+    reject_unknown(f"tools.{name}.", table, ("arguments", "line"))
+    arguments, line = table.get("arguments"), table.get("line", "")
+    if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
+        raise ValueError(f"tools.{name}.arguments: must be a list of names")
+    reject_unknown(f"tools.{name}.arguments: ", arguments, ARGUMENTS[name])
+    missing = [key for key, required in ARGUMENTS[name].items() if required and key not in arguments]
+    if missing:
+        raise ValueError(f"tools.{name}.arguments: {', '.join(missing)} is required")
+    if not isinstance(line, str):
+        raise ValueError(f"tools.{name}.line: must be text")
+    if line:
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"tools.{name}.line: not JSON: {error}") from None
+    return OfferedTool(name, tuple(arguments), line)
+
+
+def reject_unknown(where: str, found: Iterable[str], known: Collection[str]) -> None:
+    """Raises ValueError for the first name that is not known, with the nearest one that is."""
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(key, list(known), 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}{key}: unknown; {hint}")
+
+
+def _table(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = data.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: must be a table")
+    return value
+
+
+def _string(table: Mapping[str, Any], key: str, section: str) -> str:
+    name = f"{section}.{key}" if section else key
+    if key not in table:
+        raise ValueError(f"{name}: missing; add it")
+    value = table[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{name} = {value!r}: must be text")
+    return value
+
+
+def _check_placeholders(name: str, template: str, field: Field) -> None:
+    found = PLACEHOLDER.findall(template)
+    known = field.required + field.allowed
+    for word in found:
+        if word not in known:
+            raise ValueError(f"{name}: placeholder {{{word}}} is not known here; known: {', '.join(known) or 'none'}")
+    for word in field.required:
+        if found.count(word) != 1:
+            raise ValueError(f"{name}: needs {{{word}}} exactly once, has it {found.count(word)} times")

@@ -1,0 +1,1 @@
+"""Episodes: the protocol advanced over a backend, in token ids."""
