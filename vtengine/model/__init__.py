@@ -1,0 +1,22 @@
+"""Qwen2.5-VL in plain torch: config, vision tower, language model, checkpoints, attention contexts."""
+
+from vtengine.model.attention import AttentionContext, PackedCausal
+from vtengine.model.config import ModelConfig, ModelLoadError, TextConfig, VisionConfig
+from vtengine.model.positions import mrope_positions
+from vtengine.model.qwen2_5_vl import Qwen2_5_VL
+from vtengine.model.weights import hf_tensors, load_model, load_tensors, save_model
+
+__all__ = [
+    "AttentionContext",
+    "ModelConfig",
+    "ModelLoadError",
+    "PackedCausal",
+    "Qwen2_5_VL",
+    "TextConfig",
+    "VisionConfig",
+    "hf_tensors",
+    "load_model",
+    "load_tensors",
+    "mrope_positions",
+    "save_model",
+]

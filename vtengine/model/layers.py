@@ -1,0 +1,53 @@
+"""Parts shared by the vision tower and the language model: norm, feed-forward, rotary embedding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; the mean square is taken in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one matrix: gate's rows first."""
+
+    def __init__(self, size: int, inner: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(size, 2 * inner, bias=bias)
+        self.down = nn.Linear(inner, size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """float32 [dim / 2]: theta ** (-2i / dim)."""
+    # Always computed on the CPU: the rounding of pow differs between devices, and angles multiply it by the position.
+    steps = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    return (1.0 / theta**steps).to(device)
+
+
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """angles float32 [N, D/2] -> (cos, signed sin), each [N, 1, D], as `rotate` takes them."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).unsqueeze(1).to(dtype), torch.cat((-sin, sin), -1).unsqueeze(1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary embedding of x [N, heads, D] in the rotate-half layout: pairs are (i, i + D/2).
+
+    Rolling by half a head swaps the halves; the sign of the first half is in the table.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
