@@ -94,7 +94,9 @@ class ImagePipeline:
         self._resample = resample
         self._decode_limits = decode_limits or DecodeLimits()
         self._source_limits = source_limits or SourceLimits()
-        self._cache = OnceCache(num_workers or min(8, os.cpu_count() or 1), cache_bytes, "pipeline")
+        if num_workers is None:
+            num_workers = min(8, os.cpu_count() or 1)
+        self._cache = OnceCache(num_workers, cache_bytes, "pipeline")
         self._counts = {"files_read": 0, "images_decoded": 0, "views_patchified": 0}
         self._counting = threading.Lock()
 
