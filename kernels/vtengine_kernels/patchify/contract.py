@@ -1,0 +1,146 @@
+"""What a patchify call may be: targets, limits and the checks made before any implementation runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from vtengine_kernels.patchify.fixed_point import FILTERS, Box, Filter, Order
+
+PATCH = 14
+WINDOW = 28  # pixels per side of a merge window: 2x2 patches
+MAX_SIDE = 1 << 24  # Pillow holds the size of the source as a float32
+Layout = Literal["full", "compact"]
+COLUMNS = {"full": 2 * 3 * PATCH * PATCH, "compact": 3 * PATCH * PATCH}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One view: the part `box` of the source (left, top, right, bottom; None = all), resized to height x width pixels.
+
+    Both sides are multiples of 28. The box is cut out before resizing: no pixel outside it has influence.
+    """
+
+    height: int
+    width: int
+    box: Box | None = None
+
+    @property
+    def rows(self) -> int:
+        """Patches of 14x14 pixels."""
+        return self.height // PATCH * (self.width // PATCH)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A checked call. image: uint8 [H, W, 3], C-contiguous; table: float32 [3, 256]; outputs: one per target."""
+
+    image: np.ndarray
+    targets: tuple[Target, ...]
+    boxes: tuple[Box, ...]
+    filter: Filter
+    order: Order
+    layout: Layout
+    table: np.ndarray
+    outputs: tuple[torch.Tensor, ...]
+    num_threads: int
+
+
+def checked_image(image: Any) -> np.ndarray:
+    """The image as a numpy view on the same memory. ValueError: not uint8 [H, W, 3], not on the CPU, not contiguous."""
+    if isinstance(image, torch.Tensor):
+        if image.device.type != "cpu":
+            raise ValueError(f"image.device = {image.device}: must be cpu; move it with image.cpu()")
+        if image.dtype is not torch.uint8:
+            raise ValueError(f"image.dtype = {image.dtype}: must be torch.uint8, levels 0..255")
+        image = image.detach().numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"image = {type(image).__name__}: must be a numpy array or a torch tensor, uint8 [H, W, 3]")
+    if image.dtype != np.uint8:
+        raise ValueError(f"image.dtype = {image.dtype}: must be uint8, levels 0..255")
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image.shape = {tuple(image.shape)}: must be [H, W, 3] (interleaved RGB)")
+    if not 0 < image.shape[0] <= MAX_SIDE or not 0 < image.shape[1] <= MAX_SIDE:
+        raise ValueError(f"image.shape = {tuple(image.shape)}: both sides must be 1 to {MAX_SIDE} pixels")
+    if not image.flags.c_contiguous:
+        raise ValueError(f"image.strides = {image.strides}: must be C-contiguous; pass np.ascontiguousarray(image)")
+    return image
+
+
+def checked_targets(targets: Sequence[Target], height: int, width: int) -> tuple[tuple[Target, ...], tuple[Box, ...]]:
+    """(targets, their boxes with None resolved). ValueError: a size or a box that is out of range."""
+    boxes = []
+    for index, target in enumerate(targets):
+        if not isinstance(target, Target):
+            raise ValueError(f"targets[{index}] = {target!r}: must be a Target(height, width)")
+        for name in ("height", "width"):
+            side = getattr(target, name)
+            if not _is_int(side) or side <= 0 or side % WINDOW or side > MAX_SIDE:
+                raise ValueError(
+                    f"targets[{index}].{name} = {side!r}: must be a positive multiple of {WINDOW} pixels; "
+                    "vtengine.vision.plan gives such sizes"
+                )
+        box = (0, 0, width, height) if target.box is None else tuple(target.box)
+        if len(box) != 4 or not all(_is_int(side) for side in box):
+            raise ValueError(f"targets[{index}].box = {target.box!r}: must be four integers: left, top, right, bottom")
+        left, top, right, bottom = box
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise ValueError(
+                f"targets[{index}].box = {box}: must hold at least one pixel of the image of {width}x{height} pixels"
+            )
+        boxes.append((left, top, right, bottom))
+    return tuple(targets), tuple(boxes)
+
+
+def checked_outputs(
+    out: Sequence[torch.Tensor] | None, targets: tuple[Target, ...], layout: Layout, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """New tensors, or the caller's after a check of shape, dtype, device and contiguity."""
+    shapes = [(target.rows, COLUMNS[layout]) for target in targets]
+    if out is None:
+        return tuple(torch.empty(shape, dtype=dtype) for shape in shapes)
+    if len(out) != len(targets):
+        raise ValueError(f"out = {len(out)} tensors: must be one per target, here {len(targets)}")
+    for index, (tensor, shape) in enumerate(zip(out, shapes, strict=True)):
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu" or tensor.dtype is not dtype:
+            raise ValueError(f"out[{index}]: must be a {dtype} tensor on the CPU")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"out[{index}].shape = {tuple(tensor.shape)}: must be {shape}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"out[{index}].stride = {tensor.stride()}: must be contiguous")
+        if tensor.requires_grad:
+            raise ValueError(f"out[{index}].requires_grad = True: pixel values carry no gradient; pass out.detach()")
+    return tuple(out)
+
+
+def check_options(kind: str, layout: str, dtype: torch.dtype, order: str, num_threads: int) -> None:
+    """ValueError: an option outside its set."""
+    for name, value, allowed in (
+        ("filter", kind, tuple(FILTERS)),
+        ("layout", layout, tuple(COLUMNS)),
+        ("dtype", dtype, DTYPES),
+        ("order", order, ("pil13", "pil12")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(str, allowed))}")
+    if not _is_int(num_threads) or not 1 <= num_threads <= 256:
+        raise ValueError(f"num_threads = {num_threads!r}: must be an integer from 1 to 256")
+
+
+def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
+    """ValueError: not three finite numbers each, or a std that is not positive."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name} = {tuple(values)!r}: must be three finite numbers, one per channel")
+    if min(std) <= 0:
+        raise ValueError(f"std = {tuple(std)!r}: each must be above 0")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

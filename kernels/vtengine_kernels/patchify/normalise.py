@@ -1,0 +1,19 @@
+"""From 8-bit levels to the floats of the transformers PIL image processor: a table of 3 x 256 values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def level_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """float32 [3, 256]: value of each level in each channel, bit-equal to rescale by 1/255 (in float64, rounded to
+    float32), minus mean, divided by std (both in float32)."""
+    unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean32 = np.asarray(mean, dtype=np.float32)[:, None]
+    std32 = np.asarray(std, dtype=np.float32)[:, None]
+    return np.ascontiguousarray((unit[None, :] - mean32) / std32)

@@ -1,0 +1,59 @@
+"""Plain numpy implementation: the truth that the others are held against, and the fallback without a compiler."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vtengine_kernels.patchify.contract import PATCH, Plan
+from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Box, Filter, Order, vertical_first, weights
+
+
+def run(plan: Plan) -> list[torch.Tensor]:
+    """Writes every target of the plan into its output tensor and returns these."""
+    for target, box, out in zip(plan.targets, plan.boxes, plan.outputs, strict=True):
+        levels = resize(plan.image, box, target.height, target.width, plan.filter, plan.order)
+        rows = patches(levels, 2 if plan.layout == "full" else 1)
+        out.copy_(torch.from_numpy(lookup(plan.table, rows)))
+    return list(plan.outputs)
+
+
+def resize(image: np.ndarray, box: Box, height: int, width: int, kind: Filter, order: Order) -> np.ndarray:
+    """uint8 [h, w, 3]: Pillow's `image.crop(box).resize((width, height), kind)`, level by level."""
+    left, top, right, bottom = box
+    levels = image[top:bottom, left:right]
+    axes = [1, 0]
+    if vertical_first(bottom - top, right - left, height, width, order):
+        axes = [0, 1]
+    for axis in axes:
+        levels = _resample(levels, (height, width)[axis], axis, kind)
+    return levels
+
+
+def _resample(levels: np.ndarray, size: int, axis: int, kind: Filter) -> np.ndarray:
+    if levels.shape[axis] == size:
+        return levels
+    first, weight = weights(levels.shape[axis], size, kind)
+    shape = [1, 1, 1]
+    shape[axis] = size
+    total = np.full((*levels.shape[:axis], size, *levels.shape[axis + 1 :]), 1 << (PRECISION_BITS - 1), dtype=np.int32)
+    last = levels.shape[axis] - 1
+    for tap in range(weight.shape[1]):
+        source = np.take(levels, np.minimum(first + tap, last), axis=axis)  # weight 0 where clamped
+        total += source.astype(np.int32) * weight[:, tap].reshape(shape)
+    return np.clip(total >> PRECISION_BITS, 0, 255).astype(np.uint8)
+
+
+def patches(levels: np.ndarray, frames: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [H/14 * W/14, 3 * frames * 196], rows in merge-window order."""
+    height, width, _ = levels.shape
+    split = levels.reshape(height // 28, 2, PATCH, width // 28, 2, PATCH, 3)
+    ordered = split.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]  # window row, window, mh, mw, channel, 1, y, x
+    repeated = np.broadcast_to(ordered, (*ordered.shape[:5], frames, PATCH, PATCH))
+    return repeated.reshape(height // PATCH * (width // PATCH), 3 * frames * PATCH * PATCH)
+
+
+def lookup(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """float32, shaped as `rows`: each level's value in its channel."""
+    by_channel = rows.reshape(rows.shape[0], 3, -1)
+    return table[np.arange(3)[:, None], by_channel].reshape(rows.shape)
