@@ -1,7 +1,7 @@
 """OUT.jsonl on disk: appended in order, synced now and then, continued after a crash.
 
-A run writes `OUT.jsonl.run` beside the output (the settings that decide what the rows hold) and removes it when the last
-row is written, so that `--resume` can refuse to mix rows made with different settings.
+A run writes `OUT.jsonl.run` beside the output (the settings that decide what the rows hold) and removes it when the
+last row is written, so that `--resume` can refuse to mix rows made with different settings.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 class OutputFile:
-    """Appends rows. `resume_at` cuts the file to that many bytes first; without it an older file is kept as `.previous`.
+    """Appends rows. `resume_at` cuts the file to that many bytes first; without it an older file becomes `.previous`.
 
-    Raises UsageError when the path cannot be written. Later failures (disk full) raise CliError from `append` or `sync`,
-    and leave the file with whole rows and at most one torn last line, which `--resume` cuts.
+    Raises UsageError when the path cannot be written. Later failures (disk full) raise CliError from `append` or
+    `sync`, and leave the file with whole rows and at most one torn last line, which `--resume` cuts.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, resume_at: int | None = None) -> None:

@@ -14,7 +14,7 @@ from decimal import Decimal, InvalidOperation
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?P<unit>[$€£¥]?)(?P<digits>\d{1,3}(?:,\d{3})+|\d+)(?P<fraction>\.\d+)?(?P<percent>%?)"
 )
-_OUTER = " \t\r\n.,;:!?\"'`()[]{}“”‘’"
+_OUTER = " \t\r\n.,;:!?\"'`()[]{}\u201c\u201d\u2018\u2019"
 
 
 def is_correct(answer: str | None, accepted: Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
 """Images of episodes as data URLs, at the sizes that the model was given.
 
-Nothing is fetched from a network. The page has a budget in bytes: past it a view keeps its caption and loses its picture.
+Nothing is fetched from a network. The page has a budget in bytes: past it a view keeps its caption but no picture.
 """
 
 from __future__ import annotations
@@ -146,14 +146,18 @@ def _shown_sizes(row: Mapping[str, Any]) -> list[tuple[int, int]]:
     for turn in turns if isinstance(turns, list) else []:
         images = turn.get("images") if isinstance(turn, Mapping) else None
         for image in images if isinstance(images, list) else []:
-            width, height = (image.get("width"), image.get("height")) if isinstance(image, Mapping) else (None, None)
-            if _is_side(width) and _is_side(height):
-                sizes[(width, height)] = None
+            size = _size(image) if isinstance(image, Mapping) else None
+            if size is not None:
+                sizes[size] = None
     return list(sizes)
 
 
-def _is_side(value: Any) -> bool:
-    return isinstance(value, int) and 28 <= value < 2**20 and value % 28 == 0
+def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(width, height) of a view in a record, None when they are no pixel counts of a view."""
+    width, height = image.get("width"), image.get("height")
+    if not (isinstance(width, int) and isinstance(height, int)):
+        return None
+    return (width, height) if all(28 <= side < 2**20 and side % 28 == 0 for side in (width, height)) else None
 
 
 def _tokens(size: tuple[int, int]) -> int:

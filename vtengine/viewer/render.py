@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -62,7 +63,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw, parse_constant=lambda _: None)
+                row = json.loads(raw, parse_constant=lambda _: None, parse_float=_finite)
             except (ValueError, RecursionError):
                 if not raw.endswith(b"\n"):
                     return
@@ -109,6 +110,11 @@ def _parts(source: Path, book: PictureBook) -> Iterator[Markup]:
 
 def _rows_element(chunk: list[dict[str, Any]]) -> Markup:
     return Markup(f'<script type="application/json" class="rows">{script_json(chunk)}</script>\n')
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def script_json(value: Any) -> str:

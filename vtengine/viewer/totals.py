@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over rows. Tokens are counts; `resumed_tokens` were in the cache when a later turn of their episode began."""
+    """Sums over rows. `resumed_tokens` were in the cache when a later turn of their episode began."""
 
     rows: int = 0
     statuses: tuple[tuple[str, int], ...] = ()

@@ -1,0 +1,69 @@
+"""The output file: whole rows, cut and continued after a crash, clear errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vtengine.cli.errors import CliError, UsageError
+from vtengine.cli.output import OutputFile, check_settings, complete_rows, settings_path
+
+SETTINGS = {"model": "m", "seed": 0}
+
+
+def written(path: Path, *rows: dict) -> Path:
+    output = OutputFile(path, SETTINGS)
+    for row in rows:
+        output.append(row)
+    output.close(finished=True)
+    return path
+
+
+def test_rows_are_lines_of_ascii_json(tmp_path: Path) -> None:
+    path = written(tmp_path / "o.jsonl", {"id": "ü\n", "x": [1, None]}, {"id": 2})
+    assert path.read_bytes() == b'{"id": "\\u00fc\\n", "x": [1, null]}\n{"id": 2}\n'
+    assert not settings_path(path).exists()
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"id": 3', b'{"id": 3}', b"\x00\x00", b'{"id"\n{"id": 4}\n', b"[1]\n"])
+def test_a_torn_tail_is_cut_and_writing_goes_on(tmp_path: Path, tail: bytes) -> None:
+    path = written(tmp_path / "o.jsonl", {"id": 1}, {"id": 2})
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    ends = [end for _, end in complete_rows(path)]
+    assert ends[-1] == len(whole)
+    output = OutputFile(path, SETTINGS, resume_at=ends[-1])
+    output.append({"id": 3})
+    output.close(finished=True)
+    assert path.read_bytes() == whole + b'{"id": 3}\n'
+
+
+def test_an_older_file_is_kept(tmp_path: Path) -> None:
+    path = written(tmp_path / "o.jsonl", {"id": 1})
+    written(path, {"id": 2})
+    assert path.read_bytes() == b'{"id": 2}\n'
+    assert (tmp_path / "o.jsonl.previous").read_bytes() == b'{"id": 1}\n'
+
+
+def test_settings_of_an_unfinished_run_are_compared(tmp_path: Path) -> None:
+    path = tmp_path / "o.jsonl"
+    output = OutputFile(path, SETTINGS)
+    output.close(finished=False)
+    check_settings(path, SETTINGS)
+    with pytest.raises(UsageError, match="seed was 0, is 1"):
+        check_settings(path, SETTINGS | {"seed": 1})
+
+
+@pytest.mark.parametrize("name", ["missing/o.jsonl", ".", "file.txt/o.jsonl"])
+def test_unwritable_path_is_a_usage_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(UsageError, match="cannot be written"):
+        OutputFile(tmp_path / name, SETTINGS)
+
+
+def test_full_disk_is_one_line_with_advice() -> None:
+    output = OutputFile(Path("/dev/full"), SETTINGS)
+    with pytest.raises(CliError, match=r"No space left on device.*--resume") as caught:
+        output.append({"id": 1})
+    assert caught.value.status == 1

@@ -1,0 +1,5 @@
+"""Command line: `vtengine generate | ask | view | bench | doctor`."""
+
+from vtengine.cli.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,197 @@
+"""Every flag of `vtengine`, with examples in each --help. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from vtengine.cli.errors import USAGE
+
+RESOLUTIONS = ("adaptive", "low", "high")
+DTYPES = ("auto", "float32", "bfloat16")
+
+_EXIT_STATUSES = """exit status:
+  0 every row was processed; 3 some were rejected or failed (each has a row with its code); 2 bad usage;
+  1 the run could not go on (disk full, engine broke); 130 Ctrl-C. After 1 and 130, --resume goes on."""
+
+_GENERATE = f"""examples:
+  vtengine generate questions.jsonl -o answers.jsonl --model glance
+  vtengine generate questions.jsonl -o answers.jsonl --model ./Qwen2.5-VL-3B-Instruct --concurrency 32
+  vtengine generate questions.jsonl -o answers.jsonl --model glance --n 8 --temperature 1 --seed 7
+  vtengine generate questions.jsonl -o answers.jsonl --model glance --resume      goes on after Ctrl-C or a crash
+
+input, one JSON object per line:
+  {{"image": "cat.jpg", "question": "What is it?"}}      also: "id", "answer" (to score); other keys are carried through
+
+{_EXIT_STATUSES}"""
+
+_ASK = """examples:
+  vtengine ask receipt.png "What is the total?"
+  vtengine ask receipt.png "What is the total?" --resolution high --model ./Qwen2.5-VL-3B-Instruct"""
+
+_VIEW = """examples:
+  vtengine view answers.jsonl -o answers.html
+  vtengine view answers.jsonl -o answers.html --image-root ./images      images have moved since the run"""
+
+_BENCH = """examples:
+  vtengine bench --list
+  vtengine bench patchify"""
+
+_DOCTOR = """examples:
+  vtengine doctor
+  vtengine doctor --json      for bug reports"""
+
+_MAIN = """examples:
+  vtengine doctor
+  vtengine ask photo.jpg "What is written on the sign?"
+  vtengine generate questions.jsonl -o answers.jsonl && vtengine view answers.jsonl -o answers.html
+
+`vtengine COMMAND --help` explains a command."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def build_parser() -> Parser:
+    """The parser of all subcommands; `arguments.run(arguments)` runs the chosen one."""
+    from vtengine import __version__
+
+    summary = "Answers questions about images: a quarter of the pixels first, all of them only when the model asks."
+    parser = Parser("vtengine", description=summary, epilog=_MAIN, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"vtengine {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    _add_generate(_command(commands, "generate", "answer a file of image questions", _GENERATE))
+    _add_ask(_command(commands, "ask", "answer one question about one image", _ASK))
+    _add_view(_command(commands, "view", "make an HTML page of the episodes in a file", _VIEW))
+    bench = _command(commands, "bench", "run a benchmark of a source checkout", _BENCH)
+    bench.add_argument("suite", nargs="?", metavar="SUITE", help="name of a suite, see --list")
+    bench.add_argument("--list", action="store_true", help="list the suites")
+    doctor = _command(commands, "doctor", "say what is installed, what is missing and what is slower for it", _DOCTOR)
+    doctor.add_argument("--json", action="store_true", help="as JSON, for programs and bug reports")
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction[Parser], name: str, summary: str, examples: str) -> Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    capital = summary[0].upper() + summary[1:] + "."
+    parser = commands.add_parser(name, help=summary, description=capital, epilog=examples, formatter_class=raw)
+
+    def run(arguments: argparse.Namespace) -> int:
+        status: int = importlib.import_module(f"vtengine.cli.{name}").run(arguments)
+        return status
+
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_generate(parser: Parser) -> None:
+    parser.add_argument("input", type=Path, metavar="IN.jsonl", help="questions, one JSON object per line")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl", help="one row per answer")
+    _add_engine(parser)
+    parser.add_argument("--n", type=_whole(1), default=1, metavar="N", help="samples per question (default: 1)")
+    parser.add_argument(
+        "--image-root", type=Path, metavar="DIR", help="images outside it are rejected; default: IN's folder"
+    )
+    parser.add_argument(
+        "--concurrency", type=_whole(1), default=32, metavar="N", help="episodes at a time (default: 32)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with OUT.jsonl where an interrupted run left it")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
+
+
+def _add_ask(parser: Parser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="path of an image")
+    parser.add_argument("question", metavar="QUESTION")
+    _add_engine(parser)
+
+
+def _add_engine(parser: Parser) -> None:
+    """Flags that `generate` and `ask` share: which model, what the model may do, how tokens are sampled."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default="glance",
+        metavar="MODEL",
+        help="a folder, a Hugging Face id, or glance (default: the shipped model)",
+    )
+    add("--backend", default="embedded", metavar="NAME", help="embedded (default), sglang, or the URL of a server")
+    add("--profile", metavar="NAME", help="prompt profile, a name or a TOML file (default: the model's own)")
+    add(
+        "--resolution",
+        choices=RESOLUTIONS,
+        default="adaptive",
+        help="low view first, or one view only (default: adaptive)",
+    )
+    add("--max-turns", type=_whole(1), default=2, metavar="N", help="turns per episode (default: 2)")
+    add(
+        "--visual-token-budget",
+        type=_whole(1),
+        metavar="N",
+        help="visual tokens an episode may spend (default: no bound)",
+    )
+    add("--max-new-tokens", type=_whole(1), default=512, metavar="N", help="tokens per turn (default: 512)")
+    add("--temperature", type=_real(0.0, 100.0), default=0.0, metavar="T", help="0 is greedy (default: 0)")
+    add(
+        "--top-p",
+        type=_real(0.0, 1.0, open_low=True),
+        default=1.0,
+        metavar="P",
+        help="nucleus sampling (default: 1, off)",
+    )
+    add("--top-k", type=_whole(0), default=0, metavar="K", help="sample among the K best (default: 0, off)")
+    add("--seed", type=_whole(0), default=0, metavar="S", help="same seed, same samples (default: 0)")
+    add("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
+    add("--allow-http", action="store_true", help="fetch images from http(s) addresses in the input")
+
+
+def _add_view(parser: Parser) -> None:
+    parser.add_argument(
+        "input", type=Path, metavar="OUT.jsonl", help="rows written by `vtengine generate` or a training run"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html")
+    parser.add_argument("--title", help="heading of the page (default: name of the input)")
+    parser.add_argument(
+        "--image-root", type=Path, metavar="DIR", help="where the images are (default: where the run read them)"
+    )
+    parser.add_argument(
+        "--max-mb", type=_whole(0), default=96, metavar="MB", help="bound on all pictures (default: 96)"
+    )
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or value >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
+        return value
+
+    return parse
+
+
+def _real(low: float, high: float, *, open_low: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (open_low and value == low):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number {'>' if open_low else '>='} {low:g} and <= {high:g}"
+            )
+        return value
+
+    return parse

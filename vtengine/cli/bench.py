@@ -1,0 +1,28 @@
+"""`vtengine bench`: runs a suite of the source checkout's `benchmarks/` folder."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import vtengine
+from vtengine.cli.errors import OK, UsageError
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs `benchmarks/run.py --suite SUITE` and returns its status."""
+    folder = Path(vtengine.__file__).resolve().parents[1] / "benchmarks"
+    if not (folder / "run.py").is_file():
+        raise UsageError(
+            "bench: the benchmarks are in the source repository, not in the package; run it from a checkout"
+        )
+    suites = sorted(path.stem for path in (folder / "suites").glob("[a-z]*.py"))
+    if arguments.list:
+        print("\n".join(suites))
+        return OK
+    if arguments.suite not in suites:
+        asked = "no SUITE is given" if arguments.suite is None else f"there is no suite {arguments.suite!r}"
+        raise UsageError(f"bench: {asked}; there is {', '.join(suites) or 'none yet'}")
+    return subprocess.run([sys.executable, str(folder / "run.py"), "--suite", arguments.suite], check=False).returncode
