@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -48,14 +49,24 @@ def root(tmp_path: Path, photo: Image.Image, noise: Image.Image) -> Path:
     return tmp_path
 
 
-def expected_rows(source: Image.Image, view: ImageInput, resample: int = Image.Resampling.BICUBIC) -> Any:
-    """What the transformers processor makes of the view's size, its own resize being the identity."""
+def assert_like_processor(view: ImageInput, source: Image.Image, layout: str = "full", resample: int = 3) -> None:
+    """The view holds what the transformers processor makes of its size, the processor's own resize being the identity.
+
+    Pillow 13 changed the order of its two passes, which moves single levels: before, one 8-bit level may differ.
+    """
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     processor = module.Qwen2VLImageProcessorPil(do_resize=False)
-    resized = source if source.size == (view.width, view.height) else source.resize((view.width, view.height), resample)
-    made = processor(resized, return_tensors="np")
+    size = view.width, view.height
+    made = processor(source if source.size == size else source.resize(size, resample), return_tensors="np")
     assert made["image_grid_thw"].tolist() == [list(view.grid_thw)]
-    return torch.from_numpy(np.ascontiguousarray(made["pixel_values"]).reshape(-1, 1176))
+    rows = torch.from_numpy(np.ascontiguousarray(made["pixel_values"]).reshape(-1, 1176))
+    if layout == "compact":
+        rows = rows.view(-1, 3, 2, 196)[:, :, 0].reshape(-1, 588)
+    rows = rows.to(view.pixel_values.dtype)
+    if int(PIL.__version__.partition(".")[0]) >= 13:
+        assert torch.equal(view.pixel_values, rows)
+    else:
+        assert (view.pixel_values.float() - rows.float()).abs().max() < 0.032
 
 
 # Values
@@ -70,10 +81,9 @@ def test_views_equal_the_processor(root: Path) -> None:
     with Image.open(root / "noise.png") as source:
         assert (high.width, high.height, low.width, low.height) == (140, 420, 56, 224)
         for view in (low, high):
-            assert torch.equal(view.pixel_values, expected_rows(source, view))
-        part = source.crop((26, 54, 161, 183))
-        assert low.visual_tokens == 16 and high.pixel_values.shape == (300, 1176)
-        assert part.size and crop.pixel_values.shape == (crop.grid_thw[1] * crop.grid_thw[2], 1176)
+            assert_like_processor(view, source)
+    assert low.visual_tokens == 16 and high.pixel_values.shape == (300, 1176)
+    assert crop.pixel_values.shape == (crop.grid_thw[1] * crop.grid_thw[2], 1176)
 
 
 def test_a_crop_sees_its_own_pixels_only(root: Path) -> None:
@@ -84,7 +94,7 @@ def test_a_crop_sees_its_own_pixels_only(root: Path) -> None:
 
     (plan, view), _ = run(main)
     with Image.open(root / "photo.png") as source:
-        assert torch.equal(view.pixel_values, expected_rows(source.crop(plan.source_box), view))
+        assert_like_processor(view, source.crop(plan.source_box))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,11 +107,8 @@ def test_layouts_dtypes_and_filters(root: Path, layout: str, dtype: torch.dtype,
 
     view, _ = run(main, layout=layout, dtype=dtype, resample=resample)
     with Image.open(root / "photo.png") as source:
-        rows = expected_rows(source, view, getattr(Image.Resampling, resample.upper()))
-    if layout == "compact":
-        rows = rows.view(-1, 3, 2, 196)[:, :, 0].reshape(-1, 588)
+        assert_like_processor(view, source, layout, getattr(Image.Resampling, resample.upper()))
     assert view.pixel_values.dtype == dtype and view.pixel_values.is_contiguous()
-    assert torch.equal(view.pixel_values, rows.to(dtype))
 
 
 def test_real_images_equal_the_processor(data_dir: Path) -> None:
@@ -117,7 +124,7 @@ def test_real_images_equal_the_processor(data_dir: Path) -> None:
             with Image.open(path) as file:
                 source = file.convert("RGB")
             for view in views:
-                assert torch.equal(view.pixel_values, expected_rows(source, view)), path.name
+                assert_like_processor(view, source)
             assert views[0].visual_tokens <= views[1].visual_tokens
 
     _, counts = run(main)

@@ -169,16 +169,11 @@ class ImagePipeline:
         return _Pixels(values, digest.hexdigest())
 
     def _patchify(self, pixels: np.ndarray, plans: dict[str, ViewPlan]) -> list[ImageInput]:
-        """One patchify call for each part of the image that is shown, for all its sizes."""
+        """The views of `plans`, keys being their content hashes, from one read of the pixels."""
         self._count("views_patchified", len(plans))
-        rows: dict[str, torch.Tensor] = {}
-        for box in {plan.source_box for plan in plans.values()}:
-            group = {key: plan for key, plan in plans.items() if plan.source_box == box}
-            part = pixels if box is None else np.ascontiguousarray(pixels[box[1] : box[3], box[0] : box[2]])
-            targets = [Target(plan.height, plan.width) for plan in group.values()]
-            made = patchify(part, targets, filter=self._resample, layout=self._layout, dtype=self._dtype)
-            rows.update(zip(group, made, strict=True))
-        return [ImageInput(key, plan.grid_thw, rows[key]) for key, plan in plans.items()]
+        targets = [Target(plan.height, plan.width, plan.source_box) for plan in plans.values()]
+        made = patchify(pixels, targets, filter=self._resample, layout=self._layout, dtype=self._dtype)
+        return [ImageInput(key, plan.grid_thw, rows) for (key, plan), rows in zip(plans.items(), made, strict=True)]
 
     def _content_hash(self, image: SourceImage, plan: ViewPlan) -> str:
         """Equal for equal pixel values: everything that they depend on."""
