@@ -2,9 +2,10 @@
 
 from vtengine.model.attention import AttentionContext, PackedCausal
 from vtengine.model.config import ModelConfig, ModelLoadError, TextConfig, VisionConfig
+from vtengine.model.names import checkpoint_name, hf_tensors
 from vtengine.model.positions import mrope_positions
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
-from vtengine.model.weights import hf_tensors, load_model, load_tensors, save_model
+from vtengine.model.weights import load_model, load_tensors, save_model
 
 __all__ = [
     "AttentionContext",
@@ -14,6 +15,7 @@ __all__ = [
     "Qwen2_5_VL",
     "TextConfig",
     "VisionConfig",
+    "checkpoint_name",
     "hf_tensors",
     "load_model",
     "load_tensors",

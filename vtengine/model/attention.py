@@ -1,4 +1,4 @@
-"""Attention behind one call. The language model calls `attend`; what is cached, paged or packed is the context's affair."""
+"""Attention behind one call: the model calls `attend`; what is cached, paged or packed is the context's affair."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs, causal: bool = 
     outputs, begin = [], 0
     for length, count in runs.items:
         end = begin + length * count
-        parts = (x[begin:end].unflatten(0, (count, length)) for x in (q, k, v))
-        outputs.append(batched_attention(*parts, causal=causal).flatten(0, 1))
+        batch = [x[begin:end].unflatten(0, (count, length)) for x in (q, k, v)]
+        outputs.append(batched_attention(batch[0], batch[1], batch[2], causal).flatten(0, 1))
         begin = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -117,6 +117,7 @@ class _Padded:
     restore: Tensor
 
     @staticmethod
+    @torch.inference_mode(False)
     def plan(offsets: Sequence[int], device: torch.device) -> _Padded:
         spans = sorted(((b - a, a) for a, b in itertools.pairwise(offsets)), reverse=True)
         groups: list[list[tuple[int, int]]] = []
@@ -140,13 +141,11 @@ class _Padded:
         return _Padded(tuple(batches), restore.to(device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        outputs = [
-            batched_attention(
-                *(x.index_select(0, rows.view(-1)).unflatten(0, rows.shape) for x in (q, k, v)), causal=True
-            )
-            for rows in self.batches
-        ]
-        return torch.cat([out.flatten(0, 1) for out in outputs]).index_select(0, self.restore)
+        outputs = []
+        for rows in self.batches:
+            batch = [x.index_select(0, rows.view(-1)).unflatten(0, rows.shape) for x in (q, k, v)]
+            outputs.append(batched_attention(batch[0], batch[1], batch[2], causal=True).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, self.restore)
 
 
 _Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
@@ -174,6 +173,7 @@ def _flash_attn() -> _Varlen | None:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [n + 1] cumulative lengths."""
     return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)

@@ -41,12 +41,13 @@ class VisionConfig:
         _check_sizes("vision_config", self, exclude=("fullatt_block_indexes",))
         if self.hidden_size % (4 * self.num_heads):
             raise ModelLoadError(
-                f"vision_config.hidden_size = {self.hidden_size}: must be a multiple of 4 * num_heads (= {4 * self.num_heads})"
+                f"vision_config.hidden_size = {self.hidden_size}: must be a multiple of 4 * num_heads "
+                f"(= {4 * self.num_heads})"
             )
         if self.window_size % (self.patch_size * self.spatial_merge_size):
             raise ModelLoadError(
-                f"vision_config.window_size = {self.window_size}: must be a multiple of patch_size * spatial_merge_size "
-                f"(= {self.patch_size * self.spatial_merge_size})"
+                f"vision_config.window_size = {self.window_size}: must be a multiple of patch_size * "
+                f"spatial_merge_size (= {self.patch_size * self.spatial_merge_size})"
             )
         outside = [i for i in self.fullatt_block_indexes if not 0 <= i < self.depth]
         if outside:
@@ -96,7 +97,8 @@ class TextConfig:
         _check_sizes("text_config", self, exclude=("rms_norm_eps", "rope_theta", "mrope_section"))
         if self.hidden_size % (2 * self.num_heads):
             raise ModelLoadError(
-                f"hidden_size = {self.hidden_size}: must be a multiple of 2 * num_attention_heads (= {2 * self.num_heads})"
+                f"hidden_size = {self.hidden_size}: must be a multiple of 2 * num_attention_heads "
+                f"(= {2 * self.num_heads})"
             )
         if self.num_heads % self.num_kv_heads:
             raise ModelLoadError(
@@ -104,8 +106,8 @@ class TextConfig:
             )
         if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2:
             raise ModelLoadError(
-                f"rope_scaling.mrope_section = {list(self.mrope_section)}: must be three numbers that add up to half the "
-                f"head size (= {self.head_dim // 2})"
+                f"rope_scaling.mrope_section = {list(self.mrope_section)}: must be three numbers that add up to "
+                f"half the head size (= {self.head_dim // 2})"
             )
 
     @property
@@ -147,10 +149,12 @@ class ModelConfig:
             )
         text = data.get("text_config") or data
         vision = data.get("vision_config") or {}
-        _refuse_unsupported(data, text, vision)
         try:
+            _refuse_unsupported(data, text, vision)
             return _build_config(data, text, vision)
-        except (TypeError, KeyError, AttributeError) as error:
+        except ModelLoadError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
             raise ModelLoadError(
                 f"config: a value has the wrong type ({error}); compare with a released config.json"
             ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +34,8 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     """float32 [dim / 2]: theta ** (-2i / dim)."""
     # Always computed on the CPU: the rounding of pow differs between devices, and angles multiply it by the position.
@@ -39,15 +43,15 @@ def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     return (1.0 / theta**steps).to(device)
 
 
-def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """angles float32 [N, D/2] -> (cos, signed sin), each [N, 1, D], as `rotate` takes them."""
+def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """angles float32 [N, D/2] -> (cos, signed sin), each float32 [N, 1, D], as `rotate` takes them."""
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1).unsqueeze(1).to(dtype), torch.cat((-sin, sin), -1).unsqueeze(1).to(dtype)
+    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary embedding of x [N, heads, D] in the rotate-half layout: pairs are (i, i + D/2).
+    """Rotary embedding of x [N, heads, D], pairs (i, i + D/2); computed in float32, returned in x's dtype.
 
     Rolling by half a head swaps the halves; the sign of the first half is in the table.
     """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).to(x.dtype)

@@ -21,9 +21,9 @@ def mrope_positions(
 ) -> tuple[Tensor, int]:
     """Positions of a piece of a sequence, and the position of whatever follows it.
 
-    token_ids: [T], with one `image_token_id` per visual token. grids: (t, h, w) in patches, one per image of this piece,
-    in order; images may touch. start: the `next_position` of the piece before, so that positions are append-only: a piece
-    may be any length, but an image lies whole inside one piece.
+    token_ids: [T], with one `image_token_id` per visual token. grids: (t, h, w) in patches, one per image of this
+    piece, in order; images may touch. start: the `next_position` of the piece before, so that positions are
+    append-only: a piece may have any length, but an image lies whole inside one piece.
     Returns int64 [3, T] on the CPU, and next_position. An image of t x h x w patches moves the next position on by
     max(h, w) / merge_size, not by its number of tokens.
     Raises ValueError where ids and grids disagree.

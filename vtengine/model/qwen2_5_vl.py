@@ -86,7 +86,7 @@ class Qwen2_5_VL(nn.Module):
         return self.embed_tokens.weight.dtype
 
     def embed(self, token_ids: Tensor, visual_features: Tensor | None = None) -> Tensor:
-        """token_ids int64 [T] -> [T, H]; the rows of image_token_id become the rows of visual_features [V, H], in order.
+        """token_ids int64 [T] -> [T, H]; rows of image_token_id become the rows of visual_features [V, H], in order.
 
         Raises ValueError unless there are exactly V such ids. With None the ids are looked up as they are.
         """
@@ -103,7 +103,7 @@ class Qwen2_5_VL(nn.Module):
 
     def decode(self, embeds: Tensor, positions: Tensor, attention: AttentionContext) -> Tensor:
         """embeds [T, H], positions int64 [3, T] (see `mrope_positions`) -> hidden [T, H], final norm applied."""
-        cos, sin = rotary_tables(self._angles(positions), embeds.dtype)
+        cos, sin = rotary_tables(self._angles(positions))
         x = embeds
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, index, attention)
@@ -122,6 +122,7 @@ class Qwen2_5_VL(nn.Module):
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _mrope(section: tuple[int, int, int], head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """(axis int64 [D/2]: 0, 1 or 2 per frequency; frequencies float32 [D/2])."""
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(section)).to(device)

@@ -22,8 +22,8 @@ from vtengine.model.positions import Grid
 class VisionPlan:
     """order: int64 [V], the input's visual token at each place; restore: its inverse. V = P / merge_unit.
 
-    windows: window attention over the P rows in `order`. images: full attention, over those rows if `image_order` is None
-    (one image), else over the rows taken by `image_order` int64 [P], whose inverse is `image_restore`.
+    windows: window attention over the P rows in `order`. images: full attention, over those rows if `image_order` is
+    None (one image), else over the rows taken by `image_order` int64 [P], whose inverse is `image_restore`.
     rows, columns: int64 [P], the patch coordinates of each row in `order`.
     """
 
@@ -37,7 +37,8 @@ class VisionPlan:
     columns: Tensor
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(False)
 def vision_plan(grids: tuple[Grid, ...], config: VisionConfig, device: torch.device) -> VisionPlan:
     """grids: (t, h, w) in patches, h and w multiples of the merge size. Raises ValueError for anything else."""
     merge, unit = config.spatial_merge_size, config.merge_unit
@@ -75,9 +76,9 @@ def vision_plan(grids: tuple[Grid, ...], config: VisionConfig, device: torch.dev
     )
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=64)
 def _frame_windows(height: int, width: int, side: int) -> tuple[np.ndarray, ...]:
-    """Visual tokens (row-major index) of every window of a frame of height x width tokens; border windows are smaller."""
+    """Row-major visual tokens of every window of a frame of height x width tokens; border windows are smaller."""
     index = np.arange(height * width).reshape(height, width)
     return tuple(
         index[top : top + side, left : left + side].reshape(-1)
@@ -86,7 +87,7 @@ def _frame_windows(height: int, width: int, side: int) -> tuple[np.ndarray, ...]
     )
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=64)
 def _frame_coordinates(height: int, width: int, merge: int) -> np.ndarray:
     """int64 [2, height * width]: row and column of every patch of a frame, in merge-window order."""
     grid = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)

@@ -119,7 +119,7 @@ class VisionTower(nn.Module):
         unit = self.config.merge_unit
         x = self.patch_embed(pixel_values)
         x = x.view(patches // unit, -1).index_select(0, plan.order).view(patches, -1)
-        tables = self._tables(plan, x.dtype)
+        tables = self._tables(plan)
         order = plan.image_order
         image_tables = tables if order is None else (tables[0].index_select(0, order), tables[1].index_select(0, order))
         for index, block in enumerate(self.blocks):
@@ -127,8 +127,8 @@ class VisionTower(nn.Module):
             x = block(x, tables, plan, image_tables if full else None)
         return self.merger(x).index_select(0, plan.restore)
 
-    def _tables(self, plan: VisionPlan, dtype: torch.dtype) -> Tables:
+    def _tables(self, plan: VisionPlan) -> Tables:
         """Rotary tables [P, 1, D]: the first half of the angles turns with the row, the second with the column."""
         frequencies = inverse_frequencies(self.config.head_dim // 2, ROPE_THETA, plan.rows.device)
         angles = (plan.rows[:, None] * frequencies, plan.columns[:, None] * frequencies)
-        return rotary_tables(torch.cat(angles, -1), dtype)
+        return rotary_tables(torch.cat(angles, -1))

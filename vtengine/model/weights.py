@@ -1,11 +1,8 @@
-"""Checkpoints: Hugging Face safetensors in and out. Nothing is unpickled, nothing is left half written.
-
-Inside, q/k/v and gate/up are fused. `hf_tensors` names slices of the fused parameters as checkpoints do, so loading,
-saving and updating in place all go through one table.
-"""
+"""Checkpoints: Hugging Face safetensors in and out. Nothing is unpickled, nothing is left half written."""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -15,9 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtengine.model.config import ModelConfig, ModelLoadError
+from vtengine.model.names import checkpoint_name, hf_tensors
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
 
 WEIGHTS = "model.safetensors"
@@ -26,71 +24,7 @@ SHARD_BYTES = 5_000_000_000
 NAMES_SHOWN = 8
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-# transformers 5 names -> checkpoint names
-_RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."), ("language_model.", "model."))
-
-
-def hf_tensors(
-    model: Qwen2_5_VL, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data
-) -> dict[str, Tensor]:
-    """Checkpoint name -> view of the parameter that holds it (writing to a view changes the model).
-
-    of: what is viewed of a parameter: its data, or for instance its gradient.
-    """
-    config, visual = model.config, model.visual
-    patch = config.vision
-    embed = of(visual.patch_embed.weight)
-    shape = (patch.hidden_size, patch.in_channels, patch.temporal_patch_size, patch.patch_size, patch.patch_size)
-    named: dict[str, Tensor] = {"visual.patch_embed.proj.weight": embed.view(shape)}
-
-    def add(name: str, module: nn.Module, *parts: tuple[str, int]) -> None:
-        """A module's tensors under `name`, or slices of their rows under `name` + part."""
-        for kind, parameter in module.named_parameters(recurse=False):
-            if not parts:
-                named[f"{name}.{kind}"] = of(parameter)
-            else:
-                slices = of(parameter).split([rows for _, rows in parts])
-                named.update({f"{name}.{part}.{kind}": x for (part, _), x in zip(parts, slices, strict=True)})
-
-    for i, block in enumerate(visual.blocks):
-        base = f"visual.blocks.{i}"
-        for part in ("norm1", "norm2", "attn.qkv", "attn.proj"):
-            add(f"{base}.{part}", block.get_submodule(part))
-        add(
-            f"{base}.mlp",
-            block.mlp.gate_up,
-            ("gate_proj", patch.intermediate_size),
-            ("up_proj", patch.intermediate_size),
-        )
-        add(f"{base}.mlp.down_proj", block.mlp.down)
-    add("visual.merger.ln_q", visual.merger.ln_q)
-    add("visual.merger.mlp.0", visual.merger.fc1)
-    add("visual.merger.mlp.2", visual.merger.fc2)
-    text = config.text
-    kv = text.num_kv_heads * text.head_dim
-    add("model.embed_tokens", model.embed_tokens)
-    for i, layer in enumerate(model.layers):
-        base = f"model.layers.{i}"
-        add(f"{base}.input_layernorm", layer.input_norm)
-        add(f"{base}.self_attn", layer.attn.qkv, ("q_proj", text.hidden_size), ("k_proj", kv), ("v_proj", kv))
-        add(f"{base}.self_attn.o_proj", layer.attn.o_proj)
-        add(f"{base}.post_attention_layernorm", layer.post_norm)
-        add(
-            f"{base}.mlp", layer.mlp.gate_up, ("gate_proj", text.intermediate_size), ("up_proj", text.intermediate_size)
-        )
-        add(f"{base}.mlp.down_proj", layer.mlp.down)
-    add("model.norm", model.norm)
-    if model.lm_head is not None:
-        add("lm_head", model.lm_head)
-    return named
-
-
-def checkpoint_name(name: str) -> str:
-    """The released checkpoints' name of a tensor that transformers 5 calls `model.visual.*` or `model.language_model.*`."""
-    for prefix, replacement in _RENAMES:
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    return name
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_tensors(
@@ -98,28 +32,32 @@ def load_tensors(
 ) -> None:
     """Copies checkpoint tensors into the model in place, casting to its dtype and device.
 
-    tensors: by checkpoint or transformers 5 name; an iterable is consumed one tensor at a time.
-    partial: tensors may be missing (a weight update in buckets). Raises ModelLoadError that lists missing, unexpected and
-    misshapen tensors; a mapping with a fault changes nothing.
+    tensors: by checkpoint or transformers 5 name. A mapping is checked first: missing, unexpected and misshapen tensors
+    are a ModelLoadError that lists them, and change nothing. An iterable of (name, tensor) is consumed one at a time
+    and must have been checked. partial: tensors may be missing (a weight update in buckets).
+    A tied model takes no `lm_head.weight`; one that equals the embedding is accepted.
     """
     targets = hf_tensors(model)
-    items = tensors.items() if isinstance(tensors, Mapping) else tensors
     if isinstance(tensors, Mapping):
-        _check(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "tensors")
+        _check(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "weight update")
+    head, embedded = None, False
     with torch.no_grad():
-        for name, tensor in items:
-            target = targets.get(checkpoint_name(name))
-            if target is not None:
-                target.copy_(tensor)
-            elif not _check_tied(model, tensor):
-                raise ModelLoadError(
-                    f"{name} differs from model.embed_tokens.weight, but the config says tie_word_embeddings: true; "
-                    "set it to false, or delete the tensor"
-                )
+        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+            known = checkpoint_name(name)
+            if known == _HEAD and _HEAD not in targets:
+                head = tensor
+                continue
+            targets[known].copy_(tensor)
+            embedded |= known == _EMBED
+    if head is not None and embedded and not torch.equal(head.to(model.embed_tokens.weight), model.embed_tokens.weight):
+        raise ModelLoadError(
+            f"{_HEAD} differs from {_EMBED}, but the config says tie_word_embeddings: true; set it to false in "
+            f"config.json, or delete {_HEAD}"
+        )
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Qwen2_5_VL:
-    """Loads a checkpoint folder (config.json and *.safetensors). Raises ModelLoadError, before memory is taken for weights."""
+    """Loads a checkpoint folder (config.json and *.safetensors). Raises ModelLoadError, before it takes memory."""
     folder = Path(path)
     if not folder.is_dir():
         raise ModelLoadError(f"{folder}: not a folder; give the folder of a checkpoint (config.json and *.safetensors)")
@@ -152,7 +90,7 @@ def save_model(model: Qwen2_5_VL, path: str | Path, shard_bytes: int = SHARD_BYT
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for name, shard in zip(names, shards, strict=True):
-        _replace(folder / name, lambda temporary, shard=shard: save_file(shard, temporary, metadata={"format": "pt"}))
+        _replace(folder / name, functools.partial(save_file, shard, metadata={"format": "pt"}))
     kept = set(names)
     if count > 1:
         where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
@@ -200,17 +138,15 @@ def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 def _read(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         with safe_open(file, framework="pt") as reader:
-            for name in sorted(
-                reader.keys(), reverse=True
-            ):  # model.embed_tokens before lm_head, which may be tied to it
+            for name in reader.keys():  # noqa: SIM118
                 yield name, reader.get_tensor(name)
 
 
 def _check(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], partial: bool, where: str) -> None:
-    """`lm_head.weight` of a tied model is no fault here: `load_tensors` compares its values."""
+    """Raises ModelLoadError listing what does not fit. `load_tensors` sees to an `lm_head.weight` of a tied model."""
     given = {checkpoint_name(name): shape for name, shape in shapes.items()}
     missing = [name for name in targets if name not in given]
-    extra = [name for name in given if name not in targets and name != "lm_head.weight"]
+    extra = [name for name in given if name not in targets and name != _HEAD]
     misshapen = [
         f"{name} is {list(shape)}, config says {list(targets[name].shape)}"
         for name, shape in given.items()
@@ -225,13 +161,9 @@ def _check(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
         faults.append(f"{len(misshapen)} misshapen: {_some(misshapen)}")
     if faults:
         raise ModelLoadError(
-            f"{where}: tensors do not fit the config: {'; '.join(faults)}. Use the config.json that belongs to these weights"
+            f"{where}: tensors do not fit the config: {'; '.join(faults)}. Use the config.json that belongs "
+            "to these weights, or download both again"
         )
-
-
-def _check_tied(model: Qwen2_5_VL, head: Tensor) -> bool:
-    embed = model.embed_tokens.weight
-    return head.shape == embed.shape and torch.equal(head.to(embed), embed)
 
 
 def _some(names: Iterable[str]) -> str:
