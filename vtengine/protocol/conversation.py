@@ -38,19 +38,23 @@ class Limits:
     """resolution: adaptive offers the tools; low and high are one direct turn. max_turns counts replies.
 
     visual_token_budget: the most visual tokens an episode may show, the first view included; None = no limit.
+    max_context_tokens: the most tokens of prompt and replies together, for whoever counts tokens; None = no limit.
     """
 
     resolution: Resolution = "adaptive"
     max_turns: int = 2
     visual_token_budget: int | None = None
+    max_context_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.resolution not in RESOLUTIONS:
             raise ValueError(f"limits.resolution = {self.resolution!r}: must be one of {', '.join(RESOLUTIONS)}")
         if self.max_turns < 1:
             raise ValueError(f"limits.max_turns = {self.max_turns}: must be >= 1")
-        if self.visual_token_budget is not None and self.visual_token_budget < 1:
-            raise ValueError(f"limits.visual_token_budget = {self.visual_token_budget}: must be >= 1, or left out")
+        for name in ("visual_token_budget", "max_context_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"limits.{name} = {value}: must be >= 1, or left out")
 
     @property
     def is_adaptive(self) -> bool:

@@ -1,0 +1,271 @@
+"""THE loop: ask -> render -> generate -> commit -> next. Server, training and evaluation all call `run_episode`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, cast
+
+from vtengine.engine.base import (
+    Backend,
+    BackendFailed,
+    Completion,
+    ImageInput,
+    Request,
+    RequestRejected,
+    SamplingParams,
+    TokenChunk,
+)
+from vtengine.protocol.conversation import Conversation, Limits
+from vtengine.protocol.messages import Ask, ErrorInfo, Status
+from vtengine.protocol.profile import Profile
+from vtengine.protocol.reply import Reply
+from vtengine.rollout.question import ImageGeometry, Question
+from vtengine.rollout.tokenizer import StreamDecoder, Tokenizer
+from vtengine.rollout.transcript import BadCompletion, ContextFull, Transcript
+from vtengine.vision.errors import ImageError
+from vtengine.vision.pipeline import SourceImage
+from vtengine.vision.plan import ViewPlan
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 2
+"""Times a request is sent when the backend breaks before its first token."""
+
+
+class Views(Protocol):
+    """The part of the image pipeline that an episode uses."""
+
+    async def open(self, source: str, root: Path, /) -> SourceImage: ...
+
+    async def view(self, image: SourceImage, plan: ViewPlan, /) -> ImageInput: ...
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """A view as the model got it, in pixels. `encoded`: the vision tower ran for it because of this turn."""
+
+    width: int
+    height: int
+    visual_tokens: int
+    encoded: bool
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request and its reply. `images`: the views new in this turn. `action`: what the reply called for.
+
+    reencoded_images: views of earlier turns that the vision tower had to run for again (their features were evicted).
+    """
+
+    text: str
+    completion: Completion
+    reply: Reply
+    images: tuple[ShownImage, ...]
+    reencoded_images: int = 0
+
+    @property
+    def action(self) -> str | None:
+        return None if self.reply.call is None else self.reply.call.action
+
+
+@dataclass(frozen=True)
+class Episode:
+    """How a question went. `image` is None when it could not be opened; then there are no turns."""
+
+    question: Question
+    status: Status
+    answer: str | None
+    error: ErrorInfo | None
+    turns: tuple[Turn, ...]
+    transcript: Transcript = field(repr=False)
+    latency_s: float
+    image: SourceImage | None = field(default=None, repr=False)
+
+    @property
+    def images(self) -> tuple[ShownImage, ...]:
+        """Every view that the model replied to, in order."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+    @property
+    def is_upscaled(self) -> bool:
+        """The model was shown a closer view, and replied."""
+        return len(self.images) > 1
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(image.visual_tokens for image in self.images)
+
+    @property
+    def visual_tokens_full(self) -> int:
+        """What showing the high view at once costs."""
+        return 0 if self.image is None else self.image.high.visual_tokens
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request is about to be sent; `prompt_tokens` counts the whole context."""
+
+    turn: int
+    images: tuple[ImageInput, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """New text of the reply; the pieces of a turn, joined, are its text."""
+
+    turn: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Replied:
+    turn: int
+    record: Turn
+
+
+Event = Asked | TextDelta | Replied
+OnEvent = Callable[[Event], None]
+
+
+async def run_episode(
+    question: Question,
+    backend: Backend,
+    pipeline: Views,
+    tokenizer: Tokenizer,
+    profile: Profile,
+    limits: Limits,
+    sampling: SamplingParams,
+    on_event: OnEvent | None = None,
+) -> Episode:
+    """Runs one question to its end. With `on_event` the reply is streamed.
+
+    Every fault of input, backend or model is a status of the episode; only cancellation raises.
+    """
+    run = _Run(question, backend, pipeline, tokenizer, limits, sampling, on_event)
+    conversation = await run.start(profile)
+    while (ask := conversation.ask()) is not None:
+        try:
+            request = await run.render(ask)
+            completion = await run.generate(request, ask.turn)
+            text = run.transcript.commit(completion)
+        except Exception as fault:
+            conversation = conversation.failed(*_describe(fault, ask.turn))
+            break
+        conversation = conversation.after(text, completion.finish)
+        run.record(text, completion, conversation.replies[-1], len(ask.views))
+    return run.close(conversation)
+
+
+class _Run:
+    """The mutable side of one episode: image, transcript, turns and clock."""
+
+    def __init__(
+        self,
+        question: Question,
+        backend: Backend,
+        pipeline: Views,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        sampling: SamplingParams,
+        on_event: OnEvent | None,
+    ) -> None:
+        self.question, self.backend, self.pipeline, self.tokenizer = question, backend, pipeline, tokenizer
+        self.limits, self.sampling, self.on_event = limits, sampling, on_event
+        self.transcript = Transcript(tokenizer, limits.max_context_tokens)
+        self.turns: list[Turn] = []
+        self.image: SourceImage | None = None
+        self.started_s = time.perf_counter()
+
+    async def start(self, profile: Profile) -> Conversation:
+        try:
+            self.question.text.encode("utf-8")
+            self.image = await self.pipeline.open(self.question.image, self.question.root)
+            return Conversation.start(self.question.text, profile, self.limits, ImageGeometry(self.image))
+        except Exception as fault:
+            ended = Conversation(self.question.text, profile, self.limits)
+            return ended.failed(*_describe(fault, 0))
+
+    async def render(self, ask: Ask) -> Request:
+        assert self.image is not None
+        geometry = ImageGeometry(self.image)
+        images = [await self.pipeline.view(self.image, geometry.plan(view)) for view in ask.views]
+        self.transcript.append_ask(ask, images)
+        self._emit(Asked(ask.turn, tuple(images), len(self.transcript)))
+        return self.transcript.request(f"{self.question.id}/{ask.turn}", ask.turn, self.sampling)
+
+    async def generate(self, request: Request, turn: int) -> Completion:
+        """One completion; a backend that breaks before its first token is asked again."""
+        for attempt in range(1, ATTEMPTS + 1):
+            started = False
+            try:
+                if self.on_event is None:
+                    return await self.backend.generate(request)
+                stream = cast("AsyncGenerator[TokenChunk, None]", self.backend.stream(request))
+                decoder = StreamDecoder(self.tokenizer)
+                async with aclosing(stream):
+                    async for chunk in stream:
+                        started = True
+                        self._emit_text(turn, decoder.push(self.transcript.without_stop(chunk.token_ids)))
+                        if chunk.completion is not None:
+                            self._emit_text(turn, decoder.flush())
+                            return chunk.completion
+                raise BackendFailed(f"request {request.request_id}: the stream ended without a completion")
+            except BackendFailed:
+                if started or attempt == ATTEMPTS:
+                    raise
+        raise AssertionError("unreachable")
+
+    def record(self, text: str, completion: Completion, reply: Reply, num_new: int) -> None:
+        spans, encoded = self.transcript.images, completion.images_encoded
+        split = len(spans) - num_new
+        shown = tuple(
+            ShownImage(span.image.width, span.image.height, span.image.visual_tokens, ran)
+            for span, ran in zip(spans[split:], encoded[split:], strict=True)
+        )
+        turn = Turn(text, completion, reply, shown, sum(encoded[:split]))
+        self.turns.append(turn)
+        self._emit(Replied(len(self.turns) - 1, turn))
+
+    def close(self, conversation: Conversation) -> Episode:
+        assert conversation.status is not None
+        return Episode(
+            question=self.question,
+            status=conversation.status,
+            answer=conversation.answer,
+            error=conversation.error,
+            turns=tuple(self.turns),
+            transcript=self.transcript,
+            latency_s=time.perf_counter() - self.started_s,
+            image=self.image,
+        )
+
+    def _emit(self, event: Event) -> None:
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _emit_text(self, turn: int, text: str) -> None:
+        if text:
+            self._emit(TextDelta(turn, text))
+
+
+def _describe(fault: Exception, turn: int) -> tuple[ErrorInfo, Status]:
+    """A fault as error and status. What nobody foresaw is logged with its traceback."""
+    if isinstance(fault, ImageError | RequestRejected):
+        return ErrorInfo(fault.code, str(fault)), "rejected"
+    if isinstance(fault, ContextFull):
+        if turn == 0:
+            return ErrorInfo("prompt_too_long", str(fault)), "rejected"
+        return ErrorInfo("context_full", str(fault)), "truncated"
+    if isinstance(fault, BackendFailed):
+        return ErrorInfo("backend_failed", str(fault)), "failed"
+    if isinstance(fault, BadCompletion):
+        return ErrorInfo("completion_invalid", str(fault)), "failed"
+    if isinstance(fault, UnicodeEncodeError):
+        return ErrorInfo("text_not_unicode", f"the question is no Unicode text: {fault.reason}"), "rejected"
+    log.error("unforeseen fault in an episode", exc_info=fault)
+    return ErrorInfo("internal_error", f"{type(fault).__name__}: {fault}"), "failed"

@@ -1,0 +1,103 @@
+"""Many episodes: n siblings of one question, and batches whose results come in input order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from vtengine.engine.base import Backend, SamplingParams
+from vtengine.protocol.conversation import Limits
+from vtengine.protocol.profile import Profile
+from vtengine.rollout.episode import Episode, Views, run_episode
+from vtengine.rollout.question import Question
+from vtengine.rollout.seeds import derive_seed
+from vtengine.rollout.tokenizer import Tokenizer
+
+T = TypeVar("T")
+WAITING_PER_RUNNING = 8
+"""Finished results that wait for an earlier one, per running episode, before no new one is started."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all episodes of a run have in common."""
+
+    backend: Backend
+    pipeline: Views
+    tokenizer: Tokenizer
+    profile: Profile
+    limits: Limits
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The `index`-th episode of a question."""
+
+    question: Question
+    index: int
+    episode: Episode
+
+
+async def run_sample(setting: Setting, question: Question, index: int) -> Sample:
+    """One episode with the seed of its place: the same whatever else runs, and in whatever order."""
+    sampling = setting.sampling
+    if sampling.seed is not None:
+        sampling = replace(sampling, seed=derive_seed(sampling.seed, question.id, index))
+    episode = await run_episode(
+        question, setting.backend, setting.pipeline, setting.tokenizer, setting.profile, setting.limits, sampling
+    )
+    return Sample(question, index, episode)
+
+
+async def run_group(setting: Setting, question: Question, n: int, concurrency: int | None = None) -> list[Sample]:
+    """n siblings of one question, in order of their index. Cancelling cancels them all."""
+    jobs = (_job(setting, question, index) for index in range(n))
+    return [sample async for sample in in_order(jobs, concurrency or max(n, 1))]
+
+
+async def run_batch(
+    setting: Setting, questions: Iterable[Question], n: int = 1, concurrency: int = 8
+) -> AsyncIterator[Sample]:
+    """n samples of each question, in input order. `questions` is read as far as there is room, no further."""
+    jobs = (_job(setting, question, index) for question in questions for index in range(n))
+    async for sample in in_order(jobs, concurrency):
+        yield sample
+
+
+async def in_order(jobs: Iterable[Callable[[], Awaitable[T]]], concurrency: int) -> AsyncIterator[T]:
+    """Results of the jobs in their order, at most `concurrency` of them running, memory bounded.
+
+    A job that raises ends it; that, closing the iterator and cancellation all cancel what still runs.
+    """
+    if concurrency < 1:
+        raise ValueError(f"concurrency = {concurrency}: must be >= 1")
+    slots = asyncio.Semaphore(concurrency)
+    window = concurrency * (1 + WAITING_PER_RUNNING)
+    tasks: deque[asyncio.Task[T]] = deque()
+    source = iter(jobs)
+    try:
+        while True:
+            while len(tasks) < window and (job := next(source, None)) is not None:
+                tasks.append(asyncio.create_task(_in_slot(slots, job)))
+            if not tasks:
+                return
+            result = await tasks[0]
+            tasks.popleft()
+            yield result
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _in_slot(slots: asyncio.Semaphore, job: Callable[[], Awaitable[T]]) -> T:
+    async with slots:
+        return await job()
+
+
+def _job(setting: Setting, question: Question, index: int) -> Callable[[], Awaitable[Sample]]:
+    return lambda: run_sample(setting, question, index)
