@@ -52,7 +52,7 @@ def render(result: dict[str, Any], table: dict[str, Any]) -> str:
 def cell(value: object) -> str:
     """One value: three significant digits, thousands separated, an absent one as a dash."""
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -1,0 +1,68 @@
+"""What every test gets: one thread, a seed, no network, and the folder of real data when there is one."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[_name] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402  (after the thread counts are set)
+
+REPO = Path(__file__).resolve().parent.parent
+SEED = 20250713
+LOCAL = ("127.", "::1", "localhost", "0.0.0.0")
+
+
+class NetworkUsed(RuntimeError):
+    """A test tried to reach another machine."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Connections leave this machine in no test; local sockets stay allowed."""
+    real = socket.socket.connect, socket.socket.connect_ex
+
+    def guarded(connect):
+        def wrapper(self: socket.socket, address):
+            if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOCAL):
+                raise NetworkUsed(f"a test tried to connect to {address}; tests use local servers only")
+            return connect(self, address)
+
+        return wrapper
+
+    socket.socket.connect, socket.socket.connect_ex = (guarded(one) for one in real)
+    yield
+    socket.socket.connect, socket.socket.connect_ex = real
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seeds python, numpy and torch; the last two only where a test module has imported them."""
+    random.seed(SEED)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(SEED)
+    if "torch" in sys.modules and hasattr(sys.modules["torch"], "manual_seed"):
+        sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real photographs, documents and tokenizers that are not shipped; the test is skipped without them."""
+    folder = Path(os.environ.get("VTENGINE_TEST_DATA") or REPO.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no real test data at {folder} (set VTENGINE_TEST_DATA to its folder)")
+    return folder

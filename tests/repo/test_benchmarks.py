@@ -1,0 +1,133 @@
+"""The benchmark runner, and tables that match the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def load(repo_root: Path, name: str) -> ModuleType:
+    """A file of benchmarks/ as a module, by its path."""
+    sys.path.insert(0, str(repo_root / "benchmarks"))
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", repo_root / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+RESULT = {
+    "suite": "demo",
+    "quick": False,
+    "stamp": {
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "machine": {"cpu": "a CPU", "cores": 2, "memory_gib": 8.0, "gpu": None},
+        "versions": {"python": "3.11.0", "torch": "2.13.0"},
+        "date": "2025-01-01T00:00:00+00:00",
+    },
+    "tables": {"demo-fast": {"columns": {"name": "Name", "ms": "Time, ms"}, "where": {"kind": "fast"}}},
+    "rows": [
+        {"name": "a|b", "kind": "fast", "ms": 1.23456, "curve": [1, 2]},
+        {"name": "c", "kind": "slow", "ms": 12345.6, "curve": []},
+    ],
+}
+
+
+def project(root: Path, page: str, result: dict = RESULT) -> Path:
+    (root / "benchmarks" / "results").mkdir(parents=True)
+    (root / "benchmarks" / "results" / "demo.json").write_text(json.dumps(result), encoding="utf-8")
+    (root / "README.md").write_text(page, encoding="utf-8")
+    return root
+
+
+def test_pages_match_the_results(repo_root: Path) -> None:
+    """A number in the docs is rendered, never typed: `make report` after `make bench`."""
+    assert load(repo_root, "report").update(repo_root, check=True) == []
+
+
+def test_every_result_is_a_full_run(repo_root: Path) -> None:
+    for path in (repo_root / "benchmarks" / "results").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["suite"] == path.stem
+        assert result["stamp"]["commit"] and result["stamp"]["versions"]["python"]
+        assert not result["quick"] and result["rows"]
+
+
+def test_report_fills_and_is_then_quiet(repo_root: Path, tmp_path: Path) -> None:
+    report = load(repo_root, "report")
+    root = project(tmp_path, "top\n<!-- results:demo-fast -->\nold\n<!-- /results -->\nend\n")
+    assert report.update(root, check=True) == ["README.md"]
+    assert report.update(root, check=False) == ["README.md"]
+    assert report.update(root, check=True) == []
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "| Name | Time, ms |\n|---|---:|\n| a\\|b | 1.23 |\n" in text
+    assert "12,346" not in text and "old" not in text and "0123456789" in text
+
+
+def test_report_without_columns_shows_all_plain_ones(repo_root: Path, tmp_path: Path) -> None:
+    root = project(tmp_path, "<!-- results:demo -->\n<!-- /results -->\n")
+    load(repo_root, "report").update(root, check=False)
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "| name | kind | ms |" in text and "12,346" in text and "curve" not in text
+
+
+@pytest.mark.parametrize(
+    ("page", "result", "message"),
+    [
+        ("<!-- results:other -->\n<!-- /results -->\n", RESULT, "no result holds the table 'other'"),
+        ("<!-- results:demo -->\n", RESULT, "1 tables are opened but 0 are closed"),
+        ("", {**RESULT, "quick": True}, "comes from a quick run"),
+    ],
+)
+def test_report_refuses(repo_root: Path, tmp_path: Path, page: str, result: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(repo_root, "report").update(project(tmp_path, page, result), check=False)
+
+
+def test_compare_interleaves_and_counts(repo_root: Path, tmp_path: Path) -> None:
+    measure = load(repo_root, "measure")
+    seen: list[str] = []
+    found = measure.Context(quick=False, results=tmp_path).compare(
+        {name: (lambda name=name: seen.append(name)) for name in "abc"}, rounds=3, warmup=0
+    )
+    assert "".join(seen) == "abcbcacab"
+    assert set(found) == {"a", "b", "c"} and found["a"].rounds == 3
+    assert found["a"].min_s <= found["a"].median_s <= found["a"].p90_s
+
+
+def test_summary_of_known_rounds(repo_root: Path) -> None:
+    measure = load(repo_root, "measure")
+    got = measure.summarise([5.0, 1.0, 4.0, 2.0, 3.0], [0.5, 0.1, 0.4, 0.2, 0.3])
+    assert (got.median_s, got.min_s, got.p90_s, got.cpu_s, got.rounds) == (3.0, 1.0, 5.0, 0.3, 5)
+
+
+def test_compare_refuses_no_rounds(repo_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rounds = 0"):
+        load(repo_root, "measure").Context(quick=False, results=tmp_path).compare({}, rounds=0)
+
+
+def test_unknown_suite_is_bad_usage(repo_root: Path) -> None:
+    command = [sys.executable, str(repo_root / "benchmarks" / "run.py"), "--suite", "no_such_suite"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no such suite" in done.stderr
+
+
+def test_stamp_names_commit_machine_and_versions(repo_root: Path) -> None:
+    stamp = load(repo_root, "stamp").stamp(repo_root)
+    assert stamp["versions"]["python"] and stamp["machine"]["cores"] >= 1 and "date" in stamp
+    json.dumps(stamp, allow_nan=False)
+
+
+def test_suites_have_a_run_function(repo_root: Path) -> None:
+    run = load(repo_root, "run")
+    for name in run.suites():
+        text = (repo_root / "benchmarks" / "suites" / f"{name}.py").read_text(encoding="utf-8")
+        assert "def run(context" in text, name
