@@ -1,0 +1,104 @@
+"""Attention contexts against a plain softmax, at ragged lengths, with gradients; the flash path's call."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from vtengine.model import PackedCausal, attention
+from vtengine.model.attention import PADDING_LIMIT, Runs, dense_attention
+
+LENGTHS = [[5], [4, 4, 4], [1, 1], [1, 7, 7, 30, 2, 6, 29], [64, 1], [3, 100, 98, 97]]
+
+
+def plain(q, k, v, lengths, causal):
+    """Each sequence by itself, in float64, one head at a time."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    group = q.shape[1] // k.shape[1]
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        for head in range(q.shape[1]):
+            scores = q[rows, head].double() @ k[rows, head // group].double().T / q.shape[-1] ** 0.5
+            if causal:
+                scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
+            out[rows, head] = scores.softmax(-1) @ v[rows, head // group].double()
+        begin += length
+    return out
+
+
+def qkv(total, heads, kv_heads, size=32):
+    generator = torch.Generator().manual_seed(total)
+    fused = torch.randn(total, heads + 2 * kv_heads, size, generator=generator, requires_grad=True)
+    return (fused, *fused.split([heads, kv_heads, kv_heads], 1))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (2, 2)])
+def test_packed_causal(lengths, heads, kv_heads):
+    fused, q, k, v = qkv(sum(lengths), heads, kv_heads)
+    offsets = [0, *itertools.accumulate(lengths)]
+    out = PackedCausal(offsets).attend(0, q, k, v)
+    expected = plain(q, k, v, lengths, causal=True)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
+
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (ours,) = torch.autograd.grad((out * weight).sum(), fused)
+    (exact,) = torch.autograd.grad((expected * weight).sum(), fused)
+    torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-4)
+
+
+def test_offsets_may_be_a_tensor():
+    _, q, k, v = qkv(7, 2, 1)
+    by_tensor = PackedCausal(torch.tensor([0, 3, 7], dtype=torch.int32)).attend(0, q, k, v)
+    assert torch.equal(by_tensor, PackedCausal([0, 3, 7]).attend(0, q, k, v))
+
+
+@pytest.mark.parametrize("offsets", [[], [0], [1, 3], [0, 3, 3], [0, 4, 2]])
+def test_bad_offsets(offsets):
+    with pytest.raises(ValueError, match="ascending token offsets"):
+        PackedCausal(offsets)
+
+
+def test_wrong_number_of_tokens():
+    _, q, k, v = qkv(6, 2, 1)
+    with pytest.raises(ValueError, match="6 tokens, but cu_seqlens ends at 7"):
+        PackedCausal([0, 3, 7]).attend(0, q, k, v)
+
+
+def test_padding_is_bounded():
+    offsets = [0, *itertools.accumulate([1, 3, 5, 50, 64, 64, 200, 199, 7, 48])]
+    plan = attention._Padded.plan(offsets, torch.device("cpu"))
+    for rows in plan.batches:
+        used = len(rows.unique())
+        assert used >= (1 - PADDING_LIMIT) * rows.numel()
+    assert len(plan.batches) < 10
+
+
+def test_dense_runs():
+    runs = Runs(((16, 3), (5, 1), (2, 2)))
+    _, q, k, v = qkv(runs.total, 2, 2)
+    torch.testing.assert_close(
+        dense_attention(q, k, v, runs).double(), plain(q, k, v, runs.lengths, causal=False), atol=2e-6, rtol=1e-5
+    )
+
+
+def test_flash_call(monkeypatch):
+    """Where flash-attn can run, ragged and equal lengths go to it in one call with int32 offsets."""
+    calls = []
+
+    def flash(q, k, v, offsets, longest, causal):
+        calls.append((offsets.tolist(), offsets.dtype, longest, causal))
+        return q.clone()
+
+    monkeypatch.setattr(attention, "_varlen", lambda q: flash)
+    _, q, k, v = qkv(7, 2, 1)
+    PackedCausal([0, 3, 7]).attend(0, q, k, v)
+    dense_attention(q, k, v, Runs(((2, 3), (1, 1))))
+    assert calls == [([0, 3, 7], torch.int32, 4, True), ([0, 2, 4, 6, 7], torch.int32, 2, False)]
+
+
+def test_flash_is_not_for_cpu_tensors():
+    assert attention._varlen(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) is None
