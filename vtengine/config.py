@@ -205,8 +205,13 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    return _quoted(value) if isinstance(value, str) else repr(value)
 
 
 def _key(key: str) -> str:
-    return key if key and all(char.isascii() and (char.isalnum() or char in "-_") for char in key) else json.dumps(key)
+    return key if key and all(char.isascii() and (char.isalnum() or char in "-_") for char in key) else _quoted(key)
+
+
+def _quoted(text: str) -> str:
+    """A basic string: JSON's escapes are TOML's, except that TOML also wants DEL escaped and has no surrogates."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
