@@ -26,7 +26,7 @@ def test_rows_are_lines_of_ascii_json(tmp_path: Path) -> None:
     assert not settings_path(path).exists()
 
 
-@pytest.mark.parametrize("tail", [b"", b'{"id": 3', b'{"id": 3}', b"\x00\x00", b'{"id"\n{"id": 4}\n', b"[1]\n"])
+@pytest.mark.parametrize("tail", [b"", b'{"id": 3', b'{"id": 3}', b"\x00\x00", b'{"id"\n', b"[1]\n"])
 def test_a_torn_tail_is_cut_and_writing_goes_on(tmp_path: Path, tail: bytes) -> None:
     path = written(tmp_path / "o.jsonl", {"id": 1}, {"id": 2})
     whole = path.read_bytes()
@@ -37,6 +37,13 @@ def test_a_torn_tail_is_cut_and_writing_goes_on(tmp_path: Path, tail: bytes) -> 
     output.append({"id": 3})
     output.close(finished=True)
     assert path.read_bytes() == whole + b'{"id": 3}\n'
+
+
+def test_a_foreign_file_is_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("first\nsecond\n")
+    with pytest.raises(UsageError, match="line 1 is no row"):
+        list(complete_rows(path))
 
 
 def test_an_older_file_is_kept(tmp_path: Path) -> None:

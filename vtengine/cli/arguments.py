@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import math
 import sys
 from collections.abc import Callable
@@ -64,11 +65,9 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of all subcommands; `arguments.run(arguments)` runs the chosen one."""
-    from vtengine import __version__
-
     summary = "Answers questions about images: a quarter of the pixels first, all of them only when the model asks."
     parser = Parser("vtengine", description=summary, epilog=_MAIN, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"vtengine {__version__}")
+    parser.add_argument("--version", action="version", version=f"vtengine {installed_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     _add_generate(_command(commands, "generate", "answer a file of image questions", _GENERATE))
     _add_ask(_command(commands, "ask", "answer one question about one image", _ASK))
@@ -79,6 +78,13 @@ def build_parser() -> Parser:
     doctor = _command(commands, "doctor", "say what is installed, what is missing and what is slower for it", _DOCTOR)
     doctor.add_argument("--json", action="store_true", help="as JSON, for programs and bug reports")
     return parser
+
+
+def installed_version() -> str:
+    try:
+        return importlib.metadata.version("vtengine")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed, run from source)"
 
 
 def _command(commands: argparse._SubParsersAction[Parser], name: str, summary: str, examples: str) -> Parser:

@@ -19,25 +19,21 @@ from vtengine.cli.errors import CliError, UsageError, one_line
 SYNC_SECONDS = 2.0
 
 
-def encode_row(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON with its newline: ASCII, no NaN, keys in the order given."""
-    return json.dumps(row, ensure_ascii=True, allow_nan=False, separators=(", ", ": ")).encode("ascii") + b"\n"
-
-
 def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The whole rows at the start of a file, each with the offset of its end; stops at a torn or foreign line."""
+    """The whole rows of a file with the offset of each one's end; a torn last line is left out.
+
+    Raises UsageError for a broken line before the last: such a file was not written by `vtengine generate`.
+    """
+    offset, torn = 0, 0
     with path.open("rb") as file:
-        offset = 0
-        for raw in file:
+        for number, raw in enumerate(file, start=1):
+            if torn:
+                raise UsageError(f"--resume {path}: line {torn} is no row of `vtengine generate`; is it another file?")
+            row = _parse(raw)
+            if row is None:
+                torn = number
+                continue
             offset += len(raw)
-            if not raw.endswith(b"\n"):
-                return
-            try:
-                row = json.loads(raw)
-            except (ValueError, RecursionError):
-                return
-            if not isinstance(row, dict):
-                return
             yield row, offset
 
 
@@ -66,6 +62,8 @@ class OutputFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one row; it is safe against a crash of this process at once, against a power cut after `sync`."""
+        from vtengine.rollout.records import encode_row
+
         self._guarded(self._write_all, encode_row(row))
         if time.monotonic() - self._synced_s >= SYNC_SECONDS:
             self.sync()
@@ -95,6 +93,14 @@ class OutputFile:
         except OSError as error:
             hint = "free some space, then run the same command with --resume"
             raise CliError(f"{self.path}: writing failed: {error.strerror}; {hint}") from None
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(raw) if raw.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def settings_path(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TextIO
 
 from vtengine.viewer.totals import Totals
 
@@ -28,8 +29,10 @@ def summary_rows(totals: Totals, wall_s: float | None, fresh_rows: int, fresh_to
         yield "throughput", f"{rates}  ({wall_s:.1f} s)"
 
 
-def print_summary(totals: Totals, wall_s: float | None, fresh_rows: int, fresh_tokens: int) -> None:
-    """Writes the table to stdout; colours only on a terminal."""
+def print_summary(
+    totals: Totals, wall_s: float | None, fresh_rows: int, fresh_tokens: int, stream: TextIO | None = None
+) -> None:
+    """Writes the table to `stream` (default: stdout); colours only on a terminal."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -39,4 +42,5 @@ def print_summary(totals: Totals, wall_s: float | None, fresh_rows: int, fresh_t
     table.add_column()
     for name, value in summary_rows(totals, wall_s, fresh_rows, fresh_tokens):
         table.add_row(name, value)
-    Console(width=None if Console().is_terminal else 120, highlight=False).print(table)
+    console = Console(file=stream, highlight=False)
+    console.print(table, width=None if console.is_terminal else 120)

@@ -1,0 +1,174 @@
+"""A checkpoint folder without weights, scripted replies, pictures, and ways to run the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from vtengine.cli import main
+
+REPO = Path(__file__).resolve().parents[2]
+SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+CALL = '<think>too small</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
+SCRIPTS = [
+    ["<think>easy</think><answer>red</answer>"],
+    [CALL, "<think>now I see</think><answer>blue</answer>"],
+    ["no tags at all"],
+]
+TIMES = ("latency_s", "ttft_s")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level tokenizer, the glance profile and a config that names no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in SPECIAL])
+    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<tool_call>", "</tool_call>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text("{}")
+    (folder / "profile.toml").write_bytes((REPO / "vtengine/protocol/profiles/glance.toml").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def scripted(model_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Flags of a run on scripted replies, each taking `delay_s`."""
+
+    def flags(delay_s: float = 0.0, scripts: list[list[str]] = SCRIPTS) -> list[str]:
+        path = tmp_path / "replies.json"
+        path.write_text(json.dumps({"delay_s": delay_s, "scripts": scripts}))
+        return ["--model", str(model_folder), "--backend", f"scripted:{path}"]
+
+    return flags
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Callable[..., Path]:
+    """Writes IN.jsonl with `count` different pictures, then `extra` lines as they are."""
+
+    def write(count: int = 6, *extra: bytes | dict[str, Any], name: str = "in.jsonl") -> Path:
+        lines = []
+        for number in range(count):
+            make_picture(tmp_path / f"p{number}.png", number)
+            row = {
+                "id": f"q{number}",
+                "image": f"p{number}.png",
+                "question": f"Which? {number}",
+                "answer": "blue",
+                "k": number,
+            }
+            lines.append(json.dumps(row).encode())
+        lines += [line if isinstance(line, bytes) else json.dumps(line).encode() for line in extra]
+        (tmp_path / name).write_bytes(b"".join(line + b"\n" for line in lines))
+        return tmp_path / name
+
+    return write
+
+
+def make_picture(path: Path, number: int) -> Path:
+    image = Image.new("RGB", (112 + 28 * (number % 5), 84), "white")
+    ImageDraw.Draw(image).text((10 + number % 30, 30), str(number), fill=(number * 37 % 256, 0, 90))
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def vtengine(capfd: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs the command in this process."""
+
+    def run(*arguments: str | Path) -> Done:
+        capfd.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        out, err = capfd.readouterr()
+        assert "Traceback" not in out + err
+        return Done(status, out, err)
+
+    return run
+
+
+class Process:
+    """The command in a process of its own."""
+
+    def __init__(self, *arguments: str | Path, **options: Any) -> None:
+        folders = [str(REPO), str(REPO / "kernels"), str(REPO / "training")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, "-m", "vtengine.cli", *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.popen = subprocess.Popen(line, env=environment, **(pipes | options))
+
+    def wait_for_rows(self, path: Path, count: int) -> None:
+        """Returns once `count` rows are in the file."""
+        give_up_s = time.monotonic() + 60
+        while not path.exists() or path.read_bytes().count(b"\n") < count:
+            assert self.popen.poll() is None, self.popen.communicate()
+            assert time.monotonic() < give_up_s
+            time.sleep(0.02)
+
+    def finish(self) -> Done:
+        out, err = self.popen.communicate(timeout=120)
+        assert "Traceback" not in out + err, err
+        return Done(self.popen.returncode, out, err)
+
+
+@pytest.fixture
+def process() -> Iterator[Callable[..., Process]]:
+    """Starts the command; what still runs at the end of the test is killed."""
+    started: list[Process] = []
+
+    def start(*arguments: str | Path, **options: Any) -> Process:
+        started.append(Process(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        if one.popen.poll() is None:
+            one.popen.kill()
+            one.popen.communicate()
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def _strip(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strip(item) for key, item in value.items() if key not in TIMES}
+    return [_strip(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.fixture
+def rows_of() -> Callable[[Path], list[dict[str, Any]]]:
+    return _rows
+
+
+@pytest.fixture
+def without_times() -> Callable[[Path], list[str]]:
+    """Lines of an output with the times taken out."""
+    return lambda path: [json.dumps(_strip(row)) for row in _rows(path)]

@@ -1,0 +1,153 @@
+"""Interrupted runs: Ctrl-C, kill -9, a full disk; `--resume` gives the file of an uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+SLOW = 0.05  # seconds per scripted reply
+
+
+@pytest.fixture
+def uninterrupted(vtengine: Run, scripted: Run, questions: Run, tmp_path: Path) -> Path:
+    path = questions(40, b'{"id": "half')
+    assert vtengine("generate", path, "-o", tmp_path / "whole.jsonl", *scripted(), "--concurrency", 4).status == 3
+    return tmp_path / "whole.jsonl"
+
+
+def arguments(tmp_path: Path, out: Path, flags: list[str], *more: str) -> list[Any]:
+    return ["generate", tmp_path / "in.jsonl", "-o", out, *flags, "--concurrency", "4", *more]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stopped_in_the_middle_and_resumed(
+    uninterrupted: Path, process: Run, vtengine: Run, scripted: Run, without_times: Run, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "out.jsonl"
+    running = process(*arguments(tmp_path, out, scripted(SLOW)))
+    running.wait_for_rows(out, 5)
+    running.popen.send_signal(number)
+    done = running.finish()
+    there = out.read_bytes().count(b"\n")
+    assert 5 <= there < 41
+    if number == signal.SIGINT:
+        assert done.status == 130
+        assert done.err.strip().splitlines()[-1].count("--resume") == 1 and f"{there} of 41 rows" in done.err
+    with out.open("ab") as file:
+        file.write(b'{"id": "q30", "sam')  # torn, as a crash of the machine may leave it
+    resumed = vtengine(*arguments(tmp_path, out, scripted(), "--resume"))
+    assert resumed.status == 3
+    assert without_times(out) == without_times(uninterrupted)
+    assert out.read_bytes().startswith(b'{"id": "q0"') and not list(tmp_path.glob("out.jsonl.*"))
+
+
+def test_resume_at_every_row(
+    uninterrupted: Path, vtengine: Run, scripted: Run, without_times: Run, tmp_path: Path
+) -> None:
+    lines = uninterrupted.read_bytes().splitlines(keepends=True)
+    for count in (0, 1, 7, 40, 41):
+        out = tmp_path / f"from{count}.jsonl"
+        out.write_bytes(b"".join(lines[:count]))
+        vtengine(*arguments(tmp_path, out, scripted(), "--resume"))
+        assert without_times(out) == without_times(uninterrupted)
+        assert out.read_bytes().startswith(b"".join(lines[:count]))
+
+
+def test_a_group_of_samples_is_taken_up_whole(
+    vtengine: Run, scripted: Run, questions: Run, without_times: Run, tmp_path: Path
+) -> None:
+    questions(5)
+    flags = scripted()
+    vtengine(*arguments(tmp_path, tmp_path / "whole.jsonl", flags, "--n", "3", "--temperature", "1"))
+    lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(b"".join(lines[:8]))
+    vtengine(*arguments(tmp_path, out, flags, "--n", "3", "--temperature", "1", "--resume"))
+    assert without_times(out) == without_times(tmp_path / "whole.jsonl")
+    assert out.read_bytes().splitlines(keepends=True)[:6] == lines[:6]
+
+
+def test_resume_without_a_file_starts(
+    vtengine: Run, scripted: Run, questions: Run, rows_of: Run, tmp_path: Path
+) -> None:
+    questions(3)
+    assert vtengine(*arguments(tmp_path, tmp_path / "new.jsonl", scripted(), "--resume")).status == 0
+    assert len(rows_of(tmp_path / "new.jsonl")) == 3
+
+
+def test_resume_refuses_rows_of_another_input(
+    uninterrupted: Path, vtengine: Run, scripted: Run, questions: Run, tmp_path: Path
+) -> None:
+    before = uninterrupted.read_bytes()
+    questions(3)
+    done = vtengine(*arguments(tmp_path, uninterrupted, scripted(), "--resume"))
+    assert done.status == 2 and "more rows" in done.err
+    (tmp_path / "in.jsonl").write_bytes(b'{"id": "z", "image": "p0.png", "question": "q"}\n' * 2)
+    done = vtengine(*arguments(tmp_path, uninterrupted, scripted(), "--resume"))
+    assert done.status == 2 and "id 'q0', sample 0 where" in done.err
+    assert uninterrupted.read_bytes() == before
+
+
+def test_resume_refuses_other_settings(
+    process: Run, vtengine: Run, scripted: Run, questions: Run, tmp_path: Path
+) -> None:
+    questions(40)
+    out, flags = tmp_path / "out.jsonl", scripted(SLOW)
+    running = process(*arguments(tmp_path, out, flags))
+    running.wait_for_rows(out, 3)
+    running.popen.kill()
+    running.finish()
+    done = vtengine(*arguments(tmp_path, out, flags, "--resume", "--seed", "5"))
+    assert done.status == 2 and "seed was 0, is 5" in done.err
+
+
+def test_an_older_output_is_kept(uninterrupted: Path, vtengine: Run, scripted: Run, tmp_path: Path) -> None:
+    before = uninterrupted.read_bytes()
+    vtengine(*arguments(tmp_path, uninterrupted, scripted()))
+    assert (tmp_path / "whole.jsonl.previous").read_bytes() == before
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
+
+def test_full_disk_ends_with_one_line_and_can_be_resumed(
+    uninterrupted: Path, process: Run, vtengine: Run, scripted: Run, without_times: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    done = process(*arguments(tmp_path, out, scripted()), preexec_fn=limit_file_size).finish()
+    assert done.status == 1
+    lines = [line for line in done.err.splitlines() if line]
+    assert len(lines) == 1 and "writing failed" in lines[0] and "--resume" in lines[0]
+    assert vtengine(*arguments(tmp_path, out, scripted(), "--resume")).status == 3
+    assert without_times(out) == without_times(uninterrupted)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_to_a_full_device(process: Run, scripted: Run, questions: Run) -> None:
+    path = questions(3)
+    done = process("generate", path, "-o", "/dev/full", *scripted()).finish()
+    assert done.status == 1 and "No space left on device" in done.err and done.err.count("\n") == 1
+
+
+def test_output_to_a_pipe(process: Run, scripted: Run, questions: Run) -> None:
+    path = questions(3)
+    done = process("generate", path, "-o", "/dev/stdout", *scripted()).finish()
+    assert done.status == 0 and len(done.out.splitlines()) == 3
+
+
+def test_ctrl_c_while_started_in_the_background(process: Run, scripted: Run, questions: Run, tmp_path: Path) -> None:
+    path = questions(40)
+    ignore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN), "stdin": subprocess.DEVNULL}
+    running = process("generate", path, "-o", tmp_path / "out.jsonl", *scripted(SLOW), "--concurrency", 2, **ignore)
+    running.wait_for_rows(tmp_path / "out.jsonl", 2)
+    running.popen.send_signal(signal.SIGINT)
+    assert running.finish().status == 130

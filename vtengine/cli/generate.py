@@ -1,0 +1,203 @@
+"""`vtengine generate`: a file of questions in, a row per (question, sample) out, in input order, resumable."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, one_line
+from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
+from vtengine.cli.output import OutputFile, check_settings, complete_rows
+from vtengine.cli.progress import Progress
+from vtengine.cli.scoring import is_correct
+from vtengine.cli.session import check_backend, open_session, sampling_settings
+from vtengine.cli.summary import print_summary
+from vtengine.viewer.totals import TotalsCounter
+
+if TYPE_CHECKING:
+    from vtengine.rollout.group import Setting
+
+Row = dict[str, Any]
+Place = tuple[InputRow | RejectedRow, int]  # an input and the index of a sample of it
+LOGPROB_DIGITS = 3  # batches of other sizes differ in later ones
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=//)|data:", re.IGNORECASE)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The whole command. Raises CliError for what ends it early."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    check_backend(arguments.backend)
+    task = _Task.prepare(arguments)
+    started_s = time.monotonic()
+    if task.rows_done < task.rows_total:
+        asyncio.run(_generate(task))
+    else:
+        task.open_output().close(finished=True)
+    wall_s = time.monotonic() - started_s
+    totals = task.counter.totals()
+    if not arguments.quiet:
+        tokens = totals.completion_tokens - task.tokens_before
+        stream = sys.stdout if task.writes_file else sys.stderr
+        print_summary(totals, task.run_s or wall_s, task.rows_total - task.rows_done, tokens, stream)
+    return ROWS_REJECTED if totals.unfinished else OK
+
+
+@dataclass
+class _Task:
+    """What is to be done: `rows_done` of `rows_total` are in the output already, up to byte `resume_at`."""
+
+    arguments: argparse.Namespace
+    counter: TotalsCounter
+    rows_total: int
+    rows_done: int = 0
+    resume_at: int | None = None
+    tokens_before: int = 0
+    run_s: float = 0.0
+
+    @classmethod
+    def prepare(cls, arguments: argparse.Namespace) -> _Task:
+        """Reads the input once to its end, and what an interrupted run left."""
+        source, target = arguments.input, arguments.output
+        if target.exists() and source.exists() and target.samefile(source):
+            raise UsageError(f"-o {target}: is the input itself")
+        if arguments.image_root is not None and not arguments.image_root.is_dir():
+            raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
+        try:
+            task = cls(arguments, TotalsCounter(), sum(1 for _ in read_inputs(source)) * arguments.n)
+        except OSError as error:
+            raise UsageError(f"{source}: cannot be read: {one_line(error)}") from None
+        if arguments.resume and target.is_file():
+            check_settings(target, sampling_settings(arguments))
+            task._find_resume_point()
+        return task
+
+    @property
+    def writes_file(self) -> bool:
+        return not self.arguments.output.exists() or self.arguments.output.is_file()
+
+    def places(self) -> Iterator[Place]:
+        """Every (input, sample) in order."""
+        for row in read_inputs(self.arguments.input):
+            for sample in range(self.arguments.n):
+                yield row, sample
+
+    def open_output(self) -> OutputFile:
+        return OutputFile(self.arguments.output, sampling_settings(self.arguments), resume_at=self.resume_at)
+
+    def _find_resume_point(self) -> None:
+        """Checks that the rows there are the first of this run; goes back to the end of the last whole question."""
+        target, self.resume_at = self.arguments.output, 0
+        group: list[Row] = []
+        places = self.places()
+        for row, end in complete_rows(target):
+            place = next(places, None)
+            if place is None:
+                raise UsageError(f"--resume {target}: has more rows than {self.arguments.input} gives")
+            if (row.get("id"), row.get("sample")) != (place[0].id, place[1]):
+                found = f"id {row.get('id')!r}, sample {row.get('sample')!r}"
+                wanted = f"id {place[0].id!r}, sample {place[1]}"
+                raise UsageError(f"--resume {target}: has {found} where {self.arguments.input} gives {wanted}")
+            group.append(row)
+            if len(group) == self.arguments.n:
+                for done in group:
+                    self.counter.add(done)
+                self.rows_done += len(group)
+                self.resume_at = end
+                group.clear()
+        self.tokens_before = self.counter.totals().completion_tokens
+
+
+async def _generate(task: _Task) -> None:
+    """Runs what is left and writes it. Ctrl-C or a termination signal leaves a file that can be resumed."""
+    loop, me = asyncio.get_running_loop(), asyncio.current_task()
+    assert me is not None
+    caught: list[int] = []
+
+    def stop(number: int) -> None:
+        caught.append(number)
+        loop.remove_signal_handler(number)
+        me.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    output: OutputFile | None = None
+    finished = False
+    try:
+        async with open_session(task.arguments, task.arguments.concurrency) as setting:
+            output = task.open_output()
+            await _write_rows(task, setting, output)
+        finished = True
+    except asyncio.CancelledError:
+        if not caught:
+            raise
+        raise _interrupted(task, caught[0]) from None
+    finally:
+        if output is not None:
+            output.close(finished=finished)
+
+
+async def _write_rows(task: _Task, setting: Setting, output: OutputFile) -> None:
+    from vtengine.rollout.group import in_order
+
+    arguments = task.arguments
+    progress = Progress(task.rows_total, task.rows_done, quiet=arguments.quiet)
+    started_s = time.monotonic()
+    jobs = (partial(_row, arguments, setting, *place) for place in islice(task.places(), task.rows_done, None))
+    try:
+        rows = cast("AsyncGenerator[Row, None]", in_order(jobs, arguments.concurrency))
+        async with aclosing(rows):
+            async for row in rows:
+                output.append(row)
+                task.counter.add(row)
+                progress.advance(row["status"], row["upscaled"])
+    finally:
+        task.run_s = time.monotonic() - started_s
+        progress.close()
+
+
+async def _row(arguments: argparse.Namespace, setting: Setting, row: InputRow | RejectedRow, sample: int) -> Row:
+    """One row of the output."""
+    from vtengine.protocol.messages import ErrorInfo
+    from vtengine.rollout.group import run_sample
+    from vtengine.rollout.question import Question
+    from vtengine.rollout.records import episode_row, rejected_row
+
+    if isinstance(row, RejectedRow):
+        return rejected_row(row.id, sample, ErrorInfo(row.code, row.message), row.carried)
+    image, root = _place_image(row.image, arguments)
+    done = await run_sample(setting, Question(row.id, image, row.question, root, row.carried), sample)
+    record = episode_row(done.episode, sample)
+    record["logprob_sum"] = round(record["logprob_sum"], LOGPROB_DIGITS)
+    if row.answers:
+        record |= {"expected": list(row.answers), "correct": is_correct(record["answer"], row.answers)}
+    if done.episode.image is not None and not _URL.match(row.image):
+        path = os.path.abspath(arguments.input.parent / row.image)
+        record["image_path"] = Path(os.path.relpath(path, os.path.abspath(arguments.output.parent))).as_posix()
+    return record
+
+
+def _place_image(image: str, arguments: argparse.Namespace) -> tuple[str, Path]:
+    """(source, root) as the pipeline wants them: relative paths start at the input's folder, not at the root."""
+    folder = arguments.input.parent
+    if arguments.image_root is None or _URL.match(image):
+        return image, folder
+    return os.path.abspath(folder / image), arguments.image_root
+
+
+def _interrupted(task: _Task, number: int) -> CliError:
+    rows = task.counter.totals().rows
+    message = f"interrupted: {rows} of {task.rows_total} rows are in {task.arguments.output};"
+    status = INTERRUPTED if number == signal.SIGINT else 128 + number
+    return CliError(f"{message} run the same command with --resume to go on", status=status)

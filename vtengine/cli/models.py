@@ -1,0 +1,48 @@
+"""Which folder `--model` means: the shipped model, a folder, or a Hugging Face id."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from vtengine.cli.errors import UsageError, one_line
+
+SHIPPED_NAME = "glance"
+_HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ("*.json", "*.safetensors", "*.toml", "*.txt", "*.jinja")
+
+
+def shipped_model() -> Path:
+    """Folder of the model that comes with the package (it may be absent in a source tree without it)."""
+    return Path(__file__).resolve().parents[1] / "assets" / SHIPPED_NAME
+
+
+def find_model(name: str) -> Path:
+    """The folder of a checkpoint; a Hugging Face id is downloaded into its cache. Raises UsageError with the remedy."""
+    folder = Path(name)
+    if name == SHIPPED_NAME and not folder.is_dir():
+        folder = shipped_model()
+        if not folder.is_dir():
+            raise UsageError(f"--model {name}: the shipped model is not in this installation ({folder})")
+    elif not folder.exists():
+        if not _HF_ID.fullmatch(name) or name.startswith((".", os.sep)):
+            raise UsageError(f"--model {name}: no such folder, and no Hugging Face id (owner/name) either")
+        folder = _download(name)
+    if not folder.is_dir():
+        raise UsageError(f"--model {name}: is a file; give the folder of a checkpoint")
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"--model {name}: {folder} holds no config.json, so it is no checkpoint")
+    return folder
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        fix = "pip install 'vtengine[hf]', or give the path of a downloaded folder"
+        raise UsageError(f"--model {name}: no such folder; to fetch it from Hugging Face: {fix}") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+    except Exception as error:  # the hub client raises many kinds: offline, no such repository, no access
+        raise UsageError(f"--model {name}: no such folder, and fetching it failed: {one_line(error)[:200]}") from None

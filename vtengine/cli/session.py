@@ -1,0 +1,198 @@
+"""From arguments to everything that an episode needs: profile, tokenizer, image pipeline, engine. The only wiring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtengine.cli.errors import CliError, UsageError, one_line
+from vtengine.cli.models import find_model
+from vtengine.protocol.conversation import Conversation, Limits
+from vtengine.protocol.messages import Text, View, ViewSize
+from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile
+
+if TYPE_CHECKING:
+    import torch
+
+    from vtengine.engine.base import Backend
+    from vtengine.rollout.group import Setting
+    from vtengine.rollout.tokenizer import Tokenizer
+    from vtengine.vision.plan import PixelLimits
+
+DEFAULT_PROFILE = "vtengine"
+SETTINGS = (
+    *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "max_new_tokens"),
+    *("temperature", "top_p", "top_k", "seed", "n", "dtype"),
+)
+SCRIPTED = "scripted:"  # followed by a JSON file of replies: runs without a model, for tests
+
+
+def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What decides the contents of the rows, as JSON: compared when a run is resumed."""
+    return {name: getattr(arguments, name) for name in SETTINGS}
+
+
+@asynccontextmanager
+async def open_session(arguments: argparse.Namespace, concurrency: int) -> AsyncIterator[Setting]:
+    """Loads the model and starts the engine; both are released at the end. Raises UsageError with the remedy."""
+    check_backend(arguments.backend)
+    folder = find_model(arguments.model)
+    try:
+        setting = _build(arguments, folder, concurrency)
+    except ValueError as error:  # a profile, tokenizer or checkpoint that cannot be used
+        raise UsageError(f"--model {arguments.model}: {one_line(error)}") from None
+    except OSError as error:
+        raise UsageError(f"--model {arguments.model}: cannot be read: {one_line(error)}") from None
+    try:
+        await _prefill_shared_prompt(setting)
+        yield setting
+    finally:
+        await setting.backend.close()
+        setting.pipeline.close()  # type: ignore[attr-defined]
+
+
+def check_backend(name: str) -> None:
+    """Raises UsageError for a backend that is not there."""
+    if name == "embedded" or name.startswith(SCRIPTED):
+        return
+    if name == "sglang" or "://" in name:
+        raise UsageError(f"--backend {name}: not available in this version; use --backend embedded")
+    raise UsageError(f"--backend {name}: unknown; use embedded")
+
+
+def _build(arguments: argparse.Namespace, folder: Path, concurrency: int) -> Setting:
+    import torch
+
+    from vtengine.engine.base import SamplingParams
+    from vtengine.rollout.group import Setting
+    from vtengine.rollout.tokenizer import Tokenizer
+    from vtengine.vision.pipeline import ImagePipeline
+    from vtengine.vision.source import SourceLimits
+
+    profile = _profile(arguments.profile, folder)
+    tokenizer = Tokenizer.load(folder)
+    device, dtype = _device(arguments.device), _dtype(arguments)
+    backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency)
+    pixels_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    sources = SourceLimits(allow_http=arguments.allow_http)
+    pipeline = ImagePipeline(_pixel_limits(folder), "compact", pixels_dtype, source_limits=sources)
+    limits = Limits(arguments.resolution, arguments.max_turns, arguments.visual_token_budget)
+    sampling = SamplingParams(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+    )
+    return Setting(backend, pipeline, tokenizer, profile, limits, sampling)
+
+
+def _backend(
+    arguments: argparse.Namespace,
+    folder: Path,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+    concurrency: int,
+) -> Backend:
+    if arguments.backend.startswith(SCRIPTED):
+        return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
+    from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+    from vtengine.model import load_model
+
+    model = load_model(folder, device=device, dtype=dtype)
+    return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=concurrency, device=str(device)))
+
+
+def _scripted(path: Path, tokenizer: Tokenizer) -> Backend:
+    """Replies from a JSON file: {"delay_s": 0, "scripts": [[reply of turn 1, reply of turn 2, ...], ...]}.
+
+    Which script an image gets depends on its pixels alone, so that a run can be repeated.
+    """
+    from vtengine.engine.base import Request
+    from vtengine.engine.scripted import ScriptedBackend
+
+    script = json.loads(path.read_text(encoding="utf-8"))
+
+    def reply(request: Request) -> str:
+        if not request.images:
+            return ""
+        replies = script["scripts"][int(request.images[0].content_hash[:8], 16) % len(script["scripts"])]
+        text: str = replies[min(len(request.images), len(replies)) - 1]
+        return text
+
+    return ScriptedBackend(tokenizer, reply, delay_s=script.get("delay_s", 0.0))
+
+
+def _profile(name: str | None, folder: Path) -> Profile:
+    """The profile asked for, else the checkpoint's own, else the default."""
+    if name is not None:
+        return load_profile(name)
+    return load_profile(folder if (folder / PROFILE_FILE).is_file() else DEFAULT_PROFILE)
+
+
+def _pixel_limits(folder: Path) -> PixelLimits:
+    """Those of the checkpoint's preprocessor_config.json, where it states them."""
+    from vtengine.vision.plan import PixelLimits
+
+    path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    stated = {key: config[key] for key in ("min_pixels", "max_pixels") if isinstance(config.get(key), int)}
+    return PixelLimits(**stated)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: is not supported; use cpu or cuda")
+    return device
+
+
+def _dtype(arguments: argparse.Namespace) -> torch.dtype:
+    import torch
+
+    if arguments.dtype == "auto":
+        return torch.bfloat16 if _device(arguments.device).type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
+
+
+class _OneToken:
+    """The smallest geometry, for a prompt that is cut off before its image."""
+
+    def size(self, view: View) -> ViewSize:
+        return ViewSize(28, 28)
+
+
+async def _prefill_shared_prompt(setting: Setting) -> None:
+    """Computes what all prompts begin with, so that every row finds it in the cache, the first ones too.
+
+    It also makes the token account of a row independent of the rows before it, as far as images differ.
+    """
+    from vtengine.engine.base import BackendFailed, Request, RequestRejected, SamplingParams
+
+    ask = Conversation.start("", setting.profile, setting.limits, _OneToken()).ask()
+    texts: list[Text] = []
+    for part in ask.parts if ask is not None else ():
+        if not isinstance(part, Text) or not part.trusted:
+            break
+        texts.append(part)
+    token_ids = tuple(setting.tokenizer.encode(texts))
+    if not token_ids:
+        return
+    try:
+        await setting.backend.generate(Request("shared prompt", token_ids, (), SamplingParams(max_new_tokens=1)))
+    except (BackendFailed, RequestRejected) as error:
+        raise CliError(f"the engine cannot run the prompt: {one_line(error)}") from None
