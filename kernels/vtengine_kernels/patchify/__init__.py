@@ -8,7 +8,8 @@ each pixel once, 588 columns, for a patch embedding whose weight was summed over
 
 Exact: every 8-bit level of the resized image is Pillow's (22-bit fixed point, each pass rounded; `order` says whose
 order of the passes: "pil13" Pillow >= 13, "pil12" before), every float32 is that of the transformers PIL backend,
-bfloat16 is that float32 rounded to nearest even. Sources: Pillow Resample.c, transformers image_processing_pil_qwen2_vl.
+bfloat16 is that float32 rounded to nearest even. Sources: Pillow Resample.c, transformers
+image_processing_pil_qwen2_vl.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from vtengine_kernels import dispatch
-from vtengine_kernels.patchify import ref
+from vtengine_kernels.patchify import native, ref
 from vtengine_kernels.patchify.contract import (
     Layout,
     Plan,
@@ -65,10 +66,19 @@ def patchify(
     checked, boxes = checked_targets(targets, image.shape[0], image.shape[1])
     chosen = dispatch.choose("patchify", impl)
     outputs = checked_outputs(out, checked, layout, dtype)
-    table = level_table(mean, std)
-    plan = Plan(image, checked, boxes, filter, order, layout, table, outputs, num_threads)
-    if chosen == "ref":
-        return ref.run(plan)
-    from vtengine_kernels.patchify import native
-
-    return native.run(plan)
+    table = level_table(tuple(mean), tuple(std))
+    plan = Plan(
+        image=image,
+        targets=checked,
+        boxes=boxes,
+        filter=filter,
+        order=order,
+        layout=layout,
+        dtype=dtype,
+        mean=tuple(mean),
+        std=tuple(std),
+        table=table,
+        outputs=outputs,
+        num_threads=num_threads,
+    )
+    return native.run(plan) if chosen == "cpu" else ref.run(plan)

@@ -47,6 +47,9 @@ class Plan:
     filter: Filter
     order: Order
     layout: Layout
+    dtype: torch.dtype
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     table: np.ndarray
     outputs: tuple[torch.Tensor, ...]
     num_threads: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 
 import numpy as np
 
@@ -10,10 +10,13 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def level_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+@functools.lru_cache(maxsize=16)
+def level_table(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """float32 [3, 256]: value of each level in each channel, bit-equal to rescale by 1/255 (in float64, rounded to
     float32), minus mean, divided by std (both in float32)."""
     unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean32 = np.asarray(mean, dtype=np.float32)[:, None]
     std32 = np.asarray(std, dtype=np.float32)[:, None]
-    return np.ascontiguousarray((unit[None, :] - mean32) / std32)
+    table = np.ascontiguousarray((unit[None, :] - mean32) / std32)
+    table.flags.writeable = False  # it is shared
+    return table

@@ -1,0 +1,139 @@
+// AVX-512: pixels to planes, and windows of levels to patches of floats.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels_avx512.h"
+
+namespace vtengine {
+namespace avx512 {
+namespace {
+
+// Where byte i of channel c lies in three registers of interleaved pixels.
+struct Indices {
+    alignas(64) uint8_t low[3][64], high[3][64];
+    uint64_t from_third[3];
+    Indices() {
+        for (int c = 0; c < 3; ++c) {
+            from_third[c] = 0;
+            for (int i = 0; i < 64; ++i) {
+                const int at = 3 * i + c;
+                low[c][i] = static_cast<uint8_t>(at < 128 ? at : 0);
+                high[c][i] = static_cast<uint8_t>(at < 128 ? 0 : at - 128);
+                if (at >= 128) from_third[c] |= 1ull << i;
+            }
+        }
+    }
+};
+
+VT_AVX512 void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3]) {
+    static const Indices indices;
+    for (int64_t at = 0; at < pixels; at += 64) {
+        const int64_t bytes = 3 * (pixels - at);
+        __m512i part[3];
+        for (int i = 0; i < 3; ++i) {
+            const int64_t left = bytes - 64 * i;
+            const __mmask64 mask = left >= 64 ? ~0ull : left <= 0 ? 0 : ~0ull >> (64 - left);
+            part[i] = _mm512_maskz_loadu_epi8(mask, rgb + 3 * at + 64 * i);
+        }
+        for (int c = 0; c < 3; ++c) {
+            const __m512i two = _mm512_permutex2var_epi8(part[0], _mm512_load_si512(indices.low[c]), part[1]);
+            const __m512i all = _mm512_mask_permutexvar_epi8(two, indices.from_third[c],
+                                                             _mm512_load_si512(indices.high[c]), part[2]);
+            _mm512_storeu_si512(planes[c] + at, all);  // the padding of the plane takes what is too much
+        }
+    }
+}
+
+struct Channel {
+    __m512 unit_high, unit_low, mean, inverse_high, inverse_low;
+};
+
+VT_AVX512 inline Channel channel(const Normaliser& norm, int c) {
+    return {_mm512_set1_ps(norm.unit_high), _mm512_set1_ps(norm.unit_low), _mm512_set1_ps(norm.mean[c]),
+            _mm512_set1_ps(norm.inverse_high[c]), _mm512_set1_ps(norm.inverse_low[c])};
+}
+
+VT_AVX512 inline __m512 values(const uint8_t* from, const Channel& k) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m512 level = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+    const __m512 unit = _mm512_fmadd_ps(level, k.unit_high, _mm512_mul_ps(level, k.unit_low));
+    const __m512 centered = _mm512_sub_ps(unit, k.mean);
+    return _mm512_fmadd_ps(centered, k.inverse_high, _mm512_mul_ps(centered, k.inverse_low));
+}
+
+VT_AVX512 inline __m256i bfloat16(__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+// 14 values of each of 14 rows. A row is written with two values too many; the next row overwrites them.
+template <int kFrames>
+VT_AVX512 inline void emit_channel(const uint8_t* from, int64_t stride, const Channel& k, float* to) {
+    __m512 row[kPatch];
+#pragma GCC unroll 14
+    for (int y = 0; y < kPatch; ++y) row[y] = values(from + y * stride, k);
+#pragma GCC unroll 14
+    for (int y = 0; y < kPatch; ++y) _mm512_storeu_ps(to + y * kPatch, row[y]);
+    if (kFrames == 2) {
+#pragma GCC unroll 14
+        for (int y = 0; y < kPatch; ++y) _mm512_storeu_ps(to + (kPatch + y) * kPatch, row[y]);
+    }
+}
+
+template <int kFrames>
+VT_AVX512 inline void emit_channel(const uint8_t* from, int64_t stride, const Channel& k, uint16_t* to) {
+    __m256i row[kPatch];
+#pragma GCC unroll 14
+    for (int y = 0; y < kPatch; ++y) row[y] = bfloat16(values(from + y * stride, k));
+#pragma GCC unroll 14
+    for (int y = 0; y < kPatch; ++y) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + y * kPatch), row[y]);
+    if (kFrames == 2) {
+        to += kPatch * kPatch;
+#pragma GCC unroll 14
+        for (int y = 0; y < kPatch; ++y) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + y * kPatch), row[y]);
+    }
+}
+
+template <typename T, int kFrames>
+VT_AVX512 void emit(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
+    if (!norm.exact) {
+        return kScalarKernels.emit[kFrames == 2 ? 0 : 1][sizeof(T) == 4 ? 0 : 1](planes, stride, norm, out);
+    }
+    T* to = static_cast<T*>(out);
+    for (int patch = 0; patch < 4; ++patch) {
+        const int64_t corner = (patch / 2) * kPatch * stride + (patch % 2) * kPatch;
+        for (int c = 0; c < 3; ++c) {
+            emit_channel<kFrames>(planes[c] + corner, stride, channel(norm, c), to);
+            to += kFrames * kPatch * kPatch;
+        }
+    }
+}
+
+VT_AVX512 void stream(void* to, const void* from, int64_t lines) {
+    const char* source = static_cast<const char*>(from);
+    char* target = static_cast<char*>(to);
+    for (int64_t i = 0; i < lines; ++i) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(target + 64 * i), _mm512_loadu_si512(source + 64 * i));
+    }
+}
+
+void fence() { _mm_sfence(); }
+
+}  // namespace
+}  // namespace avx512
+
+const Kernels kAvx512Kernels = {
+    avx512::deinterleave,
+    avx512::horizontal,
+    avx512::vertical,
+    {{avx512::emit<float, 2>, avx512::emit<uint16_t, 2>}, {avx512::emit<float, 1>, avx512::emit<uint16_t, 1>}},
+    avx512::stream,
+    avx512::fence,
+};
+
+}  // namespace vtengine
+#endif

@@ -1,0 +1,55 @@
+// The inner loops that exist once per instruction set, behind one table of functions.
+#pragma once
+
+#include <cstdint>
+
+#include "axis.h"
+
+namespace vtengine {
+
+constexpr int64_t kPatch = 14;
+constexpr int64_t kWindow = 28;
+constexpr int64_t kPad = 128;     // bytes that may be read and written past the end of a line of a plane
+constexpr int64_t kSpill = 64;    // bytes that `emit` may write past the end of its window
+
+// From levels to values: (x/255 - mean) / std in floats, rounded where the reference rounds.
+struct Normaliser {
+    const float* table;  // [3][256], the truth
+    float unit_high, unit_low, mean[3], inverse_high[3], inverse_low[3];
+    bool exact;  // the arithmetic gives the table, to the bit, for all 3 x 256 levels
+};
+
+struct Kernels {
+    // rgb: `pixels` interleaved pixels; planes: three lines.
+    void (*deinterleave)(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3]);
+    // Resamples `lines` lines of axis.size_in bytes (kPad readable past the end) to axis.size_out bytes (kPad writable).
+    void (*horizontal)(const Axis& axis, const uint8_t* const* in, uint8_t* const* out, int64_t lines);
+    // Output row `row` of the axis from axis.count[row] lines of `bytes` bytes, with three more readable lines in
+    // the list. Nothing past the end of a line is touched.
+    void (*vertical)(const Axis& axis, int64_t row, const uint8_t* const* in, int64_t bytes, uint8_t* out);
+    // One window of 28x28 pixels (planes: its first pixel in each channel) as four patches. [layout][dtype]
+    void (*emit[2][2])(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out);
+    // Copies lines of 64 bytes past the caches; `to` is aligned to 64 bytes.
+    void (*stream)(void* to, const void* from, int64_t lines);
+    // Orders the streamed stores before what follows.
+    void (*fence)();
+};
+
+extern const Kernels kScalarKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+int available_isas();
+const Kernels* kernels_of(int isa);  // VT_ISA_AUTO: the best; nullptr: not on this machine
+
+void vertical_scalar(const Axis& axis, int64_t row, const uint8_t* const* in, int64_t begin, int64_t end, uint8_t* out);
+void horizontal_scalar(const Axis& axis, const uint8_t* const* in, uint8_t* const* out, int64_t lines);
+
+inline uint16_t to_bfloat16(float value) {  // nearest, ties to even
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace vtengine

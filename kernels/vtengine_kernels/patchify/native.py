@@ -1,0 +1,90 @@
+"""The C++ implementation (csrc/cpu): one fused pass, AVX-512, AVX2 or plain C++ as the machine has it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import torch
+
+from vtengine_kernels import library
+from vtengine_kernels.patchify.contract import Plan
+
+Isa = Literal["auto", "scalar", "avx2", "avx512"]
+
+_FAILURES = {
+    1: "invalid call",
+    2: "out of memory",
+    3: "this machine has no such instruction set",
+    4: "unexpected failure",
+}
+
+
+class _Image(ctypes.Structure):
+    _fields_ = (
+        ("pixels", ctypes.c_void_p),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+    )
+
+
+class _Target(ctypes.Structure):
+    _fields_ = (
+        ("left", ctypes.c_int64),
+        ("top", ctypes.c_int64),
+        ("right", ctypes.c_int64),
+        ("bottom", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+    )
+
+
+class _Options(ctypes.Structure):
+    _fields_ = (
+        ("filter", ctypes.c_int32),
+        ("order", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("isa", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+        ("stream", ctypes.c_int32),
+        ("mean", ctypes.c_float * 3),
+        ("std", ctypes.c_float * 3),
+        ("table", ctypes.c_void_p),
+    )
+
+
+def run(plan: Plan, *, isa: Isa = "auto", stream: bool | None = None) -> list[torch.Tensor]:
+    """Writes every target of the plan into its output tensor and returns these.
+
+    isa, stream (stores that bypass the caches; None: by size) are for tests. LibraryMissing: not built.
+    RuntimeError: this machine lacks `isa`. MemoryError.
+    """
+    vt_patchify = library.load().vt_patchify
+    height, width, _ = plan.image.shape
+    image = _Image(plan.image.ctypes.data, height, width, 3 * width)
+    targets = (_Target * len(plan.targets))(
+        *(
+            _Target(*box, target.height, target.width, out.data_ptr())
+            for target, box, out in zip(plan.targets, plan.boxes, plan.outputs, strict=True)
+        )
+    )
+    options = _Options(
+        filter=("bicubic", "lanczos").index(plan.filter),
+        order=("pil13", "pil12").index(plan.order),
+        layout=("full", "compact").index(plan.layout),
+        dtype=(torch.float32, torch.bfloat16).index(plan.dtype),
+        isa=library.ISAS[isa],
+        num_threads=plan.num_threads,
+        stream=-1 if stream is None else int(stream),
+        mean=(ctypes.c_float * 3)(*plan.mean),
+        std=(ctypes.c_float * 3)(*plan.std),
+        table=plan.table.ctypes.data,
+    )
+    status = vt_patchify(ctypes.byref(image), targets, ctypes.c_int64(len(targets)), ctypes.byref(options))
+    if status:
+        failure = MemoryError if status == 2 else RuntimeError
+        raise failure(f"patchify on the CPU, isa = {isa!r}: {_FAILURES.get(status, status)}")
+    return list(plan.outputs)
