@@ -157,10 +157,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def _strip(value: Any) -> Any:
+def _strip(value: Any, names: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
-        return {key: _strip(item) for key, item in value.items() if key not in TIMES}
-    return [_strip(item) for item in value] if isinstance(value, list) else value
+        return {key: _strip(item, names) for key, item in value.items() if key not in names}
+    return [_strip(item, names) for item in value] if isinstance(value, list) else value
 
 
 @pytest.fixture
@@ -170,5 +170,5 @@ def rows_of() -> Callable[[Path], list[dict[str, Any]]]:
 
 @pytest.fixture
 def without_times() -> Callable[[Path], list[str]]:
-    """Lines of an output with the times taken out."""
-    return lambda path: [json.dumps(_strip(row)) for row in _rows(path)]
+    """Lines of an output with the times taken out, and other fields too if named."""
+    return lambda path, *more: [json.dumps(_strip(row, TIMES + more)) for row in _rows(path)]

@@ -124,13 +124,14 @@ def test_any_bytes_give_rows_that_can_be_written(tmp_path_factory: pytest.TempPa
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
 )
 keys = st.sampled_from(["id", "image", "question", "answer", "other", "status"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(keys, json_values))
 def test_any_object_is_accepted_or_rejected_with_a_code(tmp_path_factory: pytest.TempPathFactory, record: dict) -> None:
     (row,) = read(tmp_path_factory.getbasetemp(), json.dumps(record).encode())

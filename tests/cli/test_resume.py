@@ -71,7 +71,9 @@ def test_a_group_of_samples_is_taken_up_whole(
     out = tmp_path / "out.jsonl"
     out.write_bytes(b"".join(lines[:8]))
     vtengine(*arguments(tmp_path, out, flags, "--n", "3", "--temperature", "1", "--resume"))
-    assert without_times(out) == without_times(tmp_path / "whole.jsonl")
+    # Which sample of a question comes first to its image, and so finds it in no cache, is a matter of time.
+    account = ("cached_tokens", "prefill_tokens", "encoded")
+    assert without_times(out, *account) == without_times(tmp_path / "whole.jsonl", *account)
     assert out.read_bytes().splitlines(keepends=True)[:6] == lines[:6]
 
 

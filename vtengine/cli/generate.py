@@ -1,4 +1,8 @@
-"""`vtengine generate`: a file of questions in, a row per (question, sample) out, in input order, resumable."""
+"""`vtengine generate`: a file of questions in, a row per (question, sample) out, in input order, resumable.
+
+A resumed run gives the file of an uninterrupted one, apart from times; where several samples or questions share an
+image, which of them found it in the cache (cached, prefill, encoded) depends on who reached the engine first.
+"""
 
 from __future__ import annotations
 

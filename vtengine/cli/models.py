@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from vtengine.cli.errors import UsageError, one_line
 
@@ -33,7 +35,19 @@ def find_model(name: str) -> Path:
         raise UsageError(f"--model {name}: is a file; give the folder of a checkpoint")
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: {folder} holds no config.json, so it is no checkpoint")
+    read_json(folder / "config.json")
     return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file of a checkpoint. Raises UsageError."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"--model: {path} cannot be read as JSON: {one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"--model: {path} holds no JSON object")
+    return config
 
 
 def _download(name: str) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.cli.errors import CliError, UsageError, one_line
-from vtengine.cli.models import find_model
+from vtengine.cli.models import find_model, read_json
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Text, View, ViewSize
 from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile
@@ -131,7 +131,10 @@ def _scripted(path: Path, tokenizer: Tokenizer) -> Backend:
 def _profile(name: str | None, folder: Path) -> Profile:
     """The profile asked for, else the checkpoint's own, else the default."""
     if name is not None:
-        return load_profile(name)
+        try:
+            return load_profile(name)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"--profile {name}: {one_line(error)}") from None
     return load_profile(folder if (folder / PROFILE_FILE).is_file() else DEFAULT_PROFILE)
 
 
@@ -140,7 +143,7 @@ def _pixel_limits(folder: Path) -> PixelLimits:
     from vtengine.vision.plan import PixelLimits
 
     path = folder / "preprocessor_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_json(path) if path.is_file() else {}
     stated = {key: config[key] for key in ("min_pixels", "max_pixels") if isinstance(config.get(key), int)}
     return PixelLimits(**stated)
 
