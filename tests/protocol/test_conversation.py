@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -219,3 +221,14 @@ def test_any_play_ends_within_the_limits(
     if budget is not None and conversation.status != "rejected":
         assert conversation.visual_tokens <= budget
     assert len(set(conversation.views)) == len(conversation.views)
+
+
+def test_every_code_is_documented() -> None:
+    """docs/protocol.md names each code that protocol and rollout can give."""
+    root = Path(__file__).parents[2]
+    sources = [*(root / "vtengine" / "protocol").glob("*.py"), *(root / "vtengine" / "rollout").glob("*.py")]
+    pattern = re.compile(r'(?:ErrorInfo|CallError)\(\s*"([a-z_]+)"')
+    codes = {code for path in sources for code in pattern.findall(path.read_text(encoding="utf-8"))}
+    assert len(codes) > 20
+    documented = (root / "docs" / "protocol.md").read_text(encoding="utf-8")
+    assert not {code for code in codes if f"`{code}`" not in documented}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Text
 from vtengine.protocol.profile import load_profile, shipped_profiles
+from vtengine.protocol.tools import RESIZE_CALL
 from vtengine.rollout.tokenizer import NEVER_SAMPLED, StreamDecoder, Tokenizer
 
 PIECES = [
@@ -83,6 +84,17 @@ def test_prompt_ids_are_those_of_the_whole_string(
     assert ask is not None
     texts = [part if isinstance(part, Text) else Text("<|image_pad|>") for part in ask.parts]
     assert qwen_tokenizer.encode(texts) == plain_qwen.encode(ask.text(), add_special_tokens=False).ids
+
+
+def test_glance_prompts_can_be_encoded_part_by_part(tokenizer: Tokenizer) -> None:
+    """Its parts meet at special tokens only: supervised training may encode them one at a time."""
+    profile = load_profile("glance")
+    start = Conversation.start("What is it?", profile)
+    for conversation in (start, start.after(profile.reply_call("a", RESIZE_CALL))):
+        ask = conversation.ask()
+        assert ask is not None
+        texts = [part if isinstance(part, Text) else Text("<|image_pad|>") for part in ask.parts]
+        assert tokenizer.encode(texts) == [i for text in texts for i in tokenizer.encode((text,))]
 
 
 @QUICK
