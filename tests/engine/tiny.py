@@ -1,0 +1,88 @@
+"""A tiny random model, a byte-like tokenizer and requests for the engine's tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vtengine.engine.base import ImageInput, Request, SamplingParams
+from vtengine.model import ModelConfig, PackedCausal, Qwen2_5_VL, TextConfig, VisionConfig, mrope_positions
+
+PAD, VIDEO, STOP = 250, 251, 252
+VOCAB = 256
+
+
+class Letters:
+    """Ids below 128 are characters, 250 and more are special."""
+
+    def encode_trusted(self, text):
+        return [PAD] if text == "<|image_pad|>" else [ord(c) for c in text]
+
+    def decode(self, token_ids):
+        return "".join(chr(32 + t % 90) for t in token_ids if t < PAD)
+
+
+def tiny_config(**text):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    return ModelConfig(
+        text=TextConfig(vocab_size=VOCAB, mrope_section=(2, 3, 3), **(sizes | text)),
+        vision=VisionConfig(
+            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+        ),
+        image_token_id=PAD,
+        video_token_id=VIDEO,
+        vision_start_token_id=253,
+        vision_end_token_id=254,
+        eos_token_id=STOP,
+        bos_token_id=None,
+        tie_word_embeddings=True,
+    )
+
+
+def tiny_model(seed=0):
+    return Qwen2_5_VL.build(tiny_config(), seed).eval()
+
+
+def image(seed, h=4, w=6, width=588):
+    pixels = torch.randn(h * w, width, generator=torch.Generator().manual_seed(seed))
+    return ImageInput(f"image-{seed}", (1, h, w), pixels)
+
+
+def prompt(seed, length, images=()):
+    """Random text of `length` ids with the images' placeholders spread in it."""
+    ids = np.random.default_rng(seed).integers(0, PAD, length).tolist()
+    for k, picture in enumerate(images):
+        at = (k + 1) * length // (len(images) + 1) + sum(i.visual_tokens + 2 for i in images[:k])
+        ids[at:at] = [253, *[PAD] * picture.visual_tokens, 254]
+    return tuple(ids)
+
+
+def request(name, ids, images=(), **sampling):
+    sampling.setdefault("max_new_tokens", 12)
+    return Request(name, tuple(ids), tuple(images), SamplingParams(**sampling))
+
+
+@torch.inference_mode()
+def cold_logits(model, ids, images=()):
+    """[T, vocab] of a plain forward pass without any cache."""
+    token_ids = torch.tensor(ids)
+    grids = [i.grid_thw for i in images]
+    features = model.visual(torch.cat([i.pixel_values for i in images]), grids) if images else None
+    positions, _ = mrope_positions(ids, grids, image_token_id=PAD)
+    hidden = model.decode(model.embed(token_ids, features), positions, PackedCausal([0, len(ids)]))
+    return model.logits(hidden)
+
+
+def cold_greedy(model, ids, images=(), count=12, stops=()):
+    """(ids, logprobs) of greedy decoding with the whole sequence computed anew for every token."""
+    ids, new, logprobs = list(ids), [], []
+    for _ in range(count):
+        logits = cold_logits(model, ids, images)[-1].clone()
+        logits[[PAD, VIDEO]] = -torch.inf
+        token = int(logits.argmax())
+        new.append(token)
+        logprobs.append(float(logits.log_softmax(-1)[token]))
+        ids.append(token)
+        if token in stops:
+            break
+    return tuple(new), tuple(logprobs)

@@ -1,0 +1,49 @@
+"""Sizes and switches of the embedded engine. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """num_pages: pages of the KV pool; None: as many as fit kv_bytes.
+
+    max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that hold
+    pages at once. resume False: no prefix and no visual feature is ever reused (for measurements). device: None is the
+    model's. num_threads: torch threads of the engine's worker; None leaves them as they are.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    kv_bytes: int = GIB
+    max_batch_tokens: int = 2048
+    max_running: int = 64
+    vision_cache_bytes: int = GIB // 4
+    resume: bool = True
+    device: str | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.page_size >= 1, "page_size", self.page_size, ">= 1"),
+            (self.num_pages is None or self.num_pages >= 1, "num_pages", self.num_pages, ">= 1, or None"),
+            (self.kv_bytes >= 1, "kv_bytes", self.kv_bytes, ">= 1"),
+            (self.max_running >= 1, "max_running", self.max_running, ">= 1"),
+            (self.max_batch_tokens >= self.max_running, "max_batch_tokens", self.max_batch_tokens, ">= max_running"),
+            (self.vision_cache_bytes >= 0, "vision_cache_bytes", self.vision_cache_bytes, ">= 0"),
+            (self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, ">= 1, or None"),
+        )
+        for ok, name, value, allowed in checks:
+            if not ok:
+                raise ValueError(f"engine.{name} = {value}: must be {allowed}")
+
+    def pages_that_fit(self, page_bytes: int) -> int:
+        """Pages of the pool, for pages of this many bytes (keys and values of all layers)."""
+        if self.num_pages is not None:
+            return self.num_pages
+        if self.kv_bytes < page_bytes:
+            raise ValueError(f"engine.kv_bytes = {self.kv_bytes}: one page of this model takes {page_bytes} bytes")
+        return self.kv_bytes // page_bytes

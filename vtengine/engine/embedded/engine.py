@@ -1,0 +1,309 @@
+"""The engine: one worker thread that steps, and coroutines that wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtengine.engine.base import BackendFailed, Completion, RequestRejected, TokenChunk
+from vtengine.engine.embedded.admission import prepare
+from vtengine.engine.embedded.attention import KVCache
+from vtengine.engine.embedded.config import EngineConfig
+from vtengine.engine.embedded.pages import PagePool
+from vtengine.engine.embedded.radix import RadixTree
+from vtengine.engine.embedded.runner import Runner
+from vtengine.engine.embedded.scheduler import Row, Scheduler
+from vtengine.engine.embedded.stop import Decoder, StopFinder
+from vtengine.engine.embedded.vision_cache import VisionCache
+from vtengine.model import hf_tensors, load_model, load_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from vtengine.engine.base import Finish, Request
+    from vtengine.engine.embedded.sequence import Sequence
+    from vtengine.model import Qwen2_5_VL
+
+
+class EmbeddedEngine:
+    """A `Backend` over a model in this process. `close` it: the worker thread keeps it alive.
+
+    Requests may come from any event loop; everything below `step` happens in the worker thread. Weight updates wait
+    until what is running has finished, so that every completion comes from one version; what waits is served after.
+    """
+
+    def __init__(self, model: Qwen2_5_VL, tokenizer: Decoder, config: EngineConfig | None = None) -> None:
+        self.config = config = config or EngineConfig()
+        self.model = model.to(config.device) if config.device else model
+        text, dtype = model.config.text, model.dtype
+        page_bytes = 2 * text.num_layers * config.page_size * text.num_kv_heads * text.head_dim * dtype.itemsize
+        num_pages = config.pages_that_fit(page_bytes)
+        cache = KVCache(
+            text.num_layers, num_pages, config.page_size, text.num_kv_heads, text.head_dim, dtype, self.model.device
+        )
+        self.pool = PagePool(num_pages, config.page_size)
+        self.tree = RadixTree(self.pool)
+        self.vision = VisionCache(config.vision_cache_bytes)
+        self.scheduler = Scheduler(
+            self.pool, self.tree,
+            max_batch_tokens=config.max_batch_tokens, max_running=config.max_running, resume=config.resume,
+        )  # fmt: skip
+        self.runner = Runner(self.model, cache, self.vision, config.max_running, config.resume)
+        self._stops = StopFinder(tokenizer)
+        self._live: dict[str, Sequence] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._updates: deque[_Update] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._counters = dict.fromkeys(("steps", "batch_tokens", "prefill_tokens", "generated_tokens", "requests"), 0)
+        self._worker = threading.Thread(target=self._serve, name="vtengine-engine", daemon=True)
+        self._worker.start()
+
+    # ---- coroutines -------------------------------------------------------------------------------------------------
+
+    async def generate(self, request: Request) -> Completion:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Completion] = loop.create_future()
+
+        def on_tokens(token_ids: tuple[int, ...], completion: Completion | None) -> None:
+            if completion is not None:
+                _call(loop, _set_result, future, completion)
+
+        sequence = self._submit(request, on_tokens, lambda error: _call(loop, _set_error, future, error))
+        try:
+            return await future
+        finally:
+            self._leave(sequence)
+
+    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
+
+        def on_tokens(token_ids: tuple[int, ...], completion: Completion | None) -> None:
+            _call(loop, chunks.put_nowait, TokenChunk(token_ids, completion))
+
+        sequence = self._submit(request, on_tokens, lambda error: _call(loop, chunks.put_nowait, error))
+        try:
+            while True:
+                chunk = await chunks.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+                if chunk.completion is not None:
+                    return
+        finally:
+            self._leave(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request: its `generate` returns what was sampled, finish "cancelled". Ignores unknown ids."""
+        sequence = self._live.get(request_id)
+        if sequence is not None:
+            self._post(lambda: self._cancel(sequence))
+
+    async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
+        """source: a checkpoint folder, or tensors by checkpoint name (a part of them is enough).
+
+        Raises ValueError, and changes nothing, if they do not fit the model.
+        """
+        loop = asyncio.get_running_loop()
+        tensors = hf_tensors(load_model(source, dtype=self.model.dtype)) if isinstance(source, str | Path) else source
+        update = _Update(dict(tensors), version, loop, loop.create_future())
+        self._post(lambda: self._updates.append(update))
+        await update.done
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, and gauges of now (running, waiting, pages_*, *_bytes)."""
+        runner, scheduler, pool = self.runner, self.scheduler, self.pool
+        names = ("prompt_tokens", "cached_tokens", "recomputed_tokens", "preemptions")
+        figures = self._counters | {name: scheduler.counters[name] for name in names}
+        figures |= {
+            "images_encoded": runner.num_encoded,
+            "vision_cache_hits": self.vision.num_hits + runner.num_shared_encodings,
+            "vision_cache_bytes": self.vision.num_bytes,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "pages_total": pool.num_pages,
+            "pages_in_use": pool.num_pages - pool.num_available,
+            "pages_cached": self.tree.num_pages,
+            "pages_evicted": self.tree.num_evicted,
+            "weight_version": runner.weight_version,
+        }
+        return {name: float(value) for name, value in figures.items()}
+
+    async def close(self) -> None:
+        """Stops the worker; requests still in it raise BackendFailed."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        await asyncio.to_thread(self._worker.join)
+
+    def _submit(
+        self, request: Request, on_tokens: Callable[[tuple[int, ...], Completion | None], None],
+        on_error: Callable[[Exception], None],
+    ) -> Sequence:  # fmt: skip
+        if request.request_id in self._live:
+            raise RequestRejected("duplicate_request", f"request {request.request_id}: this id is being served already")
+        sequence = prepare(request, self.model.config, self.pool)
+        sequence.on_tokens, sequence.on_error = on_tokens, on_error
+        self._live[request.request_id] = sequence
+        try:
+            self._post(lambda: self.scheduler.submit(sequence))
+        except BackendFailed:
+            del self._live[request.request_id]
+            raise
+        return sequence
+
+    def _leave(self, sequence: Sequence) -> None:
+        """The caller is gone: with its answer, or without one, which cancels the request."""
+        del self._live[sequence.request.request_id]
+        if sequence.finish is None and not self._closed:
+            self._post(lambda: self._cancel(sequence))
+
+    def _post(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            if self._closed:
+                raise BackendFailed("the engine is closed")
+            self._commands.append(command)
+            self._wake.notify()
+
+    # ---- the worker thread ------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        if self.config.num_threads is not None:
+            torch.set_num_threads(self.config.num_threads)
+        while self._take_commands():
+            try:
+                self.step()
+            except Exception as error:
+                self._fail_all(error)
+        self._fail_all(None)
+        for update in self._updates:
+            _call(update.loop, _set_error, update.done, BackendFailed("the engine was closed"))
+
+    def _take_commands(self) -> bool:
+        """Carries out what was posted, waiting if there is nothing to do; False once closed."""
+        with self._wake:
+            while not self._closed and not self._commands and self.scheduler.idle and not self._updates:
+                self._wake.wait()
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+        return not self._closed
+
+    def step(self) -> None:
+        """Schedule, run, sample, commit: one forward pass."""
+        rows = self.scheduler.schedule(admit=not self._updates)
+        if rows:
+            token_ids, logprobs = self.runner.run(rows)
+            self.scheduler.computed(rows)
+            self._commit(rows, token_ids, logprobs)
+        elif self._updates:
+            self._update(self._updates.popleft())
+
+    def _update(self, update: _Update) -> None:
+        """Only while nothing runs. A failed update leaves weights and caches as they are."""
+        try:
+            load_tensors(self.model, update.tensors, partial=True)
+        except Exception as error:
+            _call(update.loop, _set_error, update.done, error)
+            return
+        self.tree.clear()
+        self.runner.forget()
+        self.runner.weight_version = update.version
+        _call(update.loop, _set_result, update.done, None)
+
+    def _commit(self, rows: list[Row], token_ids: list[int], logprobs: list[float]) -> None:
+        now = time.perf_counter()
+        self._counters["steps"] += 1
+        self._counters["generated_tokens"] += len(token_ids)
+        for row in rows:
+            self._counters["batch_tokens"] += row.count
+            if row.start < row.sequence.num_prompt:
+                self._counters["prefill_tokens"] += min(row.count, row.sequence.num_prompt - row.start)
+        sequences = [row.sequence for row in rows if row.samples]
+        for sequence, token_id, logprob in zip(sequences, token_ids, logprobs, strict=True):
+            if not sequence.logprobs:
+                sequence.first_token_s = now
+            sequence.append(token_id, logprob)
+            finish = self._finished(sequence, token_id)
+            if finish is not None:
+                self._close_sequence(sequence, finish, (token_id,))
+            elif sequence.on_tokens is not None:
+                sequence.on_tokens((token_id,), None)
+
+    def _finished(self, sequence: Sequence, token_id: int) -> Finish | None:
+        sampling = sequence.request.sampling
+        if token_id in sampling.stop_token_ids:
+            return "stop"
+        if sampling.stop and self._stops.found(sequence.tokens[sequence.num_prompt :], sampling.stop):
+            return "stop"
+        return "length" if sequence.num_outputs >= sampling.max_new_tokens else None
+
+    def _cancel(self, sequence: Sequence) -> None:
+        if sequence.finish is None:
+            self._close_sequence(sequence, "cancelled", ())
+
+    def _close_sequence(self, sequence: Sequence, finish: Finish, token_ids: tuple[int, ...]) -> None:
+        self.scheduler.finish(sequence, finish)
+        self._counters["requests"] += 1
+        now = time.perf_counter()
+        completion = Completion(
+            request_id=sequence.request.request_id,
+            token_ids=tuple(sequence.tokens[sequence.num_prompt :]),
+            logprobs=tuple(sequence.logprobs),
+            finish=finish,
+            prompt_tokens=sequence.num_prompt,
+            cached_tokens=max(sequence.cached_tokens, 0),
+            images_encoded=tuple(sequence.encoded),
+            weight_version=self.runner.weight_version,
+            ttft_s=(sequence.first_token_s or now) - sequence.submitted_s,
+            latency_s=now - sequence.submitted_s,
+        )
+        if sequence.on_tokens is not None:
+            sequence.on_tokens(token_ids, completion)
+
+    def _fail_all(self, error: Exception | None) -> None:
+        """A pass failed (None: the engine was closed): every request fails, no page is trusted any more."""
+        for sequence in self.scheduler.drop_all():
+            sequence.finish = "error"
+            sequence.features.clear()
+            if sequence.on_error is not None:
+                failure = BackendFailed("the engine was closed" if error is None else f"a step failed: {error!r}")
+                failure.__cause__ = error
+                sequence.on_error(failure)
+        self.runner.forget()
+
+
+@dataclass(frozen=True)
+class _Update:
+    """New weights, by checkpoint name, and who waits for them."""
+
+    tensors: dict[str, torch.Tensor]
+    version: int
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[None]
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
+    """Runs the function in the loop's thread, if the loop still runs."""
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:
+        return  # the loop was closed: nobody waits any more
+
+
+def _set_result(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_error(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

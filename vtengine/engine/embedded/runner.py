@@ -1,0 +1,194 @@
+"""One forward pass for the rows of a step: packs prompts' chunks and decoding tokens, encodes images, samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtengine.engine.embedded.attention import GatherAttention, KVCache, RowLayout, Scratch, gather_slots
+from vtengine.engine.embedded.sampler import SamplingPlan, sample
+from vtengine.engine.embedded.vision_cache import FeatureKey, VisionCache
+
+if TYPE_CHECKING:
+    from vtengine.engine.base import ImageInput
+    from vtengine.engine.embedded.scheduler import Row
+    from vtengine.engine.embedded.sequence import Sequence
+    from vtengine.model import Qwen2_5_VL
+
+# Patches per call of the vision tower (a larger image goes alone); bounds its activations.
+MAX_PATCHES = 16384
+
+
+class Runner:
+    """Owns the model, the KV tensors, and a table [max_running, P] with the page table of each running sequence."""
+
+    def __init__(self, model: Qwen2_5_VL, cache: KVCache, vision: VisionCache, max_running: int, resume: bool) -> None:
+        self.model = model
+        self.cache = cache
+        self.vision = vision
+        self.resume = resume
+        self.weight_version = 0
+        self.num_encoded = 0
+        self.num_shared_encodings = 0
+        config = model.config
+        self._banned = [i for i in (config.image_token_id, config.video_token_id) if i < config.text.vocab_size]
+        self._tables = np.zeros((max_running, 64), dtype=np.int64)
+        self._owners: list[tuple[Sequence | None, int]] = [(None, 0)] * max_running
+        self._scratch = Scratch()
+        self._plan: tuple[tuple[int, ...], SamplingPlan] | None = None
+
+    @torch.inference_mode()
+    def run(self, rows: list[Row]) -> tuple[list[int], list[float]]:
+        """Computes the rows; returns a sampled id and its logprob for each row that samples, in order."""
+        layout = self._layout(rows)
+        slots = torch.from_numpy(gather_slots(layout, self.cache.page_size)).to(self.model.device)
+        attention = GatherAttention(self.cache, layout, slots, self._scratch)
+        token_ids, positions = self._inputs(rows)
+        embeds = self.model.embed(token_ids, self._features(rows))
+        hidden = self.model.decode(embeds, positions, attention)
+        return self._sample(rows, layout, hidden)
+
+    def _layout(self, rows: list[Row]) -> RowLayout:
+        count = np.array([row.count for row in rows], dtype=np.int64)
+        length = np.array([row.start for row in rows], dtype=np.int64) + count
+        slots = [self._sync(row.sequence) for row in rows]
+        num_pages = -(-int(length.max()) // self.cache.page_size)
+        return RowLayout(np.cumsum(count) - count, count, length, self._tables[slots, :num_pages])
+
+    def _sync(self, sequence: Sequence) -> int:
+        """Brings the sequence's row of the tables up to date; returns its slot."""
+        slot, known = sequence.slot, len(sequence.pages)
+        owner, synced = self._owners[slot]
+        if owner is sequence and synced == known:
+            return slot
+        if known > self._tables.shape[1]:
+            self._tables = np.pad(self._tables, ((0, 0), (0, max(known, self._tables.shape[1]))))
+        if owner is sequence and synced < known:
+            self._tables[slot, synced:known] = sequence.pages[synced:]
+        else:
+            self._tables[slot, :known] = sequence.pages
+        self._owners[slot] = (sequence, known)
+        return slot
+
+    def _inputs(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        """(token ids [T], positions [3, T])."""
+        token_ids: list[int] = []
+        pieces: list[np.ndarray] = []
+        text: list[int] = []  # positions of consecutive one-token rows, the usual case in decoding
+        for row in rows:
+            sequence, start = row.sequence, row.start
+            end = start + row.count
+            if row.count == 1 and start >= sequence.num_prompt:
+                token_ids.append(sequence.tokens[start])
+                text.append(start + sequence.delta)
+                continue
+            if text:
+                pieces.append(_text_positions(text))
+                text = []
+            token_ids += sequence.tokens[start:end]
+            pieces.append(sequence.positions[:, start:end])
+            if end > sequence.num_prompt:
+                begin = max(start, sequence.num_prompt)
+                pieces.append(_text_positions(range(begin + sequence.delta, end + sequence.delta)))
+        if text:
+            pieces.append(_text_positions(text))
+        positions = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+        device = self.model.device
+        return torch.tensor(token_ids, device=device), torch.from_numpy(np.ascontiguousarray(positions)).to(device)
+
+    def _features(self, rows: list[Row]) -> Tensor | None:
+        """The visual features of the image placeholders in the rows [V, H], in order; None if there are none."""
+        wanted = [
+            (row, index)
+            for row in rows
+            if row.start < row.sequence.num_prompt
+            for index, span in enumerate(row.sequence.spans)
+            if span.begin < row.start + row.count and span.end > row.start
+        ]
+        if not wanted:
+            return None
+        self._encode([(row.sequence, index) for row, index in wanted if index not in row.sequence.features])
+        pieces = []
+        for row, index in wanted:
+            span, features = row.sequence.spans[index], row.sequence.features[index]
+            end = row.start + row.count
+            pieces.append(features[max(row.start - span.begin, 0) : end - span.begin])
+            if end >= span.end:
+                del row.sequence.features[index]
+        return torch.cat(pieces)
+
+    def _encode(self, wanted: list[tuple[Sequence, int]]) -> None:
+        """Gives each sequence the features of its image: from the cache, or encoded once for all who want them."""
+        claims: dict[FeatureKey | int, list[tuple[Sequence, int]]] = {}
+        for order, (sequence, index) in enumerate(wanted):
+            key = self.vision.key(sequence.spans[index].image, self.weight_version)
+            known = self.vision.get(key) if self.resume else None
+            if known is None:
+                claims.setdefault(key if self.resume else order, []).append((sequence, index))
+            else:
+                sequence.features[index] = known
+        images = [claimants[0][0].spans[claimants[0][1]].image for claimants in claims.values()]
+        for (key, claimants), features in zip(claims.items(), self._run_tower(images), strict=True):
+            for sequence, index in claimants:
+                sequence.features[index] = features
+            claimants[0][0].encoded[claimants[0][1]] = True
+            self.num_shared_encodings += len(claimants) - 1
+            if isinstance(key, tuple):
+                self.vision.put(key, features)
+        self.num_encoded += len(images)
+
+    def _run_tower(self, images: list[ImageInput]) -> list[Tensor]:
+        """Features per image; similar pixel layouts go through the tower together."""
+        features: dict[int, Tensor] = {}
+        for width in sorted({image.pixel_values.shape[1] for image in images}):
+            batch: list[int] = []
+            for index in [i for i, image in enumerate(images) if image.pixel_values.shape[1] == width] + [-1]:
+                patches = sum(len(images[i].pixel_values) for i in batch)
+                if batch and (index < 0 or patches + len(images[index].pixel_values) > MAX_PATCHES):
+                    features |= zip(batch, self._run_tower_once([images[i] for i in batch]), strict=True)
+                    batch = []
+                batch.append(index)
+        return [features[index] for index in range(len(images))]
+
+    def _run_tower_once(self, images: list[ImageInput]) -> list[Tensor]:
+        pixels = torch.cat([image.pixel_values for image in images]) if len(images) > 1 else images[0].pixel_values
+        pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
+        features = self.model.visual(pixels, [image.grid_thw for image in images])
+        # Copies: a slice would keep the features of the whole batch alive in the cache.
+        return [piece.clone() for piece in features.split([image.visual_tokens for image in images])]
+
+    def _sample(self, rows: list[Row], layout: RowLayout, hidden: Tensor) -> tuple[list[int], list[float]]:
+        sampling = [k for k, row in enumerate(rows) if row.samples]
+        if not sampling:
+            return [], []
+        if len(sampling) < len(hidden):
+            last = layout.begin[sampling] + layout.count[sampling] - 1
+            hidden = hidden.index_select(0, torch.from_numpy(last).to(hidden.device))
+        sequences = [rows[k].sequence for k in sampling]
+        counters = np.array([s.num_outputs for s in sequences], dtype=np.uint64)
+        logits = self.model.logits(hidden)
+        ids, logprobs = sample(logits, self._sampling_plan(sequences, logits), counters)
+        return ids.tolist(), logprobs.tolist()
+
+    def _sampling_plan(self, sequences: list[Sequence], logits: Tensor) -> SamplingPlan:
+        key = tuple(s.arrival for s in sequences)
+        if self._plan is None or self._plan[0] != key:
+            params = [s.request.sampling for s in sequences]
+            seeds = [s.seed for s in sequences]
+            plan = SamplingPlan.build(params, seeds, self._banned, logits.shape[1], logits.device)
+            self._plan = (key, plan)
+        return self._plan[1]
+
+    def forget(self) -> None:
+        """Drops the visual features, the keys and values, and every reference to sequences."""
+        self.vision.clear()
+        self.cache.reset()
+        self._plan = None
+        self._owners = [(None, 0)] * len(self._owners)
+
+
+def _text_positions(positions: list[int] | range) -> np.ndarray:
+    return np.broadcast_to(np.array(positions, dtype=np.int64), (3, len(positions)))

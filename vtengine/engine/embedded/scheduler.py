@@ -1,0 +1,219 @@
+"""What runs in the next forward pass: continuous batching over a bounded pool of pages. Integers only, no tensors.
+
+Each step has a token budget. Running sequences come first, oldest first: one token for each that decodes, then chunks
+of prompts. What is left of the budget admits waiting ones in order of arrival, if their pages are there. A decoding
+sequence that needs a page when none is left preempts the youngest: its pages go (the full ones to the radix tree) and
+it waits again with all its tokens, so it continues where it was.
+
+The pages of a prompt are published to the tree when they are scheduled, not when they are computed: every layer writes
+its keys and values before it attends, so siblings admitted in the same step already read them.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vtengine.engine.base import Finish
+    from vtengine.engine.embedded.pages import PagePool
+    from vtengine.engine.embedded.radix import RadixTree
+    from vtengine.engine.embedded.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens start..start+count-1 of a sequence; `samples`: the last of them gives the next token."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+class Scheduler:
+    """resume False: prefixes are neither published nor matched."""
+
+    def __init__(
+        self, pool: PagePool, tree: RadixTree, *, max_batch_tokens: int, max_running: int, resume: bool = True
+    ) -> None:
+        self.pool = pool
+        self.tree = tree
+        self.max_batch_tokens = max_batch_tokens
+        self.resume = resume
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.flushing: list[Sequence] = []
+        self.counters: Counter[str] = Counter()
+        self._slots = list(range(max_running - 1, -1, -1))
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running or self.flushing)
+
+    def submit(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def schedule(self, admit: bool = True) -> list[Row]:
+        """The rows of the next pass; empty only if nothing can run. admit False: nothing leaves the queue."""
+        rows = [Row(sequence, sequence.num_computed, 1, False) for sequence in self.flushing]
+        for row in rows:
+            self._publish(row.sequence, len(row.sequence.tokens))
+        rows += self._decodes()
+        budget = self.max_batch_tokens - len(rows)
+        for sequence in self.running:
+            if sequence.num_remaining > 1 and budget > 0:
+                rows.append(self._chunk(sequence, budget))
+                budget -= rows[-1].count
+        while admit and budget > 0 and self.waiting and self._slots and self._admit(self.waiting[0]):
+            rows.append(self._chunk(self.waiting.popleft(), budget))
+            budget -= rows[-1].count
+        return rows
+
+    def computed(self, rows: list[Row]) -> None:
+        """Call after the pass, before sampled tokens are appended."""
+        for row in rows:
+            row.sequence.num_computed += row.count
+        for sequence in self.flushing:
+            self._free_slot(sequence)
+            self._release(sequence)
+        self.flushing.clear()
+
+    def finish(self, sequence: Sequence, finish: Finish) -> None:
+        """Takes a running or waiting sequence out; its full pages stay in the tree."""
+        sequence.finish = finish
+        sequence.features.clear()
+        if sequence.slot < 0:
+            self.waiting.remove(sequence)
+            return
+        self.running.remove(sequence)
+        if self.resume and finish in ("stop", "length") and len(sequence.tokens) % self.pool.page_size == 0:
+            self.flushing.append(sequence)  # the last token, computed in the next step, completes a page
+            return
+        self._free_slot(sequence)
+        self._release(sequence)
+
+    def drop_all(self) -> list[Sequence]:
+        """Forgets every sequence and the whole tree; returns the sequences that had not finished."""
+        dropped = [*self.running, *self.waiting]
+        for sequence in [*self.running, *self.flushing]:
+            self.pool.release(sequence.pages)
+            sequence.pages.clear()
+            self._free_slot(sequence)
+        self.running.clear()
+        self.waiting.clear()
+        self.flushing.clear()
+        self.tree.clear()
+        return dropped
+
+    def _decodes(self) -> list[Row]:
+        rows: list[Row] = []
+        page_size = self.pool.page_size
+        for sequence in list(self.running):
+            if sequence.slot < 0 or sequence.num_remaining != 1:
+                continue
+            if sequence.num_computed == len(sequence.pages) * page_size and not self._grow(sequence):
+                break  # the youngest left gave way itself
+            rows.append(Row(sequence, sequence.num_computed, 1, True))
+        return rows
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """One more page, if need be a younger sequence's; False: the sequence itself was preempted."""
+        while not self._reserve(1):
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.pages += self.pool.allocate(1)
+        return True
+
+    def _reserve(self, count: int) -> bool:
+        """Makes `count` pages free by eviction, or evicts nothing."""
+        if self.pool.num_available < count:
+            return False
+        if self.pool.num_free < count:
+            self.tree.evict(count - self.pool.num_free)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.counters["preemptions"] += 1
+        self.counters["recomputed_tokens"] += sequence.num_computed
+        self.running.remove(sequence)
+        self._free_slot(sequence)
+        self._release(sequence)
+        insort(self.waiting, sequence, key=_arrival)
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Row:
+        count = min(sequence.num_remaining, budget)
+        end = sequence.num_computed + count
+        self._publish(sequence, end)
+        return Row(sequence, sequence.num_computed, count, end == len(sequence.tokens))
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence the pages of all its tokens, known ones from the tree; False: they are not there."""
+        size = self.pool.page_size
+        total = len(sequence.tokens)
+        matched: list[int] = []
+        if self.resume:
+            matched = self.tree.match(sequence.page_keys((total - 1) // size, size))
+            self.tree.lock(matched)
+        needed = self.pool.pages_for(total) - len(matched)
+        if self.pool.num_available < needed + len(self.running) or not self._reserve(needed):
+            self.tree.unlock(matched)
+            return False
+        sequence.pages = matched + self.pool.allocate(needed)
+        sequence.num_shared = len(matched)
+        sequence.num_computed = len(matched) * size
+        if sequence.cached_tokens < 0:
+            sequence.cached_tokens = sequence.num_computed
+            self.counters["prompt_tokens"] += sequence.num_prompt
+            self.counters["cached_tokens"] += sequence.cached_tokens
+        else:
+            self.counters["recomputed_tokens"] -= sequence.num_computed
+        sequence.slot = self._slots.pop()
+        insort(self.running, sequence, key=_arrival)
+        return True
+
+    def _free_slot(self, sequence: Sequence) -> None:
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def _publish(self, sequence: Sequence, end: int) -> None:
+        """Makes the full pages among the first `end` tokens known, unless another sequence was first with one."""
+        count = end // self.pool.page_size
+        if not self.resume or count <= sequence.num_shared:
+            return
+        keys = sequence.page_keys(count, self.pool.page_size)
+        if len(self.tree.match(keys)) == sequence.num_shared:
+            self.tree.insert(keys, sequence.pages[:count])
+            sequence.num_shared = count
+
+    def _release(self, sequence: Sequence) -> None:
+        """Gives all pages back; the full ones that were computed stay in the tree."""
+        if self.resume:
+            count = sequence.num_computed // self.pool.page_size
+            self.tree.insert(sequence.page_keys(count, self.pool.page_size), sequence.pages[:count])
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_shared = sequence.num_computed = 0
+
+    def check_integrity(self) -> None:
+        """Asserts that pages, tree and sequences agree. Between steps only."""
+        held = [sequence.pages for sequence in (*self.running, *self.flushing)]
+        self.pool.check_integrity(held, self.tree.pages())
+        self.tree.check_integrity()
+        assert all(not s.pages and s.slot < 0 for s in self.waiting)
+        slots = [s.slot for s in (*self.running, *self.flushing)] + self._slots
+        assert sorted(slots) == list(range(len(slots)))
+        for sequence in self.running:
+            assert len(sequence.pages) * self.pool.page_size >= sequence.num_computed
+            assert sequence.num_remaining >= 1
+            if self.resume:
+                shared = sequence.page_keys(sequence.num_shared, self.pool.page_size)
+                assert self.tree.match(shared) == sequence.pages[: sequence.num_shared]
+
+
+def _arrival(sequence: Sequence) -> int:
+    return sequence.arrival

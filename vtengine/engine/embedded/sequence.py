@@ -1,0 +1,104 @@
+"""One request on its way through the engine: its tokens, its pages, what was computed and what was sampled."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vtengine.engine.embedded.radix import PageKey, page_keys, token_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    import torch
+
+    from vtengine.engine.base import Completion, Finish, ImageInput, Request
+
+_arrivals = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where an image's placeholders lie in the prompt: tokens begin..end-1."""
+
+    image: ImageInput
+    begin: int
+    end: int
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable; owned by the engine's thread once submitted.
+
+    tokens: prompt and sampled ids. positions: int64 [3, P] of the prompt; a later token i has position i + delta on
+    all three axes. pages: the page table; its first `num_shared` pages are in the radix tree too. num_computed: tokens
+    whose keys and values are in the pages. slot: the row of the runner's tables while running, else -1.
+    """
+
+    request: Request
+    keys: list[int]
+    spans: tuple[ImageSpan, ...]
+    positions: np.ndarray
+    delta: int
+    seed: int
+    submitted_s: float
+    on_tokens: Callable[[tuple[int, ...], Completion | None], None] | None = None
+    on_error: Callable[[Exception], None] | None = None
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+    tokens: list[int] = field(init=False)
+    num_prompt: int = field(init=False)
+    logprobs: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_shared: int = 0
+    num_computed: int = 0
+    cached_tokens: int = -1
+    slot: int = -1
+    finish: Finish | None = None
+    first_token_s: float = 0.0
+    encoded: list[bool] = field(init=False)
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+    _page_keys: list[PageKey] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.token_ids)
+        self.num_prompt = len(self.tokens)
+        self.encoded = [False] * len(self.spans)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    def page_keys(self, count: int, page_size: int) -> list[PageKey]:
+        """Keys of the first `count` pages; the tokens for them must be there."""
+        known = len(self._page_keys)
+        if count > known:
+            self._page_keys += page_keys(self.keys[known * page_size : count * page_size], page_size)
+        return self._page_keys[:count]
+
+    def append(self, token_id: int, logprob: float) -> None:
+        self.tokens.append(token_id)
+        self.keys.append(token_id)
+        self.logprobs.append(logprob)
+
+
+def image_spans(
+    token_ids: tuple[int, ...], images: tuple[ImageInput, ...], image_token_id: int
+) -> tuple[ImageSpan, ...]:
+    """Where each image lies; the placeholders must have been checked against the images."""
+    spans, cursor = [], 0
+    for image in images:
+        begin = token_ids.index(image_token_id, cursor)
+        cursor = begin + image.visual_tokens
+        spans.append(ImageSpan(image, begin, cursor))
+    return tuple(spans)
+
+
+def prompt_keys(request: Request, image_token_id: int) -> list[int]:
+    return token_keys(request.token_ids, request.images, image_token_id)
