@@ -231,3 +231,19 @@ def test_a_failed_save_leaves_the_old_files(folder, small_model, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_model(small_model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("name", "shape"), [("model.norm.weight", (1,)), ("model.norm.bias", (128,))])
+def test_a_streamed_update_is_checked_too(small_config, build, name, shape):
+    """copy_ alone would broadcast a tensor of one value over the whole parameter."""
+    with pytest.raises(ModelLoadError, match=name):
+        load_tensors(build(small_config, 1), iter([(name, torch.zeros(shape))]), partial=True)
+
+
+def test_a_streamed_update_must_be_complete(small_config, build):
+    model = build(small_config, 1)
+    tensors = list(hf_tensors(build(small_config, 2)).items())
+    with pytest.raises(ModelLoadError, match=r"1 tensors missing: model\.norm\.weight"):
+        load_tensors(model, iter(tensors[:-1]))
+    load_tensors(model, iter(tensors))
+    assert same(model, build(small_config, 2))

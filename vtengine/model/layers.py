@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vtengine.model.linear import Linear
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension; the mean square is taken in float32."""
@@ -26,8 +28,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, size: int, inner: int, bias: bool) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(size, 2 * inner, bias=bias)
-        self.down = nn.Linear(inner, size, bias=bias)
+        self.gate_up = Linear(size, 2 * inner, bias=bias)
+        self.down = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)

@@ -16,7 +16,7 @@ _RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
 
 def hf_tensors(
-    model: Qwen2_5_VL, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.data
+    model: Qwen2_5_VL, of: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach()
 ) -> dict[str, Tensor]:
     """Checkpoint name -> view of the parameter that holds it (writing to a view changes the model).
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vtengine.model.attention import AttentionContext
 from vtengine.model.config import ModelConfig, TextConfig
 from vtengine.model.layers import RMSNorm, SwiGLU, inverse_frequencies, rotary_tables, rotate
+from vtengine.model.linear import Linear, linear
 from vtengine.model.vision_tower import VisionTower
 
 
@@ -24,8 +25,8 @@ class TextAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, rows)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, rows)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: AttentionContext) -> Tensor:
         qkv = self.qkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
@@ -57,7 +58,7 @@ class Qwen2_5_VL(nn.Module):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(TextLayer(text) for _ in range(text.num_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else Linear(text.hidden_size, text.vocab_size, bias=False)
 
     @staticmethod
     def build(config: ModelConfig, seed: int) -> Qwen2_5_VL:
@@ -112,7 +113,7 @@ class Qwen2_5_VL(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, vocab], in the model's dtype."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        return linear(hidden, head.weight)
 
     def _angles(self, positions: Tensor) -> Tensor:
         """float32 [T, D/2]: each frequency turns with the temporal, height or width position, by section."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vtengine.model.attention import Runs, dense_attention
 from vtengine.model.config import VisionConfig
 from vtengine.model.layers import RMSNorm, SwiGLU, inverse_frequencies, rotary_tables, rotate
+from vtengine.model.linear import Linear, linear
 from vtengine.model.positions import Grid
 from vtengine.model.vision_plan import VisionPlan, vision_plan
 
@@ -42,15 +43,15 @@ class PatchEmbed(nn.Module):
         if pixel_values.shape[1] == config.compact_dim:
             copies = weight.unflatten(1, (config.in_channels, config.temporal_patch_size, config.patch_size**2))
             weight = copies.sum(2).flatten(1)
-        return F.linear(pixel_values.to(weight.dtype), weight)
+        return linear(pixel_values.to(weight.dtype), weight)
 
 
 class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.heads = config.num_heads
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, tables: Tables, runs: Runs) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (3 * self.heads, -1))
@@ -88,8 +89,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.inner = config.hidden_size * config.merge_unit
         self.ln_q = RMSNorm(config.hidden_size, NORM_EPS)
-        self.fc1 = nn.Linear(self.inner, self.inner)
-        self.fc2 = nn.Linear(self.inner, config.out_hidden_size)
+        self.fc1 = Linear(self.inner, self.inner)
+        self.fc2 = Linear(self.inner, config.out_hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.ln_q(x).view(-1, self.inner))))

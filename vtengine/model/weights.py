@@ -33,23 +33,30 @@ def load_tensors(
     """Copies checkpoint tensors into the model in place, casting to its dtype and device.
 
     tensors: by checkpoint or transformers 5 name. A mapping is checked first: missing, unexpected and misshapen tensors
-    are a ModelLoadError that lists them, and change nothing. An iterable of (name, tensor) is consumed one at a time
-    and must have been checked. partial: tensors may be missing (a weight update in buckets).
+    are a ModelLoadError that lists them, and change nothing. An iterable of (name, tensor) is consumed one at a time:
+    what came before a fault stays. partial: tensors may be missing (a weight update in buckets).
     A tied model takes no `lm_head.weight`; one that equals the embedding is accepted.
     """
     targets = hf_tensors(model)
     if isinstance(tensors, Mapping):
         _check(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "weight update")
-    head, embedded = None, False
+    head, seen = None, set()
     with torch.no_grad():
         for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
             known = checkpoint_name(name)
             if known == _HEAD and _HEAD not in targets:
                 head = tensor
                 continue
-            targets[known].copy_(tensor)
-            embedded |= known == _EMBED
-    if head is not None and embedded and not torch.equal(head.to(model.embed_tokens.weight), model.embed_tokens.weight):
+            target = targets.get(known)
+            if target is None or target.shape != tensor.shape:
+                expected = "no tensor of this name" if target is None else list(target.shape)
+                raise ModelLoadError(f"weight update: {name} is {list(tensor.shape)}, the config says {expected}")
+            target.copy_(tensor)
+            seen.add(known)
+    if not partial and (missing := [name for name in targets if name not in seen]):
+        raise ModelLoadError(f"weight update: {len(missing)} tensors missing: {_some(missing)}")
+    embed = targets[_EMBED]
+    if head is not None and _EMBED in seen and not torch.equal(head.to(embed), embed):
         raise ModelLoadError(
             f"{_HEAD} differs from {_EMBED}, but the config says tie_word_embeddings: true; set it to false in "
             f"config.json, or delete {_HEAD}"
@@ -75,6 +82,7 @@ def save_model(model: Qwen2_5_VL, path: str | Path, shard_bytes: int = SHARD_BYT
     """Writes config.json and the weights (one file, or shards of at most shard_bytes with an index) under HF names.
 
     Every file is written beside its place and then renamed; weight files of an earlier save are removed at the end.
+    One file is replaced whole; a reader of shards can meet old and new ones, so save those to a new folder.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
