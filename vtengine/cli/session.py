@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vtengine.vision.plan import PixelLimits
 
 DEFAULT_PROFILE = "vtengine"
+MAX_RUNNING = 256  # sequences in one batch; more episodes wait for their turn
 SETTINGS = (
     *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "max_new_tokens"),
     *("temperature", "top_p", "top_k", "seed", "n", "dtype"),
@@ -105,7 +106,15 @@ def _backend(
     from vtengine.model import load_model
 
     model = load_model(folder, device=device, dtype=dtype)
-    return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=concurrency, device=str(device)))
+    config = EngineConfig(max_running=min(concurrency, MAX_RUNNING), kv_bytes=_kv_bytes(device))
+    return EmbeddedEngine(model, tokenizer, config)
+
+
+def _kv_bytes(device: torch.device) -> int:
+    """Room for keys and values: 1 GiB in main memory; on CUDA 60 % of what the weights leave."""
+    import torch
+
+    return 2**30 if device.type == "cpu" else int(0.6 * torch.cuda.mem_get_info(device)[0])
 
 
 def _scripted(path: Path, tokenizer: Tokenizer) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -32,6 +33,7 @@ from vtengine.vision.pipeline import SourceImage
 from vtengine.vision.plan import ViewPlan
 
 log = logging.getLogger(__name__)
+_episodes = itertools.count()  # makes request ids differ between samples of one question
 ATTEMPTS = 2
 """Times a request is sent when the backend breaks before its first token."""
 
@@ -177,6 +179,7 @@ class _Run:
         self.question, self.backend, self.pipeline, self.tokenizer = question, backend, pipeline, tokenizer
         self.limits, self.sampling, self.on_event = limits, sampling, on_event
         self.transcript = Transcript(tokenizer, limits.max_context_tokens)
+        self.name = f"{question.id}#{next(_episodes)}"
         self.turns: list[Turn] = []
         self.image: SourceImage | None = None
         self.started_s = time.perf_counter()
@@ -196,7 +199,7 @@ class _Run:
         images = [await self.pipeline.view(self.image, geometry.plan(view)) for view in ask.views]
         self.transcript.append_ask(ask, images)
         self._emit(Asked(ask.turn, tuple(images), len(self.transcript)))
-        return self.transcript.request(f"{self.question.id}/{ask.turn}", ask.turn, self.sampling)
+        return self.transcript.request(f"{self.name}/{ask.turn}", ask.turn, self.sampling)
 
     async def generate(self, request: Request, turn: int) -> Completion:
         """One completion; a backend that breaks before its first token is asked again."""

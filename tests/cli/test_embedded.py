@@ -1,0 +1,143 @@
+"""The whole command on the embedded engine, with a tiny random model: wiring, broken checkpoints, resumption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig, save_model
+from vtengine.rollout.tokenizer import Tokenizer
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = Tokenizer.load(folder)
+    ids = {
+        name: tokenizer.special_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
+    text = TextConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        mrope_section=(2, 3, 3),
+    )
+    vision = VisionConfig(
+        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+    )
+    config = ModelConfig(
+        vision, text, tie_word_embeddings=True, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+        eos_token_id=tokenizer.turn_end_id, bos_token_id=None, dtype="float32",
+    )  # fmt: skip
+    save_model(Qwen2_5_VL.build(config, 0), folder)
+    return folder
+
+
+def flags(checkpoint: Path) -> list[str]:
+    return ["--model", str(checkpoint), "--max-new-tokens", "6"]
+
+
+def test_generate(checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path) -> None:
+    done = vtengine("generate", questions(8), "-o", tmp_path / "out.jsonl", *flags(checkpoint))
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert done.status == 0, done.err
+    assert {row["status"] for row in rows} <= {"malformed", "truncated"}
+    for row in rows:
+        (turn,) = row["turns"]
+        assert turn["cached_tokens"] + turn["prefill_tokens"] == turn["prompt_tokens"]
+        assert turn["images"][0]["encoded"] and 1 <= turn["completion_tokens"] <= 6
+        assert turn["cached_tokens"] >= 32, "the shared prompt was not in the cache"
+
+
+def test_samples_of_one_question_differ_and_repeat(
+    checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path
+) -> None:
+    path = questions(3)
+    for name in ("a", "b"):
+        line = ["generate", path, "-o", tmp_path / name, *flags(checkpoint), "--n", "4", "--temperature", "1"]
+        assert vtengine(*line, "--concurrency", "12" if name == "a" else "3").status == 0
+    texts = [[row["turns"][0]["text"] for row in rows_of(tmp_path / name)] for name in ("a", "b")]
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 3
+
+
+def test_killed_and_resumed(
+    checkpoint: Path, process: Run, vtengine: Run, questions: Run, without_times: Run, tmp_path: Path
+) -> None:
+    line = ["generate", questions(60), *flags(checkpoint), "--concurrency", "3", "--max-new-tokens", "24", "-o"]
+    running = process(*line, tmp_path / "out.jsonl")
+    running.wait_for_rows(tmp_path / "out.jsonl", 4)
+    running.popen.kill()
+    running.finish()
+    assert (tmp_path / "out.jsonl").read_bytes().count(b"\n") < 60
+    assert vtengine(*line, tmp_path / "out.jsonl", "--resume").status == 0
+    assert vtengine(*line, tmp_path / "whole.jsonl").status == 0
+    assert without_times(tmp_path / "out.jsonl") == without_times(tmp_path / "whole.jsonl")
+
+
+def test_ask(checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path) -> None:
+    questions(1)
+    done = vtengine("ask", tmp_path / "p0.png", "What?", *flags(checkpoint))
+    assert done.status == 0 and "turn 1: image" in done.out and "visual tokens: 4 of 12" in done.out
+
+
+def break_tensors(folder: Path, change: str) -> None:
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if name.endswith("mlp.down_proj.weight"))
+    if change == "missing":
+        del tensors[name]
+    elif change == "extra":
+        tensors["model.layers.7.odd.weight"] = torch.zeros(3)
+    elif change == "misshapen":
+        tensors[name] = tensors[name][:-1].contiguous()
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif change == "absent":
+        path.unlink()
+    else:
+        save_file(tensors, path)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "misshapen", "cut", "absent"])
+def test_broken_checkpoint_is_one_line(
+    checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path, change: str
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    break_tensors(folder, change)
+    done = vtengine("generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(folder))
+    assert done.status == 2 and done.err.count("\n") == 1 and str(folder) in done.err
+    if change in ("missing", "misshapen"):
+        assert "mlp.down_proj.weight" in done.err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("config", [{"model_type": "llama"}, {"hidden_size": 63}, {"num_hidden_layers": "two"}])
+def test_unusable_config_is_one_line(
+    checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path, config: dict
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    before = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(before | config))
+    done = vtengine("generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(folder))
+    assert (
+        done.status == 2
+        and done.err.count("\n") == 1
+        and next(iter(config)) in done.err.replace("num_layers", "num_hidden_layers")
+    )
