@@ -1,0 +1,170 @@
+"""How the cost of a question grows with the batch, the image and the number of turns, and that memory does not.
+
+Straight on the embedded engine with made-up pixels and replies of fixed length: what is measured is the engine's work,
+not what a model happens to say. The pool is kept small, so that the largest batches have to wait for pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from two_turn_run import model_folder
+
+from vtengine.engine.base import Completion, ImageInput, Request, SamplingParams
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.model import Qwen2_5_VL, load_model
+from vtengine.rollout.tokenizer import Tokenizer
+
+TESTS = ["tests/engine"]
+NUM_PAGES, MAX_RUNNING = 512, 64
+TEXT_TOKENS, NEW_TOKENS = 24, 16
+SIDE = 224  # pixels; 64 visual tokens
+BATCHES, SIDES, TURNS = (1, 2, 4, 8, 16, 32, 64, 128), (112, 224, 448, 672, 896, 1120), 8
+
+_COMMON = {"ms_per_question": "ms per question", "pages_peak": "Pages in use, peak", "pages_total": "Pages of the pool"}
+TABLES = {
+    "growth-batch": {"columns": {"batch": "Questions at once", **_COMMON}, "where": {"part": "batch"}},
+    "growth-image": {
+        "columns": {"side": "Image side, px", "visual_tokens": "Visual tokens", **_COMMON},
+        "where": {"part": "image"},
+    },
+    "growth-turns": {
+        "columns": {
+            "turn": "Turn",
+            "resumption": "Resumption",
+            "prompt_tokens": "Context, tokens",
+            "ms": "ms of this turn",
+        },
+        "where": {"part": "turns"},
+    },
+}
+
+
+def run(context: Any) -> list[dict[str, Any]]:
+    folder = model_folder()
+    model, tokenizer = load_model(folder, dtype=torch.float32), Tokenizer.load(folder)
+    rounds = 1 if context.quick else 5
+    bench = _Bench(model, tokenizer)
+    asyncio.run(bench.batch(8))  # warm-up
+    rows = [bench.batch_row(size, rounds) for size in (BATCHES[:3] if context.quick else BATCHES)]
+    rows += [bench.image_row(side, rounds) for side in (SIDES[:2] if context.quick else SIDES)]
+    for resume in (True, False):
+        rows += bench.turn_rows(2 if context.quick else TURNS, rounds, resume)
+    return rows
+
+
+class _Bench:
+    def __init__(self, model: Qwen2_5_VL, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer, self.num_images = model, tokenizer, 0
+
+    def engine(self, resume: bool = True) -> EmbeddedEngine:
+        config = EngineConfig(num_pages=NUM_PAGES, max_running=MAX_RUNNING, resume=resume)
+        return EmbeddedEngine(self.model, self.tokenizer, config)
+
+    def image(self, side: int) -> ImageInput:
+        """A square of noise, never seen before."""
+        self.num_images += 1
+        grid = (1, side // 14, side // 14)
+        generator = torch.Generator().manual_seed(self.num_images)
+        pixels = torch.randn(grid[1] * grid[2], 588, generator=generator)
+        return ImageInput(f"growth-{self.num_images}", grid, pixels)
+
+    def ask(self, image: ImageInput) -> list[int]:
+        """A prompt of one image and TEXT_TOKENS other tokens, of which no two prompts share a page."""
+        start, end = (self.tokenizer.special_id(name) for name in ("<|vision_start|>", "<|vision_end|>"))
+        assert start is not None and end is not None
+        text = [(7 * self.num_images + 3 * index) % 200 for index in range(TEXT_TOKENS)]
+        return [*text[:8], start, *[self.tokenizer.image_pad_id] * image.visual_tokens, end, *text[8:]]
+
+    def request(self, name: str, ids: list[int], images: list[ImageInput], new_tokens: int = NEW_TOKENS) -> Request:
+        bans = {token: float("-inf") for token in self.tokenizer.special_ids}
+        return Request(name, tuple(ids), tuple(images), SamplingParams(max_new_tokens=new_tokens, logit_bias=bans))
+
+    async def batch(self, size: int, side: int = SIDE, new_tokens: int = NEW_TOKENS) -> tuple[float, float]:
+        """(wall seconds, peak of pages in use) of `size` questions at once."""
+        images = [self.image(side) for _ in range(size)]
+        requests = [self.request(str(i), self.ask(image), [image], new_tokens) for i, image in enumerate(images)]
+        engine = self.engine()
+        started_s, peak = time.perf_counter(), 0.0
+        pending = {asyncio.create_task(engine.generate(request)) for request in requests}
+        while pending:
+            done, pending = await asyncio.wait(pending, timeout=0.005)
+            peak = max(peak, engine.stats()["pages_in_use"])
+            for task in done:
+                task.result()
+        wall_s = time.perf_counter() - started_s
+        await engine.close()
+        return wall_s, peak
+
+    def batch_row(self, size: int, rounds: int) -> dict[str, Any]:
+        runs = [asyncio.run(self.batch(size)) for _ in range(rounds)]
+        return {"part": "batch", "batch": size, "visual_tokens": SIDE**2 // 784, **_figures(runs, size)}
+
+    def image_row(self, side: int, rounds: int) -> dict[str, Any]:
+        runs = [asyncio.run(self.batch(1, side, 1)) for _ in range(rounds)]
+        return {"part": "image", "side": side, "visual_tokens": side**2 // 784, **_figures(runs, 1)}
+
+    async def conversation(self, turns: int, resume: bool) -> list[Completion]:
+        """One conversation; every turn appends an image and some text to all that was said."""
+        engine, ids, images, completions = self.engine(resume), [], [], []
+        for turn in range(turns):
+            images.append(self.image(SIDE))
+            ids += self.ask(images[-1])
+            completions.append(await engine.generate(self.request(str(turn), ids, images)))
+            ids += completions[-1].token_ids
+        await engine.close()
+        return completions
+
+    def turn_rows(self, turns: int, rounds: int, resume: bool) -> list[dict[str, Any]]:
+        runs = [asyncio.run(self.conversation(turns, resume)) for _ in range(rounds)]
+        return [
+            {
+                "part": "turns",
+                "turn": turn + 1,
+                "resumption": "on" if resume else "off",
+                "prompt_tokens": runs[0][turn].prompt_tokens,
+                "prefill_tokens": runs[0][turn].prefill_tokens,
+                "ms": 1e3 * statistics.median(run[turn].latency_s for run in runs),
+            }
+            for turn in range(turns)
+        ]
+
+
+def _figures(runs: list[tuple[float, float]], questions: int) -> dict[str, Any]:
+    return {
+        "ms_per_question": 1e3 * statistics.median(wall_s for wall_s, _ in runs) / questions,
+        "pages_peak": int(max(peak for _, peak in runs)),
+        "pages_total": NUM_PAGES,
+        "rss_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Three panels: batch, image, turns."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    batch, image, turns = figure.subplots(1, 3)
+    for axes, part, key, label in (
+        (batch, "batch", "batch", "questions at once"),
+        (image, "image", "visual_tokens", "visual tokens of the image"),
+    ):
+        found = [row for row in rows if row["part"] == part]
+        axes.plot([row[key] for row in found], [row["ms_per_question"] for row in found], "o-", color="#2a6f97")
+        axes.set(xlabel=label, ylabel="ms per question", ylim=(0, None))
+    batch.set_xscale("log", base=2)
+    for resumption, colour in (("on", "#2a6f97"), ("off", "#c1666b")):
+        found = [row for row in rows if row["part"] == "turns" and row["resumption"] == resumption]
+        label = f"resumption {resumption}"
+        turns.plot([row["turn"] for row in found], [row["ms"] for row in found], "o-", color=colour, label=label)
+    turns.set(xlabel="turn", ylabel="ms of this turn", ylim=(0, None))
+    turns.legend(frameon=False)
+    for axes in (batch, image, turns):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
