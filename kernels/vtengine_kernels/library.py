@@ -17,7 +17,7 @@ class LibraryMissing(RuntimeError):
 
 @functools.cache
 def _find() -> ctypes.CDLL | str:
-    path = Path(__file__).with_name(NAME)
+    path = Path(__file__).parent / NAME
     if not path.is_file():
         return (
             "the C++ extension was not built (no C++ compiler at install time?); install g++ or clang++, then "

@@ -22,18 +22,9 @@ import torch
 
 from vtengine_kernels import dispatch
 from vtengine_kernels.patchify import native, ref
-from vtengine_kernels.patchify.contract import (
-    Layout,
-    Plan,
-    Target,
-    check_normalisation,
-    check_options,
-    checked_image,
-    checked_outputs,
-    checked_targets,
-)
+from vtengine_kernels.patchify.contract import Layout, Target, checked_plan
 from vtengine_kernels.patchify.fixed_point import Box, Filter, Order
-from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD, level_table
+from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "Box", "Filter", "Layout", "Order", "Target", "patchify"]
 
@@ -58,27 +49,20 @@ def patchify(
     it. dtype: float32 or bfloat16. out: tensors to write into, one per target, which saves their allocation (for a
     large image that costs more than the work). The GIL is released meanwhile.
 
-    ValueError: an argument outside its range, with the remedy. RuntimeError: `impl` is not available here.
+    ValueError: an argument outside its range, with the remedy; nothing was written then. RuntimeError: `impl` is not
+    available here.
     """
-    check_options(filter, layout, dtype, order, num_threads)
-    check_normalisation(mean, std)
-    image = checked_image(image_HWC)
-    checked, boxes = checked_targets(targets, image.shape[0], image.shape[1])
     chosen = dispatch.choose("patchify", impl)
-    outputs = checked_outputs(out, checked, layout, dtype)
-    table = level_table(tuple(mean), tuple(std))
-    plan = Plan(
-        image=image,
-        targets=checked,
-        boxes=boxes,
+    plan = checked_plan(
+        image_HWC,
+        targets,
         filter=filter,
-        order=order,
         layout=layout,
         dtype=dtype,
-        mean=tuple(mean),
-        std=tuple(std),
-        table=table,
-        outputs=outputs,
+        mean=mean,
+        std=std,
         num_threads=num_threads,
+        order=order,
+        out=out,
     )
     return native.run(plan) if chosen == "cpu" else ref.run(plan)

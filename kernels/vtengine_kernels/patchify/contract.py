@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,11 +10,13 @@ import numpy as np
 import torch
 
 from vtengine_kernels.patchify.fixed_point import FILTERS, Box, Filter, Order
+from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD, level_table
 
 PATCH = 14
 WINDOW = 28  # pixels per side of a merge window: 2x2 patches
 MAX_SIDE = 1 << 24  # Pillow holds the size of the source as a float32
 Layout = Literal["full", "compact"]
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 COLUMNS = {"full": 2 * 3 * PATCH * PATCH, "compact": 3 * PATCH * PATCH}
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -53,6 +54,40 @@ class Plan:
     table: np.ndarray
     outputs: tuple[torch.Tensor, ...]
     num_threads: int
+
+
+def checked_plan(
+    image_HWC: np.ndarray | torch.Tensor,
+    targets: Sequence[Target],
+    *,
+    filter: Filter = "bicubic",
+    layout: Layout = "full",
+    dtype: torch.dtype = torch.float32,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    num_threads: int = 1,
+    order: Order = "pil13",
+    out: Sequence[torch.Tensor] | None = None,
+) -> Plan:
+    """The call as an implementation wants it, outputs allocated. ValueError: an argument outside its range."""
+    check_options(filter, layout, dtype, order, num_threads)
+    check_normalisation(mean, std)
+    image = checked_image(image_HWC)
+    checked, boxes = checked_targets(targets, image.shape[0], image.shape[1])
+    return Plan(
+        image=image,
+        targets=checked,
+        boxes=boxes,
+        filter=filter,
+        order=order,
+        layout=layout,
+        dtype=dtype,
+        mean=tuple(mean),
+        std=tuple(std),
+        table=level_table(tuple(mean), tuple(std)),
+        outputs=checked_outputs(out, checked, layout, dtype),
+        num_threads=num_threads,
+    )
 
 
 def checked_image(image: Any) -> np.ndarray:
@@ -139,9 +174,9 @@ def check_options(kind: str, layout: str, dtype: torch.dtype, order: str, num_th
 def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> None:
     """ValueError: not three finite numbers each, or a std that is not positive."""
     for name, values in (("mean", mean), ("std", std)):
-        if len(values) != 3 or not all(math.isfinite(value) for value in values):
-            raise ValueError(f"{name} = {tuple(values)!r}: must be three finite numbers, one per channel")
-    if min(std) <= 0:
+        if len(values) != 3 or not all(abs(value) <= FLOAT32_MAX for value in values):
+            raise ValueError(f"{name} = {tuple(values)!r}: must be three finite float32 numbers, one per channel")
+    if min(np.float32(value) for value in std) <= 0:
         raise ValueError(f"std = {tuple(std)!r}: each must be above 0")
 
 

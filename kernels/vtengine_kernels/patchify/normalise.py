@@ -17,6 +17,7 @@ def level_table(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     mean32 = np.asarray(mean, dtype=np.float32)[:, None]
     std32 = np.asarray(std, dtype=np.float32)[:, None]
-    table = np.ascontiguousarray((unit[None, :] - mean32) / std32)
+    with np.errstate(over="ignore"):  # a tiny std gives infinities, as it does elsewhere
+        table = np.ascontiguousarray((unit[None, :] - mean32) / std32)
     table.flags.writeable = False  # it is shared
     return table

@@ -1,0 +1,57 @@
+"""Every implementation of patchify that this machine can run, and images to run it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from vtengine_kernels import library
+from vtengine_kernels.patchify import Target, native, ref
+from vtengine_kernels.patchify.contract import checked_plan
+
+Run = Callable[..., list[torch.Tensor]]
+IMPLEMENTATIONS = ("ref", "scalar", "avx2", "avx512")
+
+
+def run_as(name: str) -> Run:
+    """patchify with one implementation; `stream` (stores past the caches) is an extra keyword."""
+
+    def run(
+        image: np.ndarray, targets: Sequence[Target], stream: bool | None = None, **options: object
+    ) -> list[torch.Tensor]:
+        plan = checked_plan(image, targets, **options)
+        return ref.run(plan) if name == "ref" else native.run(plan, isa=name, stream=stream)
+
+    return run
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def run(request: pytest.FixtureRequest) -> Run:
+    """Each implementation in turn."""
+    if request.param != "ref" and request.param not in library.isas():
+        pytest.skip(f"{request.param}: not on this machine, or the C++ library is not built")
+    return run_as(request.param)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS[1:])
+def compiled(request: pytest.FixtureRequest) -> Run:
+    """Each compiled implementation in turn."""
+    if request.param not in library.isas():
+        pytest.skip(f"{request.param}: not on this machine, or the C++ library is not built")
+    return run_as(request.param)
+
+
+@pytest.fixture
+def picture() -> Callable[[int, int], np.ndarray]:
+    """picture(height, width): uint8 [height, width, 3], noise with hard edges, so that levels clip at both ends."""
+    rng = np.random.default_rng(20250713)
+
+    def make(height: int, width: int) -> np.ndarray:
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image[rng.random((height, width)) < 0.3] = 255
+        image[rng.random((height, width)) < 0.3] = 0
+        return image
+
+    return make

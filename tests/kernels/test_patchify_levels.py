@@ -1,0 +1,115 @@
+"""The resized image, level by level, against Pillow: no difference is allowed."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from vtengine_kernels.patchify import Target
+from vtengine_kernels.patchify.fixed_point import vertical_first
+
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+PILLOW_ORDER = "pil13" if int(PIL.__version__.split(".")[0]) >= 13 else "pil12"
+IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "layout": "compact"}
+EXTREMES = [
+    ((1, 1), (28, 28)),
+    ((1, 1), (280, 28)),
+    ((28, 28), (28, 28)),
+    ((1, 4000), (28, 5600)),
+    ((4000, 1), (5600, 28)),
+    ((2000, 3), (28, 28)),
+    ((3, 2000), (28, 28)),
+    ((1500, 1400), (28, 28)),  # more than 100 taps both ways
+    ((56, 84), (56, 84)),
+    ((56, 85), (56, 84)),
+    ((57, 84), (56, 84)),
+    ((27, 29), (28, 28)),
+    ((300, 200), (28, 1400)),  # up in one direction, down in the other
+    ((200, 300), (1400, 28)),
+    ((768, 1024), (756, 1036)),  # Pillow 13 resamples the columns first
+    ((470, 470), (476, 476)),
+]
+
+
+def levels_of(rows: torch.Tensor, height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3] from compact rows that hold level / 255."""
+    levels = (rows.double() * 255).round().to(torch.uint8).numpy()
+    windows = levels.reshape(height // 28, width // 28, 2, 2, 3, 14, 14)
+    return windows.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height, width, 3)
+
+
+def pillow_passes(image: np.ndarray, height: int, width: int, kind: str, order: str) -> np.ndarray:
+    """The two passes as two calls, which fixes their order whatever the version of Pillow."""
+    pixels, resample = Image.fromarray(image), FILTERS[kind]
+    if vertical_first(image.shape[0], image.shape[1], height, width, order):
+        return np.asarray(pixels.resize((pixels.width, height), resample).resize((width, height), resample))
+    return np.asarray(pixels.resize((width, pixels.height), resample).resize((width, height), resample))
+
+
+def differing(run, image, height, width, kind, order, **options) -> int:
+    rows = run(image, [Target(height, width)], filter=kind, order=order, **IDENTITY, **options)[0]
+    return int((levels_of(rows, height, width) != pillow_passes(image, height, width, kind, order)).sum())
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("size", EXTREMES, ids=str)
+def test_extreme_sizes(run, picture, kind, size):
+    (height_in, width_in), (height, width) = size
+    image = picture(height_in, width_in)
+    rows = run(image, [Target(height, width)], filter=kind, order=PILLOW_ORDER, **IDENTITY)[0]
+    whole = np.asarray(Image.fromarray(image).resize((width, height), FILTERS[kind]))
+    assert (levels_of(rows, height, width) != whole).sum() == 0
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("order", ["pil13", "pil12"])
+def test_500_random_sizes(run, picture, kind, order):
+    """In every implementation, with one thread and two, ordinary and streaming stores."""
+    rng = np.random.default_rng(7)
+    wrong = []
+    for index in range(500):
+        height_in, width_in = (int(side) for side in rng.integers(1, (40, 200)[index % 2], 2))
+        height, width = (28 * int(side) for side in rng.integers(1, 6, 2))
+        threads, stream = 1 + index // 2 % 2, (None, True, False)[index % 3]
+        count = differing(
+            run, picture(height_in, width_in), height, width, kind, order, num_threads=threads, stream=stream
+        )
+        if count:
+            wrong.append((height_in, width_in, height, width, threads, stream, count))
+    assert wrong == []
+
+
+@given(
+    st.integers(1, 700),
+    st.integers(1, 700),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.sampled_from(sorted(FILTERS)),
+    st.sampled_from(["pil13", "pil12"]),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_size(compiled, picture, height_in, width_in, rows, columns, kind, order):
+    assert differing(compiled, picture(height_in, width_in), 28 * rows, 28 * columns, kind, order) == 0
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+def test_many_columns(compiled, picture, kind):
+    """Wider than one tile of the vertical pass, with odd remainders."""
+    for width in (420, 448, 476, 896, 924, 1400):
+        assert differing(compiled, picture(61, width + 13), 56, width, kind, "pil12", num_threads=2) == 0
+
+
+def test_photographs(compiled, data_dir):
+    files = sorted((data_dir / "photos").rglob("*.jpg"))[:3]
+    if not files:
+        pytest.skip(f"no photographs under {data_dir}")
+    for file in files:
+        with Image.open(file) as opened:
+            opened.draft("RGB", (1200, 1200))
+            image = np.asarray(opened.convert("RGB"))
+        height, width = image.shape[0] // 56 * 28 + 28, image.shape[1] // 56 * 28 + 28
+        assert differing(compiled, image, height, width, "bicubic", "pil13") == 0

@@ -1,0 +1,88 @@
+"""The floats: bit-equal to the transformers PIL processor, in every layout and type."""
+
+from __future__ import annotations
+
+import PIL
+import pytest
+import torch
+from PIL import Image
+from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD, Target, ref
+from vtengine_kernels.patchify.normalise import level_table
+
+PILLOW_ORDER = "pil13" if int(PIL.__version__.split(".")[0]) >= 13 else "pil12"
+SIZES = [(1, 1), (28, 28), (90, 37), (300, 500), (511, 130), (768, 1024)]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    return module.Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equal_to_transformers(run, picture, processor, size):
+    image = picture(*size)
+    made = processor(images=[Image.fromarray(image)], return_tensors="pt")
+    _, grid_height, grid_width = made["image_grid_thw"][0].tolist()
+    rows = run(image, [Target(14 * grid_height, 14 * grid_width)], order=PILLOW_ORDER)[0]
+    assert rows.dtype == made["pixel_values"].dtype
+    assert torch.equal(rows, made["pixel_values"])
+
+
+def test_compact_is_one_frame_of_full(run, picture):
+    image, target = picture(100, 150), Target(84, 168)
+    full = run(image, [target])[0].view(-1, 3, 2, 196)
+    compact = run(image, [target], layout="compact")[0].view(-1, 3, 196)
+    assert torch.equal(full[:, :, 0], compact)
+    assert torch.equal(full[:, :, 1], compact)
+
+
+@pytest.mark.parametrize("layout", ["full", "compact"])
+def test_bfloat16_is_the_rounded_float(run, picture, layout):
+    image, target = picture(100, 150), Target(84, 168)
+    floats = run(image, [target], layout=layout)[0]
+    rounded = run(image, [target], layout=layout, dtype=torch.bfloat16)[0]
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, floats.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ((0.0, 0.25, 1.0), (1.0, 3.0, 1e-3)),
+        ((1e30, -1e30, 0.1), (1e-30, 1e30, 1e-38)),  # overflows: the arithmetic gives way to the table
+    ],
+)
+def test_any_mean_and_std(run, mean, std):
+    ramp = torch.arange(28 * 28 * 3, dtype=torch.int64).remainder(256).to(torch.uint8).view(28, 28, 3).numpy()
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = run(ramp, [Target(28, 28)], mean=mean, std=std, dtype=dtype)[0]
+        expected = torch.from_numpy(ref.lookup(level_table(mean, std), ref.patches(ramp, 2))).to(dtype)
+        assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_the_table_is_what_transformers_computes(processor):
+    import numpy as np
+
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 256).repeat(3, axis=0)
+    rescaled = processor.rescale(levels, 1 / 255)
+    expected = processor.normalize(rescaled, list(CLIP_MEAN), list(CLIP_STD))
+    assert np.array_equal(level_table(CLIP_MEAN, CLIP_STD), np.asarray(expected)[:, 0].astype(np.float32))
+
+
+def test_order_of_rows_and_columns(run):
+    """Rows: window by window, each its four patches; columns: channel, frame, y, x."""
+    height, width = 56, 84
+    image = torch.zeros(height, width, 3, dtype=torch.uint8)
+    image[..., 0] = torch.arange(height).view(-1, 1)
+    image[..., 1] = torch.arange(width).view(1, -1)
+    rows = run(image.numpy(), [Target(height, width)], mean=(0.0,) * 3, std=(1.0,) * 3)[0]
+    seen = (rows.view(-1, 3, 2, 14, 14) * 255).round().int()
+    for index in range(rows.shape[0]):
+        window, inside = divmod(index, 4)
+        top, left = 28 * (window // 3) + 14 * (inside // 2), 28 * (window % 3) + 14 * (inside % 2)
+        assert seen[index, 0, 1, 5, 9] == top + 5
+        assert seen[index, 1, 0, 5, 9] == left + 9
+        assert seen[index, 2].abs().max() == 0
