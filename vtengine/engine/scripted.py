@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vtengine.engine.base import BackendFailed, Completion, Finish, Request, RequestRejected, TokenChunk
 
@@ -52,7 +52,7 @@ class ScriptedBackend:
         self._logprob = logprob
         self._image_token_id = self._find_image_token() if image_token_id is None else image_token_id
         self._weight_version = 0
-        self._prefixes: dict[object, dict] = {}
+        self._prefixes: dict[object, Any] = {}
         self._images_seen: set[tuple[str, tuple[int, int, int]]] = set()
         self._counters: Counter[str] = Counter()
 
@@ -115,7 +115,7 @@ class ScriptedBackend:
         if not request.token_ids:
             raise RequestRejected("empty_prompt", f"request {request.request_id}: token_ids is empty")
         placeholders = ((i.content_hash, i.grid_thw, k) for i in request.images for k in range(i.visual_tokens))
-        keys = [next(placeholders, None) if t == self._image_token_id else t for t in request.token_ids]
+        keys: list[object] = [next(placeholders, None) if t == self._image_token_id else t for t in request.token_ids]
         if None in keys or next(placeholders, None) is not None:
             wanted = sum(image.visual_tokens for image in request.images)
             found = sum(t == self._image_token_id for t in request.token_ids)

@@ -172,8 +172,10 @@ class RadixTree:
         assert len(queued) == len(self._queue), "a node is queued twice"
         for node in nodes:
             assert len(node.key) == self._pool.page_size
-            assert node.parent is self._root or node.parent.tick >= node.tick, "used without the page before it"
+            parent = node.parent
+            assert parent is not None
+            assert parent is self._root or parent.tick >= node.tick, "used without the page before it"
             assert node.queued == (id(node) in queued)
             assert node.children or node.queued, "a leaf can never be evicted"
-            holders = self._pool.holders(node.page)
-            assert node.parent is self._root or self._pool.holders(node.parent.page) >= min(holders, 2)
+            holders = min(self._pool.holders(node.page), 2)
+            assert parent is self._root or self._pool.holders(parent.page) >= holders, "held without the page before it"

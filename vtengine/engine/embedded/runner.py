@@ -124,20 +124,20 @@ class Runner:
         """Gives each sequence the features of its image: from the cache, or encoded once for all who want them."""
         claims: dict[FeatureKey | int, list[tuple[Sequence, int]]] = {}
         for order, (sequence, index) in enumerate(wanted):
-            key = self.vision.key(sequence.spans[index].image, self.weight_version)
+            key: FeatureKey = self.vision.key(sequence.spans[index].image, self.weight_version)
             known = self.vision.get(key) if self.resume else None
             if known is None:
                 claims.setdefault(key if self.resume else order, []).append((sequence, index))
             else:
                 sequence.features[index] = known
         images = [claimants[0][0].spans[claimants[0][1]].image for claimants in claims.values()]
-        for (key, claimants), features in zip(claims.items(), self._run_tower(images), strict=True):
+        for (claim, claimants), features in zip(claims.items(), self._run_tower(images), strict=True):
             for sequence, index in claimants:
                 sequence.features[index] = features
             claimants[0][0].encoded[claimants[0][1]] = True
             self.num_shared_encodings += len(claimants) - 1
-            if isinstance(key, tuple):
-                self.vision.put(key, features)
+            if isinstance(claim, tuple):
+                self.vision.put(claim, features)
         self.num_encoded += len(images)
 
     def _run_tower(self, images: list[ImageInput]) -> list[Tensor]:

@@ -62,17 +62,20 @@ class SamplingPlan:
     ) -> SamplingPlan:
         """banned: ids that no request may ever sample."""
         kinds = [_kind(p) for p in params]
-        floats = {"dtype": torch.float32, "device": device}
+
+        def floats(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)
+
         return SamplingPlan(
             seeds=np.asarray([seed_bits(s) for s in seeds], dtype=np.uint64),
             bias=_bias([p.logit_bias for p in params], banned, device),
             greedy=_rows(kinds, 0, device),
             plain=_rows(kinds, 1, device),
             truncated=_rows(kinds, 2, device),
-            temperature=torch.tensor([p.temperature for p in params], **floats),
+            temperature=floats([p.temperature for p in params]),
             top_k=torch.tensor([p.top_k or vocab for p in params], device=device),
-            top_p=torch.tensor([p.top_p for p in params], **floats),
-            min_p=torch.tensor([p.min_p for p in params], **floats),
+            top_p=floats([p.top_p for p in params]),
+            min_p=floats([p.min_p for p in params]),
         )
 
 

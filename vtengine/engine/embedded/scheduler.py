@@ -89,8 +89,9 @@ class Scheduler:
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
-        if self.resume and finish in ("stop", "length") and len(sequence.tokens) % self.pool.page_size == 0:
-            self.flushing.append(sequence)  # the last token, computed in the next step, completes a page
+        completes_page = len(sequence.tokens) == len(sequence.pages) * self.pool.page_size
+        if self.resume and finish in ("stop", "length") and completes_page:
+            self.flushing.append(sequence)  # the last token, never fed back, is computed in the next step
             return
         self._free_slot(sequence)
         self._release(sequence)

@@ -1,0 +1,188 @@
+"""The scheduler with a toy machine in place of the model: every slot remembers the prefix it was computed from."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from tests.engine.tiny import request
+from vtengine.engine.embedded.pages import PagePool
+from vtengine.engine.embedded.radix import RadixTree
+from vtengine.engine.embedded.scheduler import Scheduler
+from vtengine.engine.embedded.sequence import Sequence
+
+VOCAB = 3
+
+
+def next_token(tokens):
+    return hash(tuple(tokens)) % VOCAB
+
+
+def expected_output(prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class ToyEngine:
+    """Writes hash(prefix) to each computed slot, and insists that a row finds the whole of its prefix in its pages."""
+
+    def __init__(self, num_pages=16, page_size=2, max_batch_tokens=8, max_running=6, resume=True):
+        self.pool = PagePool(num_pages, page_size)
+        limits = {"max_batch_tokens": max_batch_tokens, "max_running": max_running, "resume": resume}
+        self.scheduler = Scheduler(self.pool, RadixTree(self.pool), **limits)
+        self.memory = [None] * (num_pages * page_size)
+        self.done = []
+
+    def submit(self, prompt, count):
+        item = request(f"r{random.random()}", prompt, max_new_tokens=count)
+        positions = np.zeros((3, len(prompt)), dtype=np.int64)
+        sequence = Sequence(item, list(prompt), (), positions, delta=0, seed=0, submitted_s=0.0)
+        self.scheduler.submit(sequence)
+        return sequence
+
+    def slot(self, sequence, position):
+        return sequence.pages[position // self.pool.page_size] * self.pool.page_size + position % self.pool.page_size
+
+    def step(self):
+        rows = self.scheduler.schedule()
+        assert sum(row.count for row in rows) <= self.scheduler.max_batch_tokens + len(self.scheduler.flushing)
+        written = [self.slot(row.sequence, p) for row in rows for p in range(row.start, row.start + row.count)]
+        assert len(written) == len(set(written)), "two rows write the same slot"
+        for row in rows:
+            for position in range(row.start, row.start + row.count):
+                self.memory[self.slot(row.sequence, position)] = hash(tuple(row.sequence.tokens[: position + 1]))
+        for row in rows:
+            for position in range(row.start + row.count):
+                assert self.memory[self.slot(row.sequence, position)] == hash(
+                    tuple(row.sequence.tokens[: position + 1])
+                )
+        self.scheduler.computed(rows)
+        for row in rows:
+            if row.samples:
+                row.sequence.append(next_token(row.sequence.tokens), 0.0)
+                if row.sequence.num_outputs == row.sequence.request.sampling.max_new_tokens:
+                    self.finish(row.sequence, "length")
+        self.scheduler.check_integrity()
+        return rows
+
+    def finish(self, sequence, reason):
+        self.scheduler.finish(sequence, reason)
+        self.done.append(sequence)
+
+    def run(self):
+        steps = 0
+        while not self.scheduler.idle:
+            assert self.step(), "nothing could run, but requests are waiting"
+            steps += 1
+        return steps
+
+
+def check_output(sequence):
+    output = sequence.tokens[sequence.num_prompt :]
+    count = sequence.request.sampling.max_new_tokens if sequence.finish == "length" else len(output)
+    assert output == expected_output(sequence.request.token_ids, count)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_traffic_in_a_tiny_pool(seed):
+    """Submissions, cancellations and weight updates at random; preemption and eviction happen by themselves."""
+    rng = random.Random(seed)
+    engine = ToyEngine(
+        num_pages=rng.choice((10, 14, 40)),
+        page_size=rng.choice((1, 2, 3)),
+        max_batch_tokens=rng.choice((6, 9, 64)),
+        resume=seed % 4 != 3,
+    )
+    room = engine.pool.num_pages * engine.pool.page_size
+    for _ in range(250):
+        live = [*engine.scheduler.running, *engine.scheduler.waiting]
+        action = rng.random()
+        if action < 0.35 and len(live) < 12:
+            shared = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, room // 2))]
+            engine.submit(shared, rng.randrange(1, room - len(shared) + 2))
+        elif action < 0.4 and live:
+            engine.finish(rng.choice(live), "cancelled")
+        elif action < 0.41:
+            for sequence in engine.scheduler.drop_all():
+                sequence.finish = "error"
+        else:
+            engine.step()
+        engine.scheduler.check_integrity()
+    engine.run()
+    assert engine.done
+    for sequence in engine.done:
+        check_output(sequence)
+    if engine.scheduler.resume and engine.pool.num_pages == 10:
+        assert engine.scheduler.counters["preemptions"] > 0
+
+
+def test_siblings_submitted_together_prefill_their_prompt_once():
+    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=64)
+    siblings = [engine.submit([1] * 22, 5) for _ in range(5)]
+    rows = engine.step()
+    assert [row.count for row in rows] == [22, 2, 2, 2, 2]
+    engine.run()
+    assert [s.cached_tokens for s in siblings] == [0, 20, 20, 20, 20]
+
+
+def test_siblings_of_a_chunked_prompt_prefill_it_once_too():
+    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=8)
+    siblings = [engine.submit([1] * 22, 5) for _ in range(5)]
+    engine.run()
+    assert [s.cached_tokens for s in siblings] == [0, 20, 20, 20, 20]
+
+
+@pytest.mark.parametrize("length", range(5, 22))
+def test_second_turn_prefills_less_than_a_page_of_the_first(length):
+    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=16)
+    first = engine.submit([1] * length, 3)
+    engine.run()
+    new = [2, 0, 2]
+    second = engine.submit([*first.tokens, *new], 2)
+    engine.run()
+    assert second.cached_tokens == len(first.tokens) // 4 * 4
+    assert second.num_prompt - second.cached_tokens < len(new) + 4
+
+
+def test_second_turn_finds_the_last_page_even_in_the_step_that_computes_it():
+    engine = ToyEngine(num_pages=64, page_size=4)
+    first = engine.submit([1] * 6, 2)
+    while not engine.scheduler.flushing:
+        engine.step()
+    second = engine.submit([*first.tokens, 1, 1], 2)
+    engine.run()
+    assert second.cached_tokens == 8
+
+
+def test_preemption_takes_the_youngest_and_changes_nothing():
+    engine = ToyEngine(num_pages=8, page_size=2, max_batch_tokens=32)
+    sequences = [engine.submit([k, k + 1], 12) for k in range(3)]
+    engine.run()
+    assert engine.scheduler.counters["preemptions"] > 0
+    assert engine.done[0] is sequences[0]
+    for sequence in sequences:
+        check_output(sequence)
+
+
+def test_without_resume_nothing_is_kept():
+    engine = ToyEngine(resume=False)
+    for _ in range(2):
+        sequence = engine.submit([1, 2, 1, 2], 3)
+        engine.run()
+        assert sequence.cached_tokens == 0
+    assert engine.pool.num_free == engine.pool.num_pages
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_prefilled():
+    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=8)
+    short = engine.submit([1], 12)
+    engine.step()
+    engine.submit([2] * 60, 1)
+    for _ in range(4):
+        rows = engine.step()
+        assert rows[0].sequence is short and rows[0].count == 1
+        assert rows[1].count == 7
