@@ -17,6 +17,7 @@ from PIL import Image
 
 from vtengine.viewer import PageOptions, Totals, render_page
 from vtengine.viewer.render import read_rows, script_json
+from vtengine.vision.plan import PixelLimits, ViewPlan, plan_crop
 
 
 def pictures(page: Path) -> dict[str, Image.Image]:
@@ -63,6 +64,34 @@ def test_data_urls_are_shown_and_not_repeated(
     url = "data:image/png;base64," + base64.b64encode((run_folder / "ball.png").read_bytes()).decode()
     page = make_page([two_turn_rows[0] | {"image": url}])
     assert len(pictures(page)) == 2 and url not in page.read_text()
+
+
+def test_a_crop_and_a_scaled_view_are_shown(
+    make_page: Callable[..., Path], run_folder: Path, two_turn_rows: list
+) -> None:
+    def call(arguments: dict) -> str:
+        name = "crop_image" if "box" in arguments else "resize_image"
+        return f"<think>x</think><tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+    plan = plan_crop(168, 112, ViewPlan(None, height=56, width=84), (42, 0, 84, 28), PixelLimits())
+    first = two_turn_rows[0]["turns"][0]
+    crop = two_turn_rows[1]["turns"][1] | {"images": [{"width": plan.width, "height": plan.height}]}
+    scaled = two_turn_rows[1]["turns"][1] | {"images": [{"width": 140, "height": 84}]}
+    calls = {
+        "crop": {"box": [42, 0, 84, 28]},
+        "resize": {"action": "resize", "scale": 0.8},
+        "odd": {"box": [0, 0, 60, 9]},
+    }
+    rows = [
+        two_turn_rows[1] | {"turns": [first | {"text": call(arguments), "action": action}, turn]}
+        for (action, arguments), turn in zip(calls.items(), (crop, scaled, scaled), strict=True)
+    ]
+    shown = [row["_views"][2] for row in rows_of(make_page(rows))]
+    assert [(view["name"], view["key"] is not None) for view in shown] == [
+        ("crop", True),
+        ("scaled", True),
+        ("other", False),
+    ]
 
 
 def test_pictures_stay_within_the_budget(make_page: Callable[..., Path], two_turn_rows: list) -> None:

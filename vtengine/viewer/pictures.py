@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtengine.protocol.messages import View as AskedView
+from vtengine.protocol.reply import parse_reply
 from vtengine.vision.errors import ImageError
-from vtengine.vision.plan import PixelLimits, ViewPlan, plan_high, plan_low
+from vtengine.vision.plan import PixelLimits, ViewPlan, plan_crop, plan_high, plan_low, plan_scale
 
 if TYPE_CHECKING:
     import numpy as np
 
+Size = tuple[int, int]  # width, height in pixels
 MAX_SIDE = 1280  # pixels; larger views are embedded at this size, their caption tells the true one
 QUALITY = 82
 NUM_DECODED = 8  # images whose pixels are kept for the rows that follow
@@ -48,7 +51,7 @@ class PictureBook:
         self._rows_folder = rows_folder
         self._root = root
         self._left_bytes = budget_bytes
-        self._keys: dict[tuple[str, int, int], str] = {}
+        self._keys: dict[tuple[str, ViewPlan], str] = {}
         self._decoded: dict[str, np.ndarray | str] = {}
         self.fresh: dict[str, str] = {}
 
@@ -57,19 +60,24 @@ class PictureBook:
         source, root = self._place(row)
         if source is None:
             return []
-        shown = _shown_sizes(row)
+        shown = _shown_views(row)
         pixels = self._pixels(source, root)
         if isinstance(pixels, str):
-            return [View("shown", *size, _tokens(size), True, None, pixels) for size in shown]
+            return [View("shown", *size, _tokens(size), True, None, pixels) for size, _ in shown]
         height, width = pixels.shape[:2]
         try:
-            high = _high_plan(width, height, row.get("visual_tokens_full"))
+            limits = _limits(width, height, row.get("visual_tokens_full"))
+            high = plan_high(width, height, limits)
         except (ImageError, ValueError) as error:
             return [View("whole", width, height, 0, False, None, " ".join(str(error).split()))]
         low = plan_low(high)
-        names = {(low.width, low.height): "low", (high.width, high.height): "high"}
-        sizes = dict.fromkeys([*names, *shown])
-        return [self._view(source, pixels, names.get(size), size, size in shown) for size in sizes]
+        views: dict[tuple[str, Size, ViewPlan | None], bool] = {
+            (name, (plan.width, plan.height), plan): False for name, plan in (("low", low), ("high", high))
+        }
+        for size, asked in shown:
+            name, plan = _plan_of(asked, size, (width, height), low, high, limits)
+            views[(name, size, plan)] = True
+        return [self._view(source, pixels, *view, seen) for view, seen in views.items()]
 
     def _place(self, row: Mapping[str, Any]) -> tuple[str | None, Path]:
         """The image source of a row, and the folder that it may be read from."""
@@ -83,20 +91,18 @@ class PictureBook:
         path = self._rows_folder.joinpath(recorded).resolve()
         return str(path), path.parent
 
-    def _view(self, source: str, pixels: np.ndarray, name: str | None, size: tuple[int, int], shown: bool) -> View:
+    def _view(self, source: str, pixels: np.ndarray, name: str, size: Size, plan: ViewPlan | None, shown: bool) -> View:
         tokens = _tokens(size)
-        if name is None:
-            return View(
-                "other", *size, tokens, shown, None, "a crop or another scale, see the action of the turn before"
-            )
-        key = self._keys.get((_short(source), *size))
+        if plan is None:
+            return View(name, *size, tokens, shown, None, "a view that the record does not describe")
+        key = self._keys.get((_short(source), plan))
         if key is None:
-            url = encode(pixels, *size)
+            url = encode(pixels, plan)
             if len(url) > self._left_bytes:
                 return View(name, *size, tokens, shown, None, "left out: the page has reached its size limit")
             self._left_bytes -= len(url)
             key = f"p{len(self._keys)}"
-            self._keys[(_short(source), *size)] = key
+            self._keys[(_short(source), plan)] = key
             self.fresh[key] = url
         return View(name, *size, tokens, shown, key, None)
 
@@ -110,14 +116,15 @@ class PictureBook:
         return self._decoded[name]
 
 
-def encode(pixels: np.ndarray, width: int, height: int) -> str:
-    """uint8 [H, W, 3] resized to width x height (at most MAX_SIDE on the longer side) as a WebP data URL."""
+def encode(pixels: np.ndarray, plan: ViewPlan) -> str:
+    """The view of uint8 [H, W, 3] pixels (at most MAX_SIDE on the longer side) as a WebP data URL."""
     from PIL import Image
 
-    factor = min(1.0, MAX_SIDE / max(width, height))
-    size = max(1, round(width * factor)), max(1, round(height * factor))
+    factor = min(1.0, MAX_SIDE / max(plan.width, plan.height))
+    size = max(1, round(plan.width * factor)), max(1, round(plan.height * factor))
     buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "WEBP", quality=QUALITY, method=4)
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box=plan.source_box)
+    image.save(buffer, "WEBP", quality=QUALITY, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -131,28 +138,57 @@ def _read(source: str, root: Path) -> np.ndarray | str:
         return " ".join(str(error).split())
 
 
-def _high_plan(width: int, height: int, visual_tokens_full: Any) -> ViewPlan:
-    """The high view, under the default limits or under those that give the token count in the record."""
+def _limits(width: int, height: int, visual_tokens_full: Any) -> PixelLimits:
+    """The default limits, or those under which the high view has the token count of the record."""
     high = plan_high(width, height, PixelLimits())
     if isinstance(visual_tokens_full, int) and 0 < visual_tokens_full < high.visual_tokens:
-        return plan_high(width, height, PixelLimits(min_pixels=784, max_pixels=visual_tokens_full * 784))
-    return high
+        return PixelLimits(min_pixels=784, max_pixels=visual_tokens_full * 784)
+    return PixelLimits()
 
 
-def _shown_sizes(row: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Distinct (width, height) of the images in the turns, in order."""
-    sizes: dict[tuple[int, int], None] = {}
-    turns = row.get("turns")
-    for turn in turns if isinstance(turns, list) else []:
-        images = turn.get("images") if isinstance(turn, Mapping) else None
+def _plan_of(
+    asked: AskedView | None, size: Size, whole: Size, low: ViewPlan, high: ViewPlan, limits: PixelLimits
+) -> tuple[str, ViewPlan | None]:
+    """Name and plan of a view that was shown; no plan when what was asked for does not explain its size."""
+    try:
+        if asked is not None and asked.box is not None:
+            name, plan = "crop", plan_crop(*whole, low, asked.box, limits)
+        elif asked is not None and asked.scale is not None:
+            name, plan = "scaled", plan_scale(high, asked.scale)
+        else:
+            name, plan = ("low", low) if (low.width, low.height) == size else ("high", high)
+    except ValueError:
+        return "other", None
+    return (name, plan) if (plan.width, plan.height) == size else ("other", None)
+
+
+def _shown_views(row: Mapping[str, Any]) -> list[tuple[Size, AskedView | None]]:
+    """(width, height) of each image in the turns, in order, and what the turn before asked for."""
+    views: list[tuple[Size, AskedView | None]] = []
+    asked: AskedView | None = None
+    recorded = row.get("turns")
+    turns = recorded if isinstance(recorded, list) else []
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            continue
+        images = turn.get("images")
         for image in images if isinstance(images, list) else []:
             size = _size(image) if isinstance(image, Mapping) else None
             if size is not None:
-                sizes[size] = None
-    return list(sizes)
+                views.append((size, asked))
+        asked = _asked_view(turn)
+    return views
 
 
-def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+def _asked_view(turn: Mapping[str, Any]) -> AskedView | None:
+    text = turn.get("text")
+    if not isinstance(text, str) or not turn.get("action"):
+        return None
+    call = parse_reply(text).call
+    return None if call is None else call.view
+
+
+def _size(image: Mapping[str, Any]) -> Size | None:
     """(width, height) of a view in a record, None when they are no pixel counts of a view."""
     width, height = image.get("width"), image.get("height")
     if not (isinstance(width, int) and isinstance(height, int)):
@@ -160,7 +196,7 @@ def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
     return (width, height) if all(28 <= side < 2**20 and side % 28 == 0 for side in (width, height)) else None
 
 
-def _tokens(size: tuple[int, int]) -> int:
+def _tokens(size: Size) -> int:
     return size[0] * size[1] // 784
 
 
