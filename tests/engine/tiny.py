@@ -67,7 +67,7 @@ def cold_logits(model, ids, images=()):
     """[T, vocab] of a plain forward pass without any cache."""
     token_ids = torch.tensor(ids)
     grids = [i.grid_thw for i in images]
-    features = model.visual(torch.cat([i.pixel_values for i in images]), grids) if images else None
+    features = torch.cat([model.visual(i.pixel_values, [i.grid_thw]) for i in images]) if images else None
     positions, _ = mrope_positions(ids, grids, image_token_id=PAD)
     hidden = model.decode(model.embed(token_ids, features), positions, PackedCausal([0, len(ids)]))
     return model.logits(hidden)
