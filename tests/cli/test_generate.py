@@ -163,6 +163,7 @@ def test_bad_lines_become_rows_in_their_place(
     extra = (b"\xff\xfe", b'{"id": "h", "image": ', b"[]", {"id": "q1", "image": "p1.png", "question": "again"})
     more = ({"image": "p0.png"}, {"image": 7, "question": "q"}, {"id": {}, "image": "p0.png", "question": "q"})
     done = vtengine("generate", questions(2, *extra, *more), "-o", tmp_path / "out.jsonl", *scripted())
+    assert "1 line_not_utf8" in done.out
     codes = [row["error"]["code"] for row in rows_of(tmp_path / "out.jsonl") if row["status"] == "rejected"]
     assert done.status == 3
     assert codes == [

@@ -152,4 +152,6 @@ def test_ctrl_c_while_started_in_the_background(process: Run, scripted: Run, que
     running = process("generate", path, "-o", tmp_path / "out.jsonl", *scripted(SLOW), "--concurrency", 2, **ignore)
     running.wait_for_rows(tmp_path / "out.jsonl", 2)
     running.popen.send_signal(signal.SIGINT)
-    assert running.finish().status == 130
+    running.popen.send_signal(signal.SIGINT)
+    done = running.finish()
+    assert done.status == 130 and "--resume" in done.err

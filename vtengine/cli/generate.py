@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Place = tuple[InputRow | RejectedRow, int]  # an input and the index of a sample of it
+REPEATED_SIGNAL_S = 2.0  # wrappers and terminals may deliver one Ctrl-C twice
 LOGPROB_DIGITS = 3  # batches of other sizes differ in later ones
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=//)|data:", re.IGNORECASE)
 
@@ -123,19 +124,28 @@ class _Task:
         self.tokens_before = self.counter.totals().completion_tokens
 
 
+class _Stop:
+    """Cancels the current task at the first SIGINT or SIGTERM; one that comes long after it ends the process."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._first_s = 0.0
+        self._task = asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._catch, number)
+
+    def _catch(self, number: int) -> None:
+        if self.number is None:
+            self.number, self._first_s = number, time.monotonic()
+            assert self._task is not None
+            self._task.cancel()
+        elif time.monotonic() - self._first_s > REPEATED_SIGNAL_S:
+            raise KeyboardInterrupt
+
+
 async def _generate(task: _Task) -> None:
     """Runs what is left and writes it. Ctrl-C or a termination signal leaves a file that can be resumed."""
-    loop, me = asyncio.get_running_loop(), asyncio.current_task()
-    assert me is not None
-    caught: list[int] = []
-
-    def stop(number: int) -> None:
-        caught.append(number)
-        loop.remove_signal_handler(number)
-        me.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
+    stop = _Stop()
     output: OutputFile | None = None
     finished = False
     try:
@@ -144,9 +154,9 @@ async def _generate(task: _Task) -> None:
             await _write_rows(task, setting, output)
         finished = True
     except asyncio.CancelledError:
-        if not caught:
+        if stop.number is None:
             raise
-        raise _interrupted(task, caught[0]) from None
+        raise _interrupted(task, stop.number) from None
     finally:
         if output is not None:
             output.close(finished=finished)

@@ -11,6 +11,8 @@ from vtengine.viewer.totals import Totals
 def summary_rows(totals: Totals, wall_s: float | None, fresh_rows: int, fresh_tokens: int) -> Iterator[tuple[str, str]]:
     """(name, value) pairs. wall_s: seconds this run took for its `fresh_rows` rows and the tokens it wrote in them."""
     yield "rows", f"{totals.rows:,}  ({', '.join(f'{count:,} {name}' for name, count in totals.statuses)})"
+    if totals.codes:
+        yield "rejected or failed", ", ".join(f"{count:,} {code}" for code, count in totals.codes)
     if totals.accuracy is not None:
         yield "accuracy", f"{totals.accuracy:.1%}  ({totals.correct:,} of {totals.scored:,} with an answer)"
     if totals.upscale_ratio is not None:
@@ -25,7 +27,7 @@ def summary_rows(totals: Totals, wall_s: float | None, fresh_rows: int, fresh_to
         prefilled = totals.prompt_tokens - totals.cached_tokens
         yield "tokens prefilled", f"{prefilled:,} of {totals.prompt_tokens:,} in prompts"
     if wall_s and fresh_rows:
-        rates = f"{fresh_rows / wall_s:.1f} rows/s, {fresh_tokens / wall_s:,.0f} tokens/s written"
+        rates = f"{fresh_rows / wall_s:.1f} rows/s, {fresh_tokens / wall_s:,.0f} tokens/s"
         yield "throughput", f"{rates}  ({wall_s:.1f} s)"
 
 

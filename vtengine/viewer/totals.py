@@ -10,10 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over rows. `resumed_tokens` were in the cache when a later turn of their episode began."""
+    """Sums over rows. `resumed_tokens` were in the cache when a later turn of their episode began.
+
+    statuses: (status, rows); codes: (error code, rows) of the rejected and failed ones; both most frequent first.
+    """
 
     rows: int = 0
     statuses: tuple[tuple[str, int], ...] = ()
+    codes: tuple[tuple[str, int], ...] = ()
     scored: int = 0
     correct: int = 0
     answered: int = 0
@@ -61,11 +65,15 @@ class TotalsCounter:
     def __init__(self) -> None:
         self._sums: Counter[str] = Counter()
         self._statuses: Counter[str] = Counter()
+        self._codes: Counter[str] = Counter()
 
     def add(self, row: Mapping[str, Any]) -> None:
         sums = self._sums
         sums["rows"] += 1
         self._statuses[str(row.get("status"))] += 1
+        if row.get("status") in ("rejected", "failed"):
+            error = row.get("error")
+            self._codes[str(error.get("code")) if isinstance(error, Mapping) else "unknown"] += 1
         if isinstance(row.get("correct"), bool):
             sums["scored"] += 1
             sums["correct"] += row["correct"]
@@ -85,7 +93,8 @@ class TotalsCounter:
                 sums["later_prompt_tokens"] += _count(turn.get("prompt_tokens"))
 
     def totals(self) -> Totals:
-        return Totals(statuses=tuple(self._statuses.most_common()), **self._sums)
+        statuses, codes = (tuple(counter.most_common()) for counter in (self._statuses, self._codes))
+        return Totals(statuses=statuses, codes=codes, **self._sums)
 
 
 def _list(value: Any) -> list[Any]:
