@@ -37,7 +37,7 @@ check: $(STAMP)
 	$(PY) -m ruff format --check $(wildcard $(PYTHON_CODE))
 	$(PY) -m ruff check $(wildcard $(PYTHON_CODE))
 	$(PY) -m mypy
-	PYTHONPATH=.:kernels:training $(VENV)/bin/lint-imports
+	PYTHONPATH=.:kernels:training $(PY) -c 'from importlinter.cli import lint_imports_command as main; main()'
 	$(PY) -m pytest -q tests/repo/test_budget.py
 
 format: $(STAMP)

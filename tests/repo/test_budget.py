@@ -11,6 +11,7 @@ MAX_FILE_LINES = 400
 MAX_MEDIAN_FILE_LINES = 150
 MAX_FUNCTION_LINES = 60
 MAX_KERNEL_LINES = 120  # bodies of Triton kernels
+MAX_MODEL_BYTES = 25_000_000
 SUFFIXES = {".py", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h"}
 
 
@@ -54,3 +55,10 @@ def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any(
         "triton" in ast.unparse(decorator) or "jit" in ast.unparse(decorator) for decorator in node.decorator_list
     )
+
+
+def test_shipped_assets(repo_root: Path) -> None:
+    """Each shipped model with its tokenizer and processor files stays small enough for a source repository."""
+    models = [folder for folder in (repo_root / "vtengine" / "assets").glob("*") if folder.is_dir()]
+    sizes = {folder.name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in models}
+    assert {name: size for name, size in sizes.items() if size > MAX_MODEL_BYTES} == {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 PROFILES = sorted((REPO / "vtengine" / "protocol" / "profiles").glob("*.toml"))
-CONFIGS = sorted(path for folder in ("configs", "examples") for path in (REPO / folder).rglob("*.toml"))
+CONFIGS = sorted((REPO / "configs").rglob("*.toml"))
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
@@ -23,6 +22,19 @@ def test_the_named_profiles_exist() -> None:
     assert {"vtengine", "visionthink", "glance"} <= {path.stem for path in PROFILES}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_config_is_toml(path: Path) -> None:
-    assert tomllib.loads(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`NAME_COMMAND.toml` is a configuration of `vtengine-train COMMAND`."""
+    from vtengine_training.cli import main
+
+    command = path.stem.rpartition("_")[2]
+    assert main([command, str(path), "--dry-run"]) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_unknown_key_of_a_config_is_an_error(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vtengine_training.cli import main
+
+    assert main([path.stem.rpartition("_")[2], str(path), "--set", "no_such_key=1", "--dry-run"]) == 2
+    assert "no_such_key" in capsys.readouterr().err
