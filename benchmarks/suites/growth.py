@@ -158,7 +158,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         found = [row for row in rows if row["part"] == part]
         axes.plot([row[key] for row in found], [row["ms_per_question"] for row in found], "o-", color="#2a6f97")
         axes.set(xlabel=label, ylabel="ms per question", ylim=(0, None))
+    sizes = [row["batch"] for row in rows if row["part"] == "batch"]
     batch.set_xscale("log", base=2)
+    batch.set_xticks(sizes, [str(size) for size in sizes])
     for resumption, colour in (("on", "#2a6f97"), ("off", "#c1666b")):
         found = [row for row in rows if row["part"] == "turns" and row["resumption"] == resumption]
         label = f"resumption {resumption}"
