@@ -158,6 +158,12 @@ def _add_engine(parser: Parser) -> None:
     add("--seed", type=_whole(0), default=0, metavar="S", help="same seed, same samples (default: 0)")
     add("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
+    add(
+        "--kv-gb",
+        type=_real(0.0, 1e6, open_low=True),
+        metavar="GB",
+        help="memory for keys and values (default: by device)",
+    )
     add("--allow-http", action="store_true", help="fetch images from http(s) addresses in the input")
 
 

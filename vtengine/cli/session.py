@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     import torch
 
     from vtengine.engine.base import Backend
+    from vtengine.model import Qwen2_5_VL
     from vtengine.rollout.group import Setting
     from vtengine.rollout.tokenizer import Tokenizer
     from vtengine.vision.plan import PixelLimits
 
 DEFAULT_PROFILE = "vtengine"
+MIN_KV_TOKENS = 32_768
+TOKENS_PER_EPISODE = 1024  # a guess; where it is too low, episodes wait for pages
 MAX_RUNNING = 256  # sequences in one batch; more episodes wait for their turn
 SETTINGS = (
     *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "max_new_tokens"),
@@ -106,15 +109,21 @@ def _backend(
     from vtengine.model import load_model
 
     model = load_model(folder, device=device, dtype=dtype)
-    config = EngineConfig(max_running=min(concurrency, MAX_RUNNING), kv_bytes=_kv_bytes(device))
+    running = min(concurrency, MAX_RUNNING)
+    kv_bytes = _kv_bytes(model, running) if arguments.kv_gb is None else int(arguments.kv_gb * 2**30)
+    config = EngineConfig(max_running=running, kv_bytes=kv_bytes)
     return EmbeddedEngine(model, tokenizer, config)
 
 
-def _kv_bytes(device: torch.device) -> int:
-    """Room for keys and values: 1 GiB in main memory; on CUDA 60 % of what the weights leave."""
+def _kv_bytes(model: Qwen2_5_VL, running: int) -> int:
+    """Room for keys and values: on CUDA 60 % of what the weights leave; in main memory what is needed, up to 1 GiB."""
     import torch
 
-    return 2**30 if device.type == "cpu" else int(0.6 * torch.cuda.mem_get_info(device)[0])
+    if model.device.type == "cuda":
+        return int(0.6 * torch.cuda.mem_get_info(model.device)[0])
+    text = model.config.text
+    token_bytes = 2 * text.num_layers * text.num_kv_heads * text.head_dim * model.dtype.itemsize
+    return min(2**30, max(MIN_KV_TOKENS, running * TOKENS_PER_EPISODE) * token_bytes)
 
 
 def _scripted(path: Path, tokenizer: Tokenizer) -> Backend:

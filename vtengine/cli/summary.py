@@ -20,8 +20,8 @@ def summary_rows(totals: Totals, wall_s: float | None, fresh_rows: int, fresh_to
     if totals.visual_ratio is not None:
         counts = f"{totals.visual_tokens:,} of {totals.visual_tokens_full:,}"
         yield "visual tokens against always-high", f"{totals.visual_ratio:.1%}  ({counts})"
-    if totals.later_prompt_tokens:
-        share = totals.resumed_tokens / totals.later_prompt_tokens
+    if totals.answered:
+        share = totals.resumed_tokens / max(1, totals.later_prompt_tokens)
         yield "tokens resumed from the cache", f"{totals.resumed_tokens:,}  ({share:.1%} of the later turns' prompts)"
     if totals.prompt_tokens:
         prefilled = totals.prompt_tokens - totals.cached_tokens
