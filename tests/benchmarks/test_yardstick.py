@@ -1,0 +1,103 @@
+"""The transformers yardstick answers the same requests with the same ids as the engine, padded or not."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vtengine.engine.base import Completion, ImageInput, Request, RequestRejected, SamplingParams
+from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig, save_model
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+PAD, START, END, STOP = 310, 312, 313, 315
+CONFIG = ModelConfig(
+    vision=VisionConfig(
+        depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+    ),
+    text=TextConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        mrope_section=(4, 6, 6),
+        max_position_embeddings=1024,
+    ),
+    tie_word_embeddings=True,
+    image_token_id=PAD,
+    video_token_id=311,
+    vision_start_token_id=START,
+    vision_end_token_id=END,
+    bos_token_id=314,
+    eos_token_id=STOP,
+    dtype="float32",
+)
+
+
+class NoText:
+    """A decoder for requests without stop strings."""
+
+    def decode(self, token_ids: object) -> str:
+        return ""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = Qwen2_5_VL.build(CONFIG, 5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # a fresh model prefers no token; this one has clear favourites
+    save_model(model, folder)
+    return folder
+
+
+def make_requests() -> list[Request]:
+    """One, two and three images, of different sizes."""
+    requests = []
+    for count in (1, 2, 3):
+        ids: list[int] = []
+        images = []
+        for index in range(count):
+            grid = (1, 4 + 2 * index, 6)
+            generator = torch.Generator().manual_seed(10 * count + index)
+            pixels = torch.randn(grid[1] * grid[2], 588, generator=generator)
+            images.append(ImageInput(f"{count}-{index}", grid, pixels))
+            ids += [7 + index, START, *[PAD] * images[-1].visual_tokens, END, *range(20, 25 + 3 * index)]
+        bans = {token: float("-inf") for token in range(310, 315)}
+        sampling = SamplingParams(max_new_tokens=9, stop_token_ids=(STOP,), logit_bias=bans)
+        requests.append(Request(str(count), tuple(ids), tuple(images), sampling))
+    return requests
+
+
+@pytest.mark.parametrize(("batch", "num_calls"), [(1, 3), (8, 1)])
+def test_same_ids_as_the_engine(repo_root: Path, checkpoint: Path, batch: int, num_calls: int) -> None:
+    sys.path.insert(0, str(repo_root / "benchmarks"))
+    from transformers_backend import TransformersBackend
+
+    from vtengine.engine.embedded import EmbeddedEngine
+    from vtengine.model import load_model
+
+    async def go() -> tuple[list[Completion], list[Completion]]:
+        engine, yardstick = EmbeddedEngine(load_model(checkpoint), NoText()), TransformersBackend(checkpoint, batch)
+        ours = await asyncio.gather(*(engine.generate(request) for request in make_requests()))
+        theirs = await asyncio.gather(*(yardstick.generate(request) for request in make_requests()))
+        assert yardstick.num_calls == num_calls
+        hot = dataclasses.replace(make_requests()[0], sampling=SamplingParams(temperature=1.0))
+        with pytest.raises(RequestRejected, match="greedy"):
+            await yardstick.generate(hot)
+        await engine.close()
+        await yardstick.close()
+        return ours, theirs
+
+    ours, theirs = asyncio.run(go())
+    assert [one.token_ids for one in ours] == [one.token_ids for one in theirs]
+    assert [one.finish for one in ours] == [one.finish for one in theirs]
+    assert all(one.cached_tokens == 0 for one in theirs)
