@@ -64,6 +64,15 @@ def test_model_text_cannot_steer_the_terminal(vtengine: Run, scripted: Run, ques
     assert not any(ord(letter) < 32 and letter != "\n" for letter in done.out) and "\x9b" not in done.out
 
 
+def test_a_reader_that_leaves_is_no_fault(process: Run, scripted: Run, questions: Run, tmp_path: Path) -> None:
+    questions(1)
+    running = process("ask", tmp_path / "p0.png", "What?", *scripted(0.3, [["<think>a</think><answer>b</answer>"]]))
+    running.popen.stdout.readline()
+    running.popen.stdout.close()
+    assert running.popen.stderr.read() == ""
+    assert running.popen.wait(60) in (0, 1)
+
+
 def test_no_answer_is_said(vtengine: Run, scripted: Run, questions: Run, tmp_path: Path) -> None:
     questions(1)
     done = vtengine("ask", tmp_path / "p0.png", "What?", *scripted(0, [["just text"]]))

@@ -29,6 +29,10 @@ _GENERATE = f"""examples:
 input, one JSON object per line:
   {{"image": "cat.jpg", "question": "What is it?"}}      also: "id", "answer" (to score); other keys are carried through
 
+output, one JSON object per line and sample, in input order: id, sample, status, error, answer, upscaled, turns with
+  their token account, visual_tokens, visual_tokens_full (what always-high costs), latency_s, logprob_sum, the carried
+  keys, image_path (from OUT's folder), and where an answer was given: expected, correct
+
 {_EXIT_STATUSES}"""
 
 _ASK = """examples:
