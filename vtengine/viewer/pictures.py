@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Size = tuple[int, int]  # width, height in pixels
 MAX_SIDE = 1280  # pixels; larger views are embedded at this size, their caption tells the true one
 QUALITY = 82
+FULL = "left out: the page has reached its size limit"
 NUM_DECODED = 8  # images whose pixels are kept for the rows that follow
 
 
@@ -51,6 +52,7 @@ class PictureBook:
         self._rows_folder = rows_folder
         self._root = root
         self._left_bytes = budget_bytes
+        self._is_full = False
         self._keys: dict[tuple[str, ViewPlan], str] = {}
         self._decoded: dict[str, np.ndarray | str] = {}
         self.fresh: dict[str, str] = {}
@@ -61,7 +63,7 @@ class PictureBook:
         if source is None:
             return []
         shown = _shown_views(row)
-        pixels = self._pixels(source, root)
+        pixels = FULL if self._is_full else self._pixels(source, root)
         if isinstance(pixels, str):
             return [View("shown", *size, _tokens(size), True, None, pixels) for size, _ in shown]
         height, width = pixels.shape[:2]
@@ -99,7 +101,8 @@ class PictureBook:
         if key is None:
             url = encode(pixels, plan)
             if len(url) > self._left_bytes:
-                return View(name, *size, tokens, shown, None, "left out: the page has reached its size limit")
+                self._is_full = True
+                return View(name, *size, tokens, shown, None, FULL)
             self._left_bytes -= len(url)
             key = f"p{len(self._keys)}"
             self._keys[(_short(source), plan)] = key
