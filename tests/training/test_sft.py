@@ -1,0 +1,131 @@
+"""The cold start itself: configuration errors, a few steps, exact resume, and a checkpoint others can load."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from vtengine_training.cli import main
+from vtengine_training.sft.config import DataConfig, PhaseConfig, SftConfig, ShapeConfig
+from vtengine_training.sft.evaluate import forced_accuracy, questions
+from vtengine_training.sft.optim import learning_rate
+from vtengine_training.sft.trainer import Run, phase_at
+
+from vtengine.config import ConfigError, load_config
+from vtengine.model import load_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHAPE = ShapeConfig(
+    text_hidden=128, text_layers=1, text_heads=2, text_kv_heads=1, text_inner=64,
+    vision_hidden=64, vision_layers=2, vision_heads=2, vision_inner=64, full_attention=(1,),
+)  # fmt: skip
+
+
+def small(output: Path, **changes: object) -> SftConfig:
+    phases = (
+        PhaseConfig("vision", steps=1, scenes=2, questions=0, warmup=1, low_share=1.0),
+        PhaseConfig("talk", steps=2, scenes=2, questions=2, warmup=1),
+    )
+    config = SftConfig(
+        output=str(output), shape=SHAPE, data=DataConfig(workers=0), phases=phases,
+        log_every=1, eval_every=100, eval_questions=2, save_every=100,
+    )  # fmt: skip
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder / "model").state_dict()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole: list[dict[str, object]] = []
+    Run(small(tmp_path / "whole")).train(whole.append)
+    first, second = Run(small(tmp_path / "cut")), Run(small(tmp_path / "cut"))
+    first.train(lambda _: None, until=2)
+    rest: list[dict[str, object]] = []
+    assert second.resume() and second.step == 2
+    second.train(rest.append)
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    final = [next(r for r in rows if r["step"] == 3 and "norm" in r) for rows in (whole, rest)]
+    assert final[0] | {"seconds": 0} == final[1] | {"seconds": 0}
+
+
+def test_worker_processes_make_the_same_batches(tmp_path: Path) -> None:
+    Run(small(tmp_path / "here")).train(lambda _: None)
+    Run(small(tmp_path / "there", data=DataConfig(workers=1, prefetch=2))).train(lambda _: None)
+    one, two = weights(tmp_path / "here"), weights(tmp_path / "there")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    Run(small(tmp_path)).save()
+    with pytest.raises(ValueError, match="shape"):
+        Run(small(tmp_path, shape=replace(SHAPE, text_inner=96))).resume()
+
+
+def test_training_learns_the_format(tmp_path: Path) -> None:
+    phases = (PhaseConfig("talk", steps=12, scenes=4, learning_rate=3e-3, warmup=2),)
+    figures: list[dict[str, float]] = []
+    Run(small(tmp_path, phases=phases, bfloat16=False)).train(figures.append)  # type: ignore[arg-type]
+    losses = [row["language_loss"] for row in figures if "language_loss" in row]
+    assert losses[-1] < losses[0] * 0.8
+
+
+def test_evaluation_counts_by_kind(tmp_path: Path) -> None:
+    run = Run(small(tmp_path))
+    asked = questions("validation", 0, 9)
+    found = forced_accuracy(run.model, run.teaching.renderer, asked, run.teaching.image_token)
+    assert {"high/all", "two/all", "format"} <= set(found)
+    assert all(0 <= value <= 1 for value in found.values())
+
+
+def test_phases_and_rates() -> None:
+    config = small(Path("x"))
+    assert [phase_at(config, step)[0].name for step in range(3)] == ["vision", "talk", "talk"]
+    with pytest.raises(ValueError, match="past"):
+        phase_at(config, 3)
+    phase = PhaseConfig(steps=100, warmup=10, learning_rate=1.0, final_rate=0.1)
+    assert learning_rate(phase, 0) == pytest.approx(0.1)
+    assert learning_rate(phase, 10) == pytest.approx(1.0)
+    assert learning_rate(phase, 100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("glance_sft*.toml")), ids=lambda p: p.name)
+def test_shipped_configs_load(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_config(SftConfig, path).total_steps > 100
+    assert main(["sft", str(path), "--dry-run", "--set", "seed=4"]) == 0
+    assert "seed = 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sede=1", "sede"),
+        ("shape.text_hiden=1", "text_hiden"),
+        ("data.call_share=2.0", "call_share"),
+        ("data.workers=-1", "workers"),
+        ("threads='a'", "threads"),
+        ("phases=[]", "phases"),
+        ("phases=[{name='a', steps=0}]", "steps"),
+        ("phases=[{name='a', low_share=0.7, high_share=0.7}]", "low_share"),
+    ],
+)
+def test_config_errors_name_the_field(override: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(SftConfig, None, [override])
+    assert main(["sft", str(CONFIGS / "glance_sft.toml"), "--dry-run", "--set", override]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_exported_folder_is_complete(tmp_path: Path) -> None:
+    Run(small(tmp_path)).save()
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
+        "generation_config.json", "chat_template.json",
+    } <= names  # fmt: skip
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "qwen2_5_vl"

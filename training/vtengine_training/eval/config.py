@@ -1,0 +1,31 @@
+"""What an evaluation runs: a TOML file, read into a frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """`count` generated questions of one split and seed, asked at each of `resolutions`, greedily.
+
+    model: a checkpoint folder, or `glance` for the shipped one. results: a JSON file.
+    """
+
+    model: str = "glance"
+    split: Literal["validation", "test"] = "test"
+    seed: int = 0
+    count: int = 1000
+    resolutions: tuple[Literal["low", "high", "adaptive"], ...] = ("low", "high", "adaptive")
+    concurrency: int = 32
+    max_new_tokens: int = 64
+    threads: int = 1
+    results: str = "benchmarks/results/glance_sft.json"
+
+    def __post_init__(self) -> None:
+        for name in ("count", "concurrency", "max_new_tokens", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+        if not self.resolutions:
+            raise ValueError("resolutions = []: name at least one of low, high, adaptive")

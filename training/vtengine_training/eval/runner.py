@@ -1,0 +1,132 @@
+"""Runs an evaluation and writes its results as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vtengine
+from vtengine.engine.base import SamplingParams
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.model import load_model
+from vtengine.protocol.conversation import Limits
+from vtengine.protocol.profile import load_profile
+from vtengine.rollout.group import Setting, in_order, run_sample
+from vtengine.rollout.question import Question
+from vtengine.rollout.tokenizer import Tokenizer
+from vtengine.vision.pipeline import ImagePipeline
+from vtengine_training.eval.config import EvalConfig
+from vtengine_training.glance.export import write_questions
+from vtengine_training.glance.views import LIMITS
+
+Row = dict[str, Any]
+SHIPPED = Path(vtengine.__file__).parent / "assets" / "glance"
+
+
+def model_folder(name: str) -> Path:
+    """The checkpoint folder a config names. Raises ValueError if it is none."""
+    folder = SHIPPED if name == "glance" else Path(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model: {folder} holds no config.json; train one with `vtengine-train sft`, or name another")
+    return folder
+
+
+def evaluate(config: EvalConfig, progress: Callable[[str, int], None]) -> Row:
+    """Asks every question at every resolution. `progress(resolution, done)` is called as answers come in."""
+    folder = model_folder(config.model)
+    torch.set_num_threads(config.threads)
+    with tempfile.TemporaryDirectory() as place:
+        rows = write_questions(Path(place), config.split, config.seed, config.count, balanced=False)
+        results = {}
+        for resolution in config.resolutions:
+            began = time.perf_counter()
+            found = asyncio.run(_ask_all(config, folder, Path(place), rows, resolution, progress))
+            results[resolution] = summary(found) | {"seconds": round(time.perf_counter() - began, 1)}
+    return {
+        "suite": "glance_eval",
+        "config": {key: getattr(config, key) for key in ("model", "split", "seed", "count", "max_new_tokens")},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": {"processor": platform.machine(), "threads": config.threads},
+        "results": results,
+    }
+
+
+async def _ask_all(
+    config: EvalConfig, folder: Path, root: Path, rows: list[Row], resolution: str, progress: Callable[[str, int], None]
+) -> list[Row]:
+    tokenizer = Tokenizer.load(folder)
+    engine = EmbeddedEngine(load_model(folder), tokenizer, EngineConfig(kv_bytes=1 << 28))
+    sampling = SamplingParams(
+        max_new_tokens=config.max_new_tokens,
+        stop_token_ids=tokenizer.stop_ids,
+        logit_bias={token: float("-inf") for token in tokenizer.banned_ids},
+    )
+    profile = load_profile("glance")
+    found: list[Row] = []
+    try:
+        with ImagePipeline(LIMITS) as pipeline:
+            limits = Limits(resolution=resolution)  # type: ignore[arg-type]
+            setting = Setting(engine, pipeline, tokenizer, profile, limits, sampling)
+            questions = [Question(row["id"], row["image"], row["question"], root) for row in rows]
+            jobs = (_job(setting, question) for question in questions)
+            async for sample in in_order(jobs, config.concurrency):
+                episode = sample.episode
+                row = rows[len(found)]
+                found.append(
+                    {
+                        **row,
+                        "right": episode.answer == row["answer"],
+                        "status": episode.status,
+                        "upscaled": episode.is_upscaled,
+                        "visual_tokens": episode.visual_tokens,
+                        "visual_tokens_full": episode.visual_tokens_full,
+                    }
+                )
+                progress(resolution, len(found))
+    finally:
+        await engine.close()
+    return found
+
+
+def _job(setting: Setting, question: Question) -> Any:
+    return lambda: run_sample(setting, question, 0)
+
+
+def summary(rows: list[Row]) -> Row:
+    """Shares, rounded to four digits: right answers overall, by kind and by whether the low view suffices."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        part = "needs_high" if row["needs_high"] else "low_is_enough"
+        for name in ("all", part, f"kind/{row['kind']}", f"kind/{row['kind']}/{part}"):
+            groups[name].append(row)
+    return {
+        "accuracy": {name: _share(group, "right") for name, group in sorted(groups.items())},
+        "questions": {name: len(group) for name, group in sorted(groups.items())},
+        "format_valid": round(sum(row["status"] == "answered" for row in rows) / len(rows), 4),
+        "upscaled": {
+            part: _share(groups[part], "upscaled") for part in ("all", "low_is_enough", "needs_high") if part in groups
+        },
+        "visual_tokens": sum(row["visual_tokens"] for row in rows),
+        "visual_tokens_full": sum(row["visual_tokens_full"] for row in rows),
+    }
+
+
+def _share(rows: list[Row], key: str) -> float:
+    return round(sum(bool(row[key]) for row in rows) / len(rows), 4)
+
+
+def write_results(results: Row, path: Path) -> None:
+    """Writes beside the place and renames, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,78 @@
+"""Questions as files: PNG images and a `questions.jsonl` that `vtengine generate` reads.
+
+    python -m vtengine_training.glance.export FOLDER --split test --seed 0 --count 64
+
+Kinds take turns, and so do questions that the low view answers and questions that need the high view, where the kind
+has both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vtengine_training.glance.generate import SPLITS, make_scene
+from vtengine_training.glance.scene import KINDS, Query, Scene
+from vtengine_training.glance.views import query_needs_high
+
+
+def pick(split: str, seed: int, count: int, balanced: bool) -> list[tuple[int, Scene, Query, bool]]:
+    """(scene number, scene, query, needs_high). Unbalanced: kinds and questions as the generator draws them."""
+    chosen: list[tuple[int, Scene, Query, bool]] = []
+    index = 0
+    while len(chosen) < count:
+        place = len(chosen)
+        scene = make_scene(split, seed, index, KINDS[place % len(KINDS)] if balanced else None)
+        order = np.random.default_rng([SPLITS.index(split), seed, 11, index]).permutation(len(scene.queries))
+        wanted = place // len(KINDS) % 2 == 1 if balanced else None
+        for query in (scene.queries[int(i)] for i in order):
+            needs = query_needs_high(scene, query)
+            if wanted is None or needs == wanted:
+                chosen.append((index, scene, query, needs))
+                break
+        index += 1
+    return chosen
+
+
+def write_questions(folder: Path, split: str, seed: int, count: int, balanced: bool = True) -> list[dict[str, Any]]:
+    """Writes images/ and questions.jsonl under `folder`; returns the rows."""
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for index, scene, query, needs in pick(split, seed, count, balanced):
+        name = f"{split}-{seed}-{index:05d}"
+        Image.fromarray(scene.image).save(images / f"{name}.png", optimize=True)
+        rows.append(
+            {
+                "id": name,
+                "image": f"images/{name}.png",
+                "question": query.question,
+                "answer": query.answer,
+                "kind": scene.kind,
+                "needs_high": needs,
+            }
+        )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "questions.jsonl").write_text(text, encoding="utf-8")
+    return rows
+
+
+def main() -> None:
+    """The command line of this module."""
+    parser = argparse.ArgumentParser(description="write generated questions and their pictures")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=64)
+    arguments = parser.parse_args()
+    rows = write_questions(arguments.folder, arguments.split, arguments.seed, arguments.count)
+    print(f"{arguments.folder}: {len(rows)} questions, {sum(row['needs_high'] for row in rows)} need the high view")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The cold start's configuration: a TOML file, read into frozen dataclasses; an unknown key is an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vtengine.model.config import ModelConfig, TextConfig, VisionConfig
+
+
+def _least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} = {value}: must be {least} or more")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} = {value}: must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    """Sizes of the model. Text heads have 64 channels, vision heads 32."""
+
+    text_hidden: int = 256
+    text_layers: int = 4
+    text_heads: int = 4
+    text_kv_heads: int = 2
+    text_inner: int = 640
+    vision_hidden: int = 192
+    vision_layers: int = 4
+    vision_heads: int = 6
+    vision_inner: int = 512
+    full_attention: tuple[int, ...] = (1, 3)
+
+    def model(self, vocabulary: int, ids: dict[str, int]) -> ModelConfig:
+        """The model's config for a tokenizer of `vocabulary` tokens, `ids` by special token."""
+        vision = VisionConfig(
+            depth=self.vision_layers,
+            hidden_size=self.vision_hidden,
+            intermediate_size=self.vision_inner,
+            num_heads=self.vision_heads,
+            out_hidden_size=self.text_hidden,
+            fullatt_block_indexes=self.full_attention,
+        )
+        half = self.text_hidden // self.text_heads // 2
+        text = TextConfig(
+            vocab_size=-(-vocabulary // 64) * 64,
+            hidden_size=self.text_hidden,
+            intermediate_size=self.text_inner,
+            num_layers=self.text_layers,
+            num_heads=self.text_heads,
+            num_kv_heads=self.text_kv_heads,
+            rope_theta=10_000.0,
+            mrope_section=(half // 4, (half - half // 4) // 2, half - half // 4 - (half - half // 4) // 2),
+            max_position_embeddings=2048,
+        )
+        return ModelConfig(
+            vision,
+            text,
+            tie_word_embeddings=True,
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """seed: of the training scenes. call_share: how often an adaptive episode asks for the high view, needed or not."""
+
+    seed: int = 1
+    call_share: float = 0.5
+    guess_weight: float = 0.3
+    workers: int = 1
+    prefetch: int = 6
+
+    def __post_init__(self) -> None:
+        _share("call_share", self.call_share)
+        _share("guess_weight", self.guess_weight)
+        _least("seed", self.seed, 0)
+        _least("workers", self.workers, 0)
+        _least("prefetch", self.prefetch, 1)
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One stretch of training. questions = 0 trains the vision tower alone, on the dense labels.
+
+    low_share, high_share: direct prompts; the rest is adaptive. (Vision only: low_share = scenes also shown low.)
+    aux_weight: of the dense loss; look_weight: of the loss on where the answer's tokens look. horizon: length of the
+    cosine where it is not `steps`, for a phase that is cut short.
+    guess_share: of the questions asked where they cannot be answered, those that keep a random answer.
+    """
+
+    name: str = "language"
+    steps: int = 1000
+    scenes: int = 32
+    questions: int = 2
+    learning_rate: float = 1e-3
+    final_rate: float = 1e-4
+    warmup: int = 50
+    aux_weight: float = 0.3
+    look_weight: float = 0.0
+    horizon: int = 0
+    low_share: float = 0.15
+    high_share: float = 0.35
+    guess_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "scenes", "warmup"):
+            _least(name, getattr(self, name), 1)
+        _least("questions", self.questions, 0)
+        for name in ("low_share", "high_share", "guess_share"):
+            _share(name, getattr(self, name))
+        if self.questions and self.low_share + self.high_share > 1:
+            raise ValueError(f"low_share + high_share = {self.low_share + self.high_share}: must be at most 1")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """The whole file."""
+
+    output: str = "runs/glance-sft"
+    profile: str = "glance"
+    seed: int = 0
+    threads: int = 1
+    bfloat16: bool = True
+    log_every: int = 20
+    eval_every: int = 500
+    eval_questions: int = 200
+    save_every: int = 200
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ValueError("phases = []: name at least one [[phases]] table")
+        for name in ("threads", "log_every", "eval_every", "eval_questions", "save_every"):
+            _least(name, getattr(self, name), 1)
+
+    @property
+    def total_steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)

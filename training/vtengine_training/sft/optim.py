@@ -1,0 +1,76 @@
+"""AdamW on float32 master weights behind a model that computes in its own, usually smaller, dtype."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vtengine_training.sft.config import OptimizerConfig, PhaseConfig
+
+
+def learning_rate(phase: PhaseConfig, step: int) -> float:
+    """Rate at step `step` (from 0) of a phase: linear warm-up, then a cosine down to `final_rate`."""
+    if step < phase.warmup:
+        return phase.learning_rate * (step + 1) / phase.warmup
+    done = (step - phase.warmup) / max(1, (phase.horizon or phase.steps) - phase.warmup)
+    return phase.final_rate + (phase.learning_rate - phase.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class MasterAdamW:
+    """Keeps a float32 copy of every parameter; `step` updates the copies and writes them back into the modules."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+        self.config = config
+        self.live = dict(named)
+        self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
+        matrices = [p for p in self.master.values() if p.ndim > 1]
+        vectors = [p for p in self.master.values() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+
+    def step(self, rate: float) -> float:
+        """One update with the gradients of the live parameters, then clears them. Returns the gradient norm."""
+        for name, parameter in self.live.items():
+            self.master[name].grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        norm = nn.utils.clip_grad_norm_(self.master.values(), self.config.clip)
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        if bool(torch.isfinite(norm)):
+            self.adam.step()
+        with torch.no_grad():
+            for name, parameter in self.live.items():
+                parameter.copy_(self.master[name])
+        return float(norm)
+
+    def save(self, path: Path) -> None:
+        """Master weights and both moments as one safetensors file."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self.master.items():
+            tensors[f"weight.{name}"] = weight
+            for key, value in self.adam.state.get(weight, {}).items():
+                tensors[f"{key}.{name}"] = value.reshape(-1) if value.ndim == 0 else value
+        save_file(tensors, str(path))
+
+    def load(self, path: Path) -> None:
+        """Restores what `save` wrote. Raises ValueError where the file belongs to another model."""
+        tensors = load_file(str(path))
+        for name, weight in self.master.items():
+            saved = tensors.get(f"weight.{name}")
+            if saved is None or saved.shape != weight.shape:
+                raise ValueError(f"{path}: no weight {name} of shape {tuple(weight.shape)}; the config has changed")
+            with torch.no_grad():
+                weight.copy_(saved)
+                self.live[name].copy_(saved)
+            state = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors}
+            if state:
+                state["step"] = state["step"].reshape(())
+                self.adam.state[weight] = state

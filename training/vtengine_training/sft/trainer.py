@@ -1,0 +1,180 @@
+"""The training loop: batches by number, two losses, metrics as JSON lines, checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vtengine.model import Qwen2_5_VL, save_model
+from vtengine.protocol.profile import load_profile
+from vtengine_training.glance.views import LIMITS
+from vtengine_training.sft.batch import Batch, make_batch
+from vtengine_training.sft.config import PhaseConfig, SftConfig
+from vtengine_training.sft.episodes import Renderer
+from vtengine_training.sft.evaluate import forced_accuracy, questions
+from vtengine_training.sft.loss import DenseHead, losses
+from vtengine_training.sft.optim import MasterAdamW, learning_rate
+from vtengine_training.sft.tokenizer import ADDED, SPECIAL, train_tokenizer, write_processor_files
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What makes batches out of step numbers; cheap to rebuild in a worker process."""
+
+    config: SftConfig
+    renderer: Renderer
+    image_token: int
+
+    @staticmethod
+    def build(config: SftConfig) -> Teaching:
+        profile = load_profile(config.profile)
+        tokenizer = train_tokenizer(profile)
+        return Teaching(config, Renderer(tokenizer, profile), tokenizer.token_to_id("<|image_pad|>"))
+
+    def batch(self, step: int) -> Batch:
+        phase, _ = phase_at(self.config, step)
+        return make_batch(self.renderer, self.image_token, self.config.data, phase, step)
+
+
+def phase_at(config: SftConfig, step: int) -> tuple[PhaseConfig, int]:
+    """The phase that step `step` (from 0) belongs to, and the step's number inside it."""
+    for phase in config.phases:
+        if step < phase.steps:
+            return phase, step
+        step -= phase.steps
+    raise ValueError(f"step: {step} past the last phase's end")
+
+
+_teaching: Teaching | None = None
+
+
+def _start_worker(config: SftConfig) -> None:
+    global _teaching
+    torch.set_num_threads(1)
+    os.nice(5)
+    _teaching = Teaching.build(config)
+
+
+def _work(step: int) -> Batch:
+    assert _teaching is not None
+    return _teaching.batch(step)
+
+
+def batches(teaching: Teaching, first: int, last: int) -> Iterator[Batch]:
+    """Batches of steps first to last - 1 in order, made ahead in worker processes when there are any."""
+    config = teaching.config
+    if config.data.workers == 0:
+        for step in range(first, last):
+            yield teaching.batch(step)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(config.data.workers, context, _start_worker, (config,)) as pool:
+        ahead: list[Future[Batch]] = []
+        following = first
+        for _ in range(first, last):
+            while following < last and len(ahead) < config.data.prefetch:
+                ahead.append(pool.submit(_work, following))
+                following += 1
+            yield ahead.pop(0).result()
+
+
+class Run:
+    """One training run in its output folder: model, dense head, optimizer, step count."""
+
+    def __init__(self, config: SftConfig) -> None:
+        self.config = config
+        self.folder = Path(config.output)
+        self.profile = load_profile(config.profile)
+        self.tokenizer = train_tokenizer(self.profile)
+        ids = {token: self.tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
+        model_config = config.shape.model(self.tokenizer.get_vocab_size(), ids)
+        self.model = Qwen2_5_VL.build(model_config, config.seed)
+        self.head = DenseHead(model_config.text.hidden_size, config.seed)
+        named = [(f"model.{n}", p) for n, p in self.model.named_parameters()]
+        named += [(f"head.{n}", p) for n, p in self.head.named_parameters()]
+        self.optimizer = MasterAdamW(named, config.optimizer)
+        if config.bfloat16:
+            self.model.to(torch.bfloat16)
+            self.head.to(torch.bfloat16)
+        self.teaching = Teaching(config, Renderer(self.tokenizer, self.profile), model_config.image_token_id)
+        self.step = 0
+
+    @property
+    def _resume_file(self) -> Path:
+        return self.folder / "resume.json"
+
+    def resume(self) -> bool:
+        """Continues from the folder's last checkpoint, if it has one. Raises ValueError if the config differs."""
+        if not self._resume_file.exists():
+            return False
+        state = json.loads(self._resume_file.read_text())
+        if state["shape"] != json.loads(json.dumps(asdict(self.config.shape))):
+            raise ValueError(f"{self._resume_file}: made with another [shape]; use another output, or delete it")
+        self.optimizer.load(self.folder / state["file"])
+        self.step = int(state["step"])
+        return True
+
+    def save(self) -> None:
+        """Checkpoint for resuming, and the model in Hugging Face format under `model/`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = f"resume-{self.step}.safetensors"
+        self.optimizer.save(self.folder / file)
+        state = {"step": self.step, "file": file, "shape": asdict(self.config.shape)}
+        temporary = self._resume_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(state))
+        temporary.replace(self._resume_file)
+        for old in self.folder.glob("resume-*.safetensors"):
+            if old.name != file:
+                old.unlink()
+        self.export(self.folder / "model")
+
+    def export(self, folder: Path) -> None:
+        """The model alone, bfloat16, with all its files: loads in transformers, SGLang and vLLM."""
+        shipped = Qwen2_5_VL(self.model.config).to(torch.bfloat16)
+        weights = {n.removeprefix("model."): w for n, w in self.optimizer.master.items() if n.startswith("model.")}
+        shipped.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in weights.items()})
+        write_processor_files(self.tokenizer, folder, LIMITS.min_pixels, LIMITS.max_pixels)
+        save_model(shipped, folder)
+
+    def train(self, report: Report, until: int | None = None) -> None:
+        """Runs to step `until` (default: the end), reporting metrics; saves on the way and at the end."""
+        torch.set_num_threads(self.config.threads)
+        last = min(until or self.config.total_steps, self.config.total_steps)
+        asked = questions("validation", self.config.data.seed, self.config.eval_questions)
+        began = time.perf_counter()
+        for batch in batches(self.teaching, self.step, last):
+            figures = self._update(batch)
+            self.step += 1
+            if self.step % self.config.log_every == 0 or self.step == last:
+                figures["seconds"] = round(time.perf_counter() - began, 2)
+                report(figures)
+            if self.step % self.config.save_every == 0 or self.step == last:
+                self.save()
+            phase, _ = phase_at(self.config, self.step - 1)
+            if phase.questions and (self.step % self.config.eval_every == 0 or self.step == last):
+                model = self.model
+                with sdpa_kernel(SDPBackend.MATH):
+                    found = forced_accuracy(model, self.teaching.renderer, asked, self.teaching.image_token)
+                report({"step": self.step, "phase": phase.name, "validation": found})
+
+    def _update(self, batch: Batch) -> dict[str, Any]:
+        phase, inside = phase_at(self.config, self.step)
+        rate = learning_rate(phase, inside)
+        with sdpa_kernel(SDPBackend.MATH):  # on CPUs faster than the flash kernel, whose backward is slow there
+            result = losses(self.model, self.head, batch, phase.aux_weight, phase.look_weight)
+            result.total.backward()  # type: ignore[no-untyped-call]
+        norm = self.optimizer.step(rate)
+        figures = {key: round(value, 5) for key, value in result.figures.items()}
+        return {"step": self.step + 1, "phase": phase.name, "rate": rate, "norm": round(norm, 4), **figures}
