@@ -18,6 +18,7 @@ from vtengine.protocol.messages import (
     RESOLUTIONS,
     Ask,
     ErrorInfo,
+    Exchange,
     Geometry,
     ImagePart,
     Part,
@@ -123,19 +124,27 @@ class Conversation:
     status: Status | None = None
     answer: str | None = None
     error: ErrorInfo | None = None
+    history: tuple[Exchange, ...] = ()
 
     @classmethod
     def start(
-        cls, question: str, profile: Profile, limits: Limits | None = None, geometry: Geometry | None = None
+        cls,
+        question: str,
+        profile: Profile,
+        limits: Limits | None = None,
+        geometry: Geometry | None = None,
+        history: tuple[Exchange, ...] = (),
     ) -> Conversation:
         """The first ask is ready, or the status is already `rejected` (the first view is over the budget).
+
+        history: what was asked about the same image before; the image stands with the first question.
 
         geometry: needed for a budget, for a crop's bounds, and by profiles that state view sizes; ValueError if
         it is missing then.
         """
         limits = limits or Limits()
         view = HIGH if limits.resolution == "high" else LOW
-        start = cls(question, profile, limits, geometry, views=(view,))
+        start = cls(question, profile, limits, geometry, views=(view,), history=history)
         budget = limits.visual_token_budget
         if budget is not None and start.visual_tokens > budget:
             message = f"the {view.kind} view alone has {start.visual_tokens} visual tokens, the budget is {budget}"
@@ -226,7 +235,20 @@ class Conversation:
         system = fill(profile[f"{mode}.system"], {"tools": profile.tool_lines})
         head = (Text(profile.open("system") + system + profile.close), joiner) if system else ()
         user = (Text(profile.open("user")), *self._fill(f"{mode}.user", view), Text(profile.close))
-        return merged((*head, *user, joiner, Text(profile.open("assistant"))))
+        return merged((*head, *user, joiner, *self._history(), Text(profile.open("assistant"))))
+
+    def _history(self) -> tuple[Part, ...]:
+        """Earlier answers in the taught form, each with the question that came after it."""
+        profile, joiner = self.profile, Text(self.profile["turn.joiner"])
+        later = [exchange.question for exchange in self.history[1:]] + [self.question]
+        parts: list[Part] = []
+        for exchange, question in zip(self.history, later, strict=False):
+            parts.append(Text(profile.open("assistant")))
+            for text, placeholder in pieces(profile["reply.answer"]):
+                parts += [Text(text), Text(exchange.answer if placeholder == "answer" else "", trusted=False)]
+            after = profile.close + profile["turn.joiner_after_reply"] + profile.open("user")
+            parts += [Text(after), Text(question, trusted=False), Text(profile.close), joiner]
+        return tuple(parts)
 
     def _turn(self, content: tuple[Part, ...]) -> tuple[Part, ...]:
         """A user turn after a reply (which ended with its own closing mark), and the opening of the next reply."""
@@ -241,7 +263,8 @@ class Conversation:
         for text, placeholder in pieces(self.profile[key]):
             parts.append(Text(text))
             if placeholder == "question":
-                parts.append(Text(self.question, trusted=False))
+                first = self.history[0].question if self.history else self.question
+                parts.append(Text(first, trusted=False))
             elif placeholder == "image":
                 assert view is not None
                 before, after = self.profile["turn.image"].split("{pixels}")

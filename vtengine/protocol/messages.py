@@ -73,6 +73,14 @@ Part = Text | ImagePart
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """A question about the image that was asked before, and its answer. Both are text of the user's side, untrusted."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Ask:
     """What is appended to the context before the model's reply number `turn` (from 0)."""
 

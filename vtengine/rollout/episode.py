@@ -188,7 +188,8 @@ class _Run:
         try:
             self.question.text.encode("utf-8")
             self.image = await self.pipeline.open(self.question.image, self.question.root)
-            return Conversation.start(self.question.text, profile, self.limits, ImageGeometry(self.image))
+            geometry = ImageGeometry(self.image)
+            return Conversation.start(self.question.text, profile, self.limits, geometry, self.question.history)
         except Exception as fault:
             ended = Conversation(self.question.text, profile, self.limits)
             return ended.failed(*_describe(fault, 0))

@@ -7,20 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtengine.protocol.messages import View, ViewSize
+from vtengine.protocol.messages import Exchange, View, ViewSize
 from vtengine.vision.pipeline import SourceImage
 from vtengine.vision.plan import ViewPlan, plan_scale
 
 
 @dataclass(frozen=True)
 class Question:
-    """image: path under `root`, data: URL, or http(s) where allowed. `carried`: keys copied into the records."""
+    """image: path under `root`, data: URL, or http(s) where allowed. `carried`: keys copied into the records.
+
+    history: what was asked about this image before, oldest first.
+    """
 
     id: str | int
     image: str
     text: str
     root: Path = Path(".")
     carried: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Exchange, ...] = ()
 
 
 @dataclass(frozen=True)
