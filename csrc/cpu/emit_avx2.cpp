@@ -21,11 +21,12 @@ struct Indices {
 
 VT_AVX2 inline __m128i bytes16(const uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 
-VT_AVX2 void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3]) {
+VT_AVX2 void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3], const uint8_t* ahead) {
     static const Indices indices;
     int64_t at = 0;
     for (; at + 16 <= pixels; at += 16) {
         const uint8_t* from = rgb + 3 * at;
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + 3 * at), _MM_HINT_T0);
         const __m128i part[3] = {bytes16(from), bytes16(from + 16), bytes16(from + 32)};
         for (int c = 0; c < 3; ++c) {
             __m128i all = _mm_setzero_si128();
@@ -36,7 +37,7 @@ VT_AVX2 void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const pla
         }
     }
     uint8_t* const rest[3] = {planes[0] + at, planes[1] + at, planes[2] + at};
-    kScalarKernels.deinterleave(rgb + 3 * at, pixels - at, rest);
+    kScalarKernels.deinterleave(rgb + 3 * at, pixels - at, rest, ahead);
 }
 
 struct Channel {

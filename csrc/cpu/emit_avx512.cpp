@@ -27,7 +27,7 @@ struct Indices {
     }
 };
 
-VT_AVX512 void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3]) {
+VT_AVX512 void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3], const uint8_t* ahead) {
     static const Indices indices;
     for (int64_t at = 0; at < pixels; at += 64) {
         const int64_t bytes = 3 * (pixels - at);
@@ -36,6 +36,7 @@ VT_AVX512 void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const p
             const int64_t left = bytes - 64 * i;
             const __mmask64 mask = left >= 64 ? ~0ull : left <= 0 ? 0 : ~0ull >> (64 - left);
             part[i] = _mm512_maskz_loadu_epi8(mask, rgb + 3 * at + 64 * i);
+            _mm_prefetch(reinterpret_cast<const char*>(ahead + 3 * at + 64 * i), _MM_HINT_T0);
         }
         for (int c = 0; c < 3; ++c) {
             const __m512i two = _mm512_permutex2var_epi8(part[0], _mm512_load_si512(indices.low[c]), part[1]);
@@ -63,13 +64,6 @@ VT_AVX512 inline __m512 values(const uint8_t* from, const Channel& k) {
     return _mm512_fmadd_ps(centered, k.inverse_high, _mm512_mul_ps(centered, k.inverse_low));
 }
 
-VT_AVX512 inline __m256i bfloat16(__m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
 // 14 values of each of 14 rows. A row is written with two values too many; the next row overwrites them.
 template <int kFrames>
 VT_AVX512 inline void emit_channel(const uint8_t* from, int64_t stride, const Channel& k, float* to) {
@@ -85,30 +79,59 @@ VT_AVX512 inline void emit_channel(const uint8_t* from, int64_t stride, const Ch
 }
 
 template <int kFrames>
-VT_AVX512 inline void emit_channel(const uint8_t* from, int64_t stride, const Channel& k, uint16_t* to) {
-    __m256i row[kPatch];
-#pragma GCC unroll 14
-    for (int y = 0; y < kPatch; ++y) row[y] = bfloat16(values(from + y * stride, k));
-#pragma GCC unroll 14
-    for (int y = 0; y < kPatch; ++y) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + y * kPatch), row[y]);
-    if (kFrames == 2) {
-        to += kPatch * kPatch;
-#pragma GCC unroll 14
-        for (int y = 0; y < kPatch; ++y) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + y * kPatch), row[y]);
-    }
-}
-
-template <typename T, int kFrames>
-VT_AVX512 void emit(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
-    if (!norm.exact) {
-        return kScalarKernels.emit[kFrames == 2 ? 0 : 1][sizeof(T) == 4 ? 0 : 1](planes, stride, norm, out);
-    }
-    T* to = static_cast<T*>(out);
+VT_AVX512 void emit_float(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
+    if (!norm.exact) return kScalarKernels.emit[kFrames == 2 ? 0 : 1][0](planes, stride, norm, out);
+    float* to = static_cast<float*>(out);
     for (int patch = 0; patch < 4; ++patch) {
         const int64_t corner = (patch / 2) * kPatch * stride + (patch % 2) * kPatch;
         for (int c = 0; c < 3; ++c) {
             emit_channel<kFrames>(planes[c] + corner, stride, channel(norm, c), to);
             to += kFrames * kPatch * kPatch;
+        }
+    }
+}
+
+// 32 bytes looked up in a table of 256 words, which fills eight registers.
+VT_AVX512 inline __m512i lookup(const uint8_t* from, const __m512i table[8]) {
+    const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+    const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+    const __m512i low = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(table[0], index, table[1]),
+                                                _mm512_permutex2var_epi16(table[2], index, table[3]));
+    const __m512i high = _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(table[4], index, table[5]),
+                                                 _mm512_permutex2var_epi16(table[6], index, table[7]));
+    return _mm512_mask_blend_epi16(bit7, low, high);
+}
+
+// 14 rows of 14 words from the low ends of registers. A row spills two words into the next one, the last one does not.
+VT_AVX512 inline void store_rows(const __m256i row[kPatch], uint16_t* to) {
+#pragma GCC unroll 14
+    for (int y = 0; y < kPatch - 1; ++y) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + y * kPatch), row[y]);
+    _mm256_mask_storeu_epi16(to + (kPatch - 1) * kPatch, 0x3fff, row[kPatch - 1]);
+}
+
+// Two patches side by side at a time: 28 pixels fit one register.
+template <int kFrames>
+VT_AVX512 void emit_bfloat16(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
+    constexpr int64_t kValues = kPatch * kPatch;
+    uint16_t* to = static_cast<uint16_t*>(out);
+    for (int c = 0; c < 3; ++c) {
+        __m512i table[8];
+        for (int i = 0; i < 8; ++i) table[i] = _mm512_loadu_si512(norm.table16[c] + 32 * i);
+        for (int half = 0; half < 2; ++half) {
+            const uint8_t* from = planes[c] + half * kPatch * stride;
+            __m256i left[kPatch], right[kPatch];
+#pragma GCC unroll 14
+            for (int y = 0; y < kPatch; ++y) {
+                const __m512i both = lookup(from + y * stride, table);
+                left[y] = _mm512_castsi512_si256(both);
+                right[y] = _mm512_castsi512_si256(_mm512_alignr_epi32(both, both, kPatch / 2));
+            }
+            uint16_t* corner = to + (6 * half + c) * kFrames * kValues;  // a patch is three channels
+            for (int frame = 0; frame < kFrames; ++frame) {
+                store_rows(left, corner + frame * kValues);
+                store_rows(right, corner + (3 * kFrames + frame) * kValues);
+            }
         }
     }
 }
@@ -130,7 +153,7 @@ const Kernels kAvx512Kernels = {
     avx512::deinterleave,
     avx512::horizontal,
     avx512::vertical,
-    {{avx512::emit<float, 2>, avx512::emit<uint16_t, 2>}, {avx512::emit<float, 1>, avx512::emit<uint16_t, 1>}},
+    {{avx512::emit_float<2>, avx512::emit_bfloat16<2>}, {avx512::emit_float<1>, avx512::emit_bfloat16<1>}},
     avx512::stream,
     avx512::fence,
 };

@@ -14,14 +14,16 @@ constexpr int64_t kSpill = 64;    // bytes that `emit` may write past the end of
 
 // From levels to values: (x/255 - mean) / std in floats, rounded where the reference rounds.
 struct Normaliser {
-    const float* table;  // [3][256], the truth
+    const float* table;       // [3][256], the truth
+    uint16_t table16[3][256];  // the same in bfloat16
     float unit_high, unit_low, mean[3], inverse_high[3], inverse_low[3];
     bool exact;  // the arithmetic gives the table, to the bit, for all 3 x 256 levels
 };
 
 struct Kernels {
-    // rgb: `pixels` interleaved pixels; planes: three lines.
-    void (*deinterleave)(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3]);
+    // rgb: `pixels` interleaved pixels; planes: three lines; ahead: as many bytes that will be read soon (or not: they
+    // need not exist).
+    void (*deinterleave)(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3], const uint8_t* ahead);
     // Resamples `lines` lines of axis.size_in bytes (kPad readable past the end) to axis.size_out bytes (kPad writable).
     void (*horizontal)(const Axis& axis, const uint8_t* const* in, uint8_t* const* out, int64_t lines);
     // Output row `row` of the axis from axis.count[row] lines of `bytes` bytes, with three more readable lines in

@@ -13,7 +13,7 @@ inline uint8_t clip(int32_t total) {
     return static_cast<uint8_t>(level < 0 ? 0 : level > 255 ? 255 : level);
 }
 
-void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3]) {
+void deinterleave(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3], const uint8_t*) {
     for (int64_t i = 0; i < pixels; ++i) {
         for (int c = 0; c < 3; ++c) planes[c][i] = rgb[3 * i + c];
     }
@@ -23,12 +23,8 @@ void vertical(const Axis& axis, int64_t row, const uint8_t* const* in, int64_t b
     vertical_scalar(axis, row, in, 0, bytes, out);
 }
 
-template <typename T>
-T convert(float value);
-template <>
-float convert<float>(float value) { return value; }
-template <>
-uint16_t convert<uint16_t>(float value) { return to_bfloat16(value); }
+inline const float* table_of(const Normaliser& norm, int c, float) { return norm.table + 256 * c; }
+inline const uint16_t* table_of(const Normaliser& norm, int c, uint16_t) { return norm.table16[c]; }
 
 template <typename T, int kFrames>
 void emit(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
@@ -36,10 +32,10 @@ void emit(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm
     for (int patch = 0; patch < 4; ++patch) {
         const int64_t corner = (patch / 2) * kPatch * stride + (patch % 2) * kPatch;
         for (int c = 0; c < 3; ++c) {
-            const float* table = norm.table + 256 * c;
+            const T* table = table_of(norm, c, T());
             for (int64_t y = 0; y < kPatch; ++y) {
                 const uint8_t* from = planes[c] + corner + y * stride;
-                for (int64_t x = 0; x < kPatch; ++x) to[y * kPatch + x] = convert<T>(table[from[x]]);
+                for (int64_t x = 0; x < kPatch; ++x) to[y * kPatch + x] = table[from[x]];
             }
             if (kFrames == 2) std::memcpy(to + kPatch * kPatch, to, sizeof(T) * kPatch * kPatch);
             to += kFrames * kPatch * kPatch;

@@ -19,6 +19,7 @@ Normaliser make_normaliser(const vt_options& options) {
         norm.inverse_high[c] = static_cast<float>(inverse);
         norm.inverse_low[c] = static_cast<float>(inverse - norm.inverse_high[c]);
         for (int x = 0; x < 256; ++x) {
+            norm.table16[c][x] = to_bfloat16(norm.table[256 * c + x]);
             const float level = static_cast<float>(x);
             const float low_part = level * norm.unit_low;
             const float unit = std::fma(level, norm.unit_high, low_part);

@@ -111,15 +111,18 @@ uint8_t* Stripe::ring_line(int64_t source_row) const {
 uint8_t* Stripe::band_line(int64_t y) const { return lines_ + y * view_.pitch_out; }
 
 // The three planes of a line of pixels: resampled later through source_, or in place.
-void Stripe::planes_of(const uint8_t* rgb, int64_t line, uint8_t* const* planes) const {
+void Stripe::planes_of(const uint8_t* rgb, const uint8_t* ahead, int64_t line, uint8_t* const* planes) const {
     uint8_t* source[3];
     for (int c = 0; c < 3; ++c) source[c] = source_ + (3 * line + c) * view_.pitch_in;
-    view_.kernels->deinterleave(rgb, view_.width_in, view_.across ? source : planes);
+    view_.kernels->deinterleave(rgb, view_.width_in, view_.across ? source : planes, ahead);
 }
 
 // Lines of the source, deinterleaved and resampled across, to to[3 * line + channel].
 void Stripe::lines_from(int64_t source_row, int64_t lines, uint8_t* const* to) {
-    for (int64_t i = 0; i < lines; ++i) planes_of(view_.pixels + (source_row + i) * view_.row_bytes, i, to + 3 * i);
+    for (int64_t i = 0; i < lines; ++i) {
+        const uint8_t* rgb = view_.pixels + (source_row + i) * view_.row_bytes;
+        planes_of(rgb, rgb + kAhead, i, to + 3 * i);
+    }
     if (!view_.across) return;
     const uint8_t* from[3 * kBatch];
     for (int64_t i = 0; i < 3 * lines; ++i) from[i] = source_ + i * view_.pitch_in;
@@ -156,7 +159,7 @@ void Stripe::fill_band() {
             rows.assign(count + 3, view_.pixels + view_.down->first[out_row] * view_.row_bytes);
             for (int64_t t = 1; t < count; ++t) rows[t] = rows[t - 1] + view_.row_bytes;
             view_.kernels->vertical(*view_.down, out_row, rows.data(), 3 * view_.width_in, mixed_);
-            planes_of(mixed_, i, to + 3 * i);
+            planes_of(mixed_, rows[count - 1] + view_.row_bytes, i, to + 3 * i);
         }
         if (view_.across) view_.kernels->horizontal(*view_.across, from, to, 3 * kBatch);
     }

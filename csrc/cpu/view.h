@@ -10,8 +10,9 @@
 
 namespace vtengine {
 
-constexpr int64_t kTile = 448;   // columns resampled vertically at a time: 16 windows
-constexpr int64_t kBatch = 4;    // lines resampled horizontally at a time
+constexpr int64_t kTile = 448;     // columns resampled vertically at a time: 16 windows
+constexpr int64_t kAhead = 8192;  // bytes between reading the source and asking the memory for it
+constexpr int64_t kBatch = 4;      // lines resampled horizontally at a time
 
 // Everything about a target that does not change while it is made.
 struct View {
@@ -51,7 +52,7 @@ class Stripe {
     void fill_band();
     void resample_down(int64_t column, int64_t columns);
     void lines_from(int64_t source_row, int64_t lines, uint8_t* const* to);
-    void planes_of(const uint8_t* rgb, int64_t line, uint8_t* const* planes) const;
+    void planes_of(const uint8_t* rgb, const uint8_t* ahead, int64_t line, uint8_t* const* planes) const;
     void emit(const uint8_t* top_left, int64_t stride, int64_t windows);
     void stream_window(const uint8_t* const planes[3], int64_t stride);
     void flush();
