@@ -20,7 +20,9 @@ LIBRARY = "vtengine_kernels._vtengine_cpu"
 SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp"))
 HEADERS = sorted(path.as_posix() for path in [*Path("csrc/cpu").glob("*.h"), *Path("csrc/include").rglob("*.h")])
 # -ffp-contract=off: a fused multiply-add where the C++ says none would round differently from Pillow
+# -Wno-*uninitialized: g++'s own vector headers trip these warnings, hundreds of times
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-g0"]
+FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 class BuildLibrary(build_ext):

@@ -163,13 +163,13 @@ def optional_peers(image: np.ndarray, target: Target, out: torch.Tensor) -> dict
     try:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        found["transformers, PIL processor"] = processor_call(Qwen2VLImageProcessorPil(**limits), image)
+        found["transformers, PIL processor"] = processor_call(Qwen2VLImageProcessorPil(**limits), image, out, target)
     except ImportError:
         pass
     if with_torchvision:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
-        found["transformers, default processor"] = processor_call(Qwen2VLImageProcessor(**limits), image)
+        found["transformers, default processor"] = processor_call(Qwen2VLImageProcessor(**limits), image, out, target)
     try:
         import cv2
 
@@ -178,7 +178,7 @@ def optional_peers(image: np.ndarray, target: Target, out: torch.Tensor) -> dict
         found["OpenCV + numpy"] = lambda: fill(cv2.resize(image, size, interpolation=cv2.INTER_AREA), target, out)
     except ImportError:
         pass
-    return {name: call for name, call in found.items() if tuple(call().shape) == tuple(out.shape)}
+    return found
 
 
 @functools.cache
@@ -201,9 +201,18 @@ def import_torchvision() -> bool:
     return True
 
 
-def processor_call(processor: Any, image: np.ndarray) -> Callable[[], Any]:
-    """As shipped: the caller hands over an array and gets new tensors."""
-    return lambda: processor(images=[image], return_tensors="pt")["pixel_values"]
+def processor_call(processor: Any, image: np.ndarray, out: torch.Tensor, target: Target) -> Callable[[], Any]:
+    """As shipped: the caller hands over an array and gets new tensors. Where the processor's rule gives another size
+    than the view has, the caller resizes with Pillow first."""
+
+    def whole() -> Any:
+        return processor(images=[image], return_tensors="pt")["pixel_values"]
+
+    def in_two_steps() -> Any:
+        small = Image.fromarray(image).resize((target.width, target.height), Image.Resampling.BICUBIC)
+        return processor(images=[small], return_tensors="pt", do_resize=False)["pixel_values"]
+
+    return whole if tuple(whole().shape) == tuple(out.shape) else in_two_steps
 
 
 def memory_copy(moved: int, threads: int) -> Callable[[], None]:

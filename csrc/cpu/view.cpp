@@ -5,7 +5,7 @@
 namespace vtengine {
 namespace {
 
-constexpr int64_t kStreamBytes = 4 << 20;  // outputs from this size on bypass the caches
+constexpr int64_t kStreamBytes = 16 << 20;  // outputs from this size on bypass the caches
 
 // Room for `bytes` and the padding, an odd number of cache lines: neighbours in a column share no cache set.
 int64_t pitch_of(int64_t bytes) { return 64 * (((bytes + kPad + 63) / 64) | 1); }
