@@ -16,6 +16,7 @@ from vtengine_training.sft.trainer import Run, phase_at
 
 from vtengine.config import ConfigError, load_config
 from vtengine.model import load_model
+from vtengine.protocol.profile import load_profile
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPE = ShapeConfig(
@@ -126,6 +127,7 @@ def test_exported_folder_is_complete(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-        "generation_config.json", "chat_template.json",
+        "generation_config.json", "chat_template.json", "profile.toml",
     } <= names  # fmt: skip
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
+    assert load_profile(tmp_path / "model") == load_profile("glance")

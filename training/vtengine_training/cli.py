@@ -89,7 +89,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     from vtengine_training.eval.runner import evaluate, write_results
 
     with _progress() as progress:
-        tasks = {name: progress.add_task(name, total=config.count, note="") for name in config.resolutions}
+        tasks: dict[str, Any] = {
+            name: progress.add_task(name, total=config.count, note="") for name in config.resolutions
+        }
         results = evaluate(config, lambda name, done: progress.update(tasks[name], completed=done))
     write_results(results, Path(config.results))
     for name, found in results["results"].items():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from vtengine_training.glance.documents import pick_side, place
-from vtengine_training.glance.ink import CELL, Canvas, luminance
+from vtengine_training.glance.ink import CELL, Canvas, Colour, luminance
 from vtengine_training.glance.scene import BARS, COLOURS, LETTERS, SHAPES, Query, Scene
 
 
-def _paper(rng: np.random.Generator) -> tuple[int, int, int]:
-    return tuple(int(v) for v in rng.integers(222, 256, 3))  # type: ignore[return-value]
+def _paper(rng: np.random.Generator) -> Colour:
+    return tuple(int(v) for v in rng.integers(222, 256, 3))
 
 
 def bars(rng: np.random.Generator) -> Scene:

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vtengine_training.glance.scene import Glyph, Mark
 
+Colour = tuple[int, ...]
+"""Red, green, blue."""
 CELL = {"small": 14, "large": 28}
 SMALL_CAP = 7
 LARGE_CAPS = (16, 17, 18, 19)
@@ -73,12 +75,12 @@ def _noise_bank() -> np.ndarray:
     return np.random.default_rng(20260).normal(0, 64, (512, 512, 3)).astype(np.int16)
 
 
-def luminance(colour: tuple[int, int, int]) -> float:
+def luminance(colour: Colour) -> float:
     """Perceived brightness, 0 to 255."""
     return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 
 
-def pick_colours(rng: np.random.Generator, contrast: float = 110) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def pick_colours(rng: np.random.Generator, contrast: float = 110) -> tuple[Colour, Colour]:
     """(paper, ink) at least `contrast` apart in luminance; mostly dark on light."""
     while True:
         light = tuple(int(v) for v in rng.integers(185, 256, 3))
@@ -90,7 +92,7 @@ def pick_colours(rng: np.random.Generator, contrast: float = 110) -> tuple[tuple
 class Canvas:
     """A picture being drawn. `write` sets text on the grid, `mark` records an object, `finish` adds noise."""
 
-    def __init__(self, rng: np.random.Generator, width: int, height: int, paper: tuple[int, int, int]):
+    def __init__(self, rng: np.random.Generator, width: int, height: int, paper: Colour):
         self.rng, self.width, self.height = rng, width, height
         self.image = Image.new("RGB", (width, height), paper)
         self.draw = ImageDraw.Draw(self.image)
@@ -103,7 +105,7 @@ class Canvas:
         """Cap height in pixels of text of this scale on this canvas."""
         return font_size(self.font, SMALL_CAP if scale == "small" else self.large_cap)[1]
 
-    def write(self, text: str, x: int, y: int, scale: str, ink: tuple[int, int, int], key: str = "") -> None:
+    def write(self, text: str, x: int, y: int, scale: str, ink: Colour, key: str = "") -> None:
         """Set `text` with its first cell's corner at (x, y); spaces skip a cell. Glyphs get (key, slot)."""
         cell, reach = CELL[scale], 2 if scale == "small" else 3
         size, cap = font_size(self.font, SMALL_CAP if scale == "small" else self.large_cap)

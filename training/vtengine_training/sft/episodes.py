@@ -13,7 +13,7 @@ from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Ask, ImagePart
 from vtengine.protocol.profile import Profile
 from vtengine.protocol.tools import RESIZE_CALL
-from vtengine_training.sft.tokenizer import THINK_FIRST, THINK_LARGE
+from vtengine_training.sft.tokenizer import THINK_FIRST, THINK_LARGE, token_ids
 
 Mode = Literal["low", "high", "answer", "call"]
 """low, high: the direct prompts. answer: adaptive, answered at once. call: adaptive, the high view, then answered."""
@@ -36,7 +36,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, profile: Profile) -> None:
         self.profile = profile
-        self.stop = tokenizer.token_to_id("<|im_end|>")
+        self.stop = token_ids(tokenizer)["<|im_end|>"]
         self.encode = functools.cache(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
 
     def ask(self, ask: Ask) -> tuple[tuple[int, ...] | ViewName, ...]:

@@ -78,11 +78,18 @@ def train_tokenizer(profile: Profile) -> Tokenizer:
     return tokenizer
 
 
+def token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of the special and added tokens. Raises ValueError where one is missing."""
+    ids = {token: tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
+    missing = [token for token, token_id in ids.items() if token_id is None]
+    if missing:
+        raise ValueError(f"tokenizer: lacks {missing}; train it with train_tokenizer")
+    return {token: token_id for token, token_id in ids.items() if token_id is not None}
+
+
 def write_processor_files(tokenizer: Tokenizer, folder: Path, min_pixels: int, max_pixels: int) -> None:
     """All of a checkpoint folder but the model: tokenizer, chat template, image processor, generation defaults."""
-    ids = {token: tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
-    if None in ids.values():
-        raise ValueError(f"tokenizer: lacks {[t for t, i in ids.items() if i is None]}; train it with train_tokenizer")
+    ids = token_ids(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     described = {

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtengine.model import Qwen2_5_VL, save_model
-from vtengine.protocol.profile import load_profile
+from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, load_profile
 from vtengine_training.glance.views import LIMITS
 from vtengine_training.sft.batch import Batch, make_batch
 from vtengine_training.sft.config import PhaseConfig, SftConfig
@@ -24,7 +24,7 @@ from vtengine_training.sft.episodes import Renderer
 from vtengine_training.sft.evaluate import forced_accuracy, questions
 from vtengine_training.sft.loss import DenseHead, losses
 from vtengine_training.sft.optim import MasterAdamW, learning_rate
-from vtengine_training.sft.tokenizer import ADDED, SPECIAL, train_tokenizer, write_processor_files
+from vtengine_training.sft.tokenizer import token_ids, train_tokenizer, write_processor_files
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -41,7 +41,7 @@ class Teaching:
     def build(config: SftConfig) -> Teaching:
         profile = load_profile(config.profile)
         tokenizer = train_tokenizer(profile)
-        return Teaching(config, Renderer(tokenizer, profile), tokenizer.token_to_id("<|image_pad|>"))
+        return Teaching(config, Renderer(tokenizer, profile), token_ids(tokenizer)["<|image_pad|>"])
 
     def batch(self, step: int) -> Batch:
         phase, _ = phase_at(self.config, step)
@@ -98,7 +98,7 @@ class Run:
         self.folder = Path(config.output)
         self.profile = load_profile(config.profile)
         self.tokenizer = train_tokenizer(self.profile)
-        ids = {token: self.tokenizer.token_to_id(token) for token in (*SPECIAL, *ADDED)}
+        ids = token_ids(self.tokenizer)
         model_config = config.shape.model(self.tokenizer.get_vocab_size(), ids)
         self.model = Qwen2_5_VL.build(model_config, config.seed)
         self.head = DenseHead(model_config.text.hidden_size, config.seed)
@@ -145,6 +145,9 @@ class Run:
         shipped = Qwen2_5_VL(self.model.config).to(torch.bfloat16)
         weights = {n.removeprefix("model."): w for n, w in self.optimizer.master.items() if n.startswith("model.")}
         shipped.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in weights.items()})
+        source = SHIPPED / f"{self.config.profile}.toml"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PROFILE_FILE).write_bytes((source if source.is_file() else Path(self.config.profile)).read_bytes())
         write_processor_files(self.tokenizer, folder, LIMITS.min_pixels, LIMITS.max_pixels)
         save_model(shipped, folder)
 
