@@ -24,10 +24,16 @@ class Letters:
 
 def tiny_config(**text):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    sizes = {"vocab_size": VOCAB, "mrope_section": (2, 3, 3)} | sizes | text
     return ModelConfig(
-        text=TextConfig(vocab_size=VOCAB, mrope_section=(2, 3, 3), **(sizes | text)),
+        text=TextConfig(**sizes),
         vision=VisionConfig(
-            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=sizes["hidden_size"],
+            fullatt_block_indexes=(1,),
         ),
         image_token_id=PAD,
         video_token_id=VIDEO,

@@ -20,7 +20,9 @@ def fresh_search():
 
 def test_report_names_every_implementation():
     report = dispatch.report()
-    assert {(entry.op, entry.impl) for entry in report} == {("patchify", "cpu"), ("patchify", "ref")}
+    assert {(entry.op, entry.impl) for entry in report} == {
+        (op, impl) for op in ("patchify", "prefix_attention") for impl in ("cpu", "ref")
+    }
     assert all(entry.reason for entry in report)
     assert report[-1].available
 

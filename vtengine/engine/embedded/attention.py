@@ -7,17 +7,14 @@ pass fills. Suffixes: T tokens of the pass, N rows, P pages, L padded length, Hq
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from vtengine_kernels.prefix_attention import available, prefix_attention
 
 from vtengine.model.attention import PackedCausal
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 # Rows of one batched call may pad its keys to at most this many times the shortest row.
 PADDING_LIMIT = 1.25
@@ -65,8 +62,12 @@ class RowLayout:
     pages: np.ndarray
 
 
-class GatherAttention:
-    """Portable: gathers the pages of rows of similar length, then one scaled_dot_product_attention per batch."""
+class PagedAttention:
+    """Each row by the cheapest way there is.
+
+    Rows without a cached prefix: plain causal attention. Single tokens and short rows: the `prefix_attention` kernel,
+    which reads pages in place. What it does not take, and long rows: gathered pages, then scaled_dot_product_attention.
+    """
 
     def __init__(self, cache: KVCache, layout: RowLayout, slots: Tensor, scratch: Scratch) -> None:
         self._cache = cache
@@ -74,17 +75,24 @@ class GatherAttention:
         self._scratch = scratch
         fresh = np.flatnonzero((layout.length == layout.count) & (layout.count > 1))
         self._fresh = _Fresh.plan(layout, fresh, slots.device) if len(fresh) else None
-        cached = np.flatnonzero((layout.length > layout.count) | (layout.count == 1))
-        self._batches = [_Batch.plan(layout, rows, cache, slots.device) for rows in _group(layout, cached)]
+        cached = (layout.length > layout.count) | (layout.count == 1)
+        short = cached & (layout.count <= SHORT_ROW_TOKENS) & available(cache.keys[0])
+        self._short = _Short.plan(layout, np.flatnonzero(short), slots.device) if short.any() else None
+        groups = _group(layout, np.flatnonzero(cached & ~short))
+        self._batches = [_Batch.plan(layout, rows, cache, slots.device) for rows in groups]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._cache.write(layer, self._slots, k, v)
-        if self._fresh is not None and not self._batches and self._fresh.whole:
+        if self._fresh is not None and self._fresh.whole:
             return self._fresh.packed.attend(layer, q, k, v)
+        if self._short is not None and self._short.whole:
+            return self._short.attend(q, self._cache, layer)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if self._fresh is not None:
             rows = self._fresh.tokens
             out[rows] = self._fresh.packed.attend(layer, q[rows], k[rows], v[rows])
+        if self._short is not None:
+            out[self._short.tokens] = self._short.attend(q[self._short.tokens], self._cache, layer)
         for batch in self._batches:
             keys = self._scratch.gather(0, self._cache.keys[layer], batch.pages)
             values = self._scratch.gather(1, self._cache.values[layer], batch.pages)
@@ -107,6 +115,32 @@ class Scratch:
         out = buffer[:wanted].view(pages.numel(), -1)
         torch.index_select(cache.flatten(1), 0, pages, out=out)
         return out.view(pages.numel(), *cache.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Short:
+    """Single tokens [n] of the pass, each with the page table and the number of tokens that it sees."""
+
+    tokens: Tensor
+    tables: Tensor
+    lengths: Tensor
+    whole: bool
+
+    @staticmethod
+    def plan(layout: RowLayout, rows: np.ndarray, device: torch.device) -> _Short:
+        count = layout.count[rows]
+        if (count == 1).all():
+            tokens, tables, lengths = layout.begin[rows], layout.pages[rows], layout.length[rows]
+        else:
+            row = np.repeat(rows, count)
+            step = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+            tokens, tables = layout.begin[row] + step, layout.pages[row]
+            lengths = (layout.length - layout.count)[row] + step + 1
+        whole = len(tokens) == int(layout.count.sum())
+        return _Short(_tensor(tokens, device), _tensor(tables, device), _tensor(lengths, device), whole)
+
+    def attend(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
+        return prefix_attention(q, cache.keys[layer], cache.values[layer], self.tables, self.lengths)
 
 
 @dataclass(frozen=True)
@@ -171,6 +205,10 @@ class _Batch:
             out.index_copy_(0, self.tokens[self.keep], x[self.keep])
 
 
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
 def _group(layout: RowLayout, rows: np.ndarray) -> list[np.ndarray]:
     """Splits rows into batches: single tokens, short rows and long rows apart, each of similar length."""
     kinds = np.where(layout.count[rows] == 1, 0, np.where(layout.count[rows] <= SHORT_ROW_TOKENS, 1, 2))
@@ -196,7 +234,3 @@ def gather_slots(layout: RowLayout, page_size: int) -> np.ndarray:
     row = np.repeat(np.arange(len(layout.count)), layout.count)
     position = np.arange(len(row)) - layout.begin[row] + (layout.length - layout.count)[row]
     return layout.pages[row, position // page_size] * page_size + position % page_size
-
-
-def as_int64(values: Sequence[int]) -> np.ndarray:
-    return np.asarray(values, dtype=np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtengine.engine.embedded.attention import GatherAttention, KVCache, RowLayout, Scratch, gather_slots
+from vtengine.engine.embedded.attention import KVCache, PagedAttention, RowLayout, Scratch, gather_slots
 from vtengine.engine.embedded.sampler import SamplingPlan, sample
 from vtengine.engine.embedded.vision_cache import FeatureKey, VisionCache
 
@@ -45,7 +45,7 @@ class Runner:
         """Computes the rows; returns a sampled id and its logprob for each row that samples, in order."""
         layout = self._layout(rows)
         slots = torch.from_numpy(gather_slots(layout, self.cache.page_size)).to(self.model.device)
-        attention = GatherAttention(self.cache, layout, slots, self._scratch)
+        attention = PagedAttention(self.cache, layout, slots, self._scratch)
         token_ids, positions = self._inputs(rows)
         embeds = self.model.embed(token_ids, self._features(rows))
         hidden = self.model.decode(embeds, positions, attention)

@@ -1,0 +1,76 @@
+"""The C++ implementation (csrc/cpu/prefix_attention.cpp): float32 on the CPU, pages read in place."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from vtengine_kernels import library
+
+HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
+
+
+class _Args(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "tables", "lengths", "out")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "heads", "kv_heads", "size", "page_size", "q_stride", "table_stride")
+        ),
+        ("scale", ctypes.c_float),
+        ("isa", ctypes.c_int32),
+        ("num_threads", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no such function here, or None."""
+    try:
+        loaded = library.load()
+    except library.LibraryMissing as error:
+        return str(error)
+    if not hasattr(loaded, "vt_prefix_attention"):
+        return "the C++ extension is older than this op; rebuild it: `pip install --no-build-isolation -e .`"
+    return None
+
+
+def takes(keys: Tensor) -> bool:
+    """Whether a cache of this kind is implemented."""
+    return keys.device.type == "cpu" and keys.dtype == torch.float32 and keys.shape[3] in HEAD_SIZES
+
+
+def prefix_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float, isa: str = "auto"
+) -> Tensor:
+    """Contract: the package's docstring. Threads: torch's. RuntimeError: this machine lacks `isa` (for tests)."""
+    if q.stride()[1:] != (q.shape[2], 1):
+        q = q.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    args = _Args(
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        tables.data_ptr(),
+        lengths.data_ptr(),
+        out.data_ptr(),
+        q.shape[0],
+        q.shape[1],
+        keys.shape[2],
+        q.shape[2],
+        keys.shape[1],
+        q.stride(0),
+        tables.stride(0),
+        scale,
+        library.ISAS[isa],
+        torch.get_num_threads(),
+    )
+    status = library.load().vt_prefix_attention(ctypes.byref(args))
+    if status == 2:
+        raise MemoryError("prefix_attention: out of memory")
+    if status:
+        raise RuntimeError(f"prefix_attention: the C++ implementation failed with status {status} (isa {isa})")
+    return out
