@@ -1,0 +1,1 @@
+"""Training examples: JSONL in, an order that can be stopped and continued."""

@@ -1,0 +1,1 @@
+"""What an episode is worth: accuracy, format, and the penalty that makes looking twice cost something."""
