@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
     except MemoryError:
         return _say("out of memory; lower --concurrency or use smaller images", STOPPED)
+    except ModuleNotFoundError as error:
+        return _say(f"{one_line(error)}; `vtengine doctor` says what is missing", STOPPED)
     except OSError as error:
         return _say(one_line(error), STOPPED)
 
