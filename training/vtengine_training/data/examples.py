@@ -1,4 +1,4 @@
-"""Examples from JSONL, checked like the input of `vtengine generate`; what cannot be used is counted, never replaced."""
+"""Examples from JSONL, checked like the input of `vtengine generate`; what cannot be used is counted, not replaced."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtengine.cli.inputs import RejectedRow, read_inputs
+from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question about an image, with its accepted answers. `fields`: the row's other keys. `root`: for relative paths."""
+    """A question about an image, with its accepted answers. root: for relative paths. fields: the row's other keys."""
 
     id: str
     image: str
@@ -54,16 +54,22 @@ def read_dataset(files: Sequence[Path], needs_answer: bool = True) -> Dataset:
                 rejected[row.code] += 1
             elif needs_answer and not row.answers:
                 rejected["answer_missing"] += 1
-            elif str(row.id) in seen:
+            elif (name := _name(path, row, len(files))) in seen:
                 rejected["id_duplicate"] += 1
             else:
-                seen.add(str(row.id))
+                seen.add(name)
                 fields = {key: value for key, value in row.carried.items() if key not in ("image", "question")}
-                examples.append(Example(str(row.id), row.image, row.question, row.answers, path.parent, fields))
+                examples.append(Example(name, row.image, row.question, row.answers, path.parent, fields))
     if not examples:
         counts = ", ".join(f"{code} {count}" for code, count in rejected.items()) or "the files are empty"
         raise ValueError(f"data.files: no usable example ({counts}); every row needs image, question and answer")
     return Dataset(tuple(examples), dict(rejected), fingerprint(examples))
+
+
+def _name(path: Path, row: InputRow, num_files: int) -> str:
+    """The row's id as text; one made from the line number gets the file's name, where there are several files."""
+    given = str(row.id)
+    return f"{path.stem}:{given}" if num_files > 1 and given == f"line-{row.line}" else given
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -1,0 +1,94 @@
+"""Which objective, in frozen dataclasses. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from vtengine_training.grpo.advantage import AdvantageKind
+
+Algorithm = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+PolicyLoss = Literal["clip", "sequence-clip", "clipped-weight", "reinforce"]
+Aggregation = Literal["sequence-mean", "token-mean", "prompt-mean", "constant"]
+KlKind = Literal["k1", "k2", "k3"]
+OldLogprobs = Literal["rollout", "recompute"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss with every choice made.
+
+    policy: clip = token ratios, PPO's minimum; sequence-clip = one ratio per sequence, the geometric mean of its
+    tokens'; clipped-weight = log-probability times the clipped ratio, which is held constant; reinforce = no ratio.
+    Ratios are clipped to [1 - clip_low, 1 + clip_high].
+    aggregation: how tokens add up; see `weights.token_weights`.
+    """
+
+    advantage: AdvantageKind
+    policy: PolicyLoss
+    clip_low: float
+    clip_high: float
+    aggregation: Aggregation
+
+
+PRESETS: Mapping[Algorithm, Objective] = {
+    "grpo": Objective("standardised", "clip", 0.2, 0.2, "sequence-mean"),
+    "dr_grpo": Objective("centred", "clip", 0.2, 0.2, "constant"),
+    "dapo": Objective("standardised", "clip", 0.2, 0.28, "token-mean"),
+    "gspo": Objective("standardised", "sequence-clip", 3e-4, 4e-4, "sequence-mean"),
+    "cispo": Objective("standardised", "clipped-weight", 1.0, 0.28, "token-mean"),
+    "rloo": Objective("leave-one-out", "reinforce", 0.2, 0.2, "constant"),
+}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """`algorithm` names a published combination; what else is given changes that part of it.
+
+    kl_coef > 0 needs the reference model (the one training began with). importance_cap: the truncated importance
+    correction of the rollout engine's log-probabilities, min(old / rollout, cap) per token; needs old_logprobs =
+    "recompute". old_logprobs: those the engine sampled with, or computed again by the trainer before the first update.
+    """
+
+    algorithm: Algorithm = "grpo"
+    advantage: AdvantageKind | None = None
+    policy: PolicyLoss | None = None
+    clip_low: float | None = None
+    clip_high: float | None = None
+    aggregation: Aggregation | None = None
+    kl_coef: float = 0.0
+    kl: KlKind = "k3"
+    entropy_coef: float = 0.0
+    old_logprobs: OldLogprobs = "rollout"
+    importance_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            (self.clip_low is None or 0 <= self.clip_low <= 1, "clip_low", self.clip_low, "from 0 to 1"),
+            (self.clip_high is None or self.clip_high >= 0, "clip_high", self.clip_high, "0 or more"),
+            (self.kl_coef >= 0 and math.isfinite(self.kl_coef), "kl_coef", self.kl_coef, "0 or more"),
+            (math.isfinite(self.entropy_coef), "entropy_coef", self.entropy_coef, "finite"),
+            (self.importance_cap is None or self.importance_cap > 0, "importance_cap", self.importance_cap, "> 0"),
+        )
+        for ok, name, value, allowed in checks:
+            if not ok:
+                raise ValueError(f"{name} = {value}: must be {allowed}")
+        if self.importance_cap is not None and self.old_logprobs != "recompute":
+            raise ValueError(
+                f"importance_cap = {self.importance_cap}: corrects recomputed log-probabilities; "
+                'set old_logprobs = "recompute", or leave it out (ratios to the rollout correct themselves)'
+            )
+
+    @property
+    def objective(self) -> Objective:
+        """The preset with the given parts replaced."""
+        preset = PRESETS[self.algorithm]
+        return Objective(
+            self.advantage or preset.advantage,
+            self.policy or preset.policy,
+            preset.clip_low if self.clip_low is None else self.clip_low,
+            preset.clip_high if self.clip_high is None else self.clip_high,
+            self.aggregation or preset.aggregation,
+        )

@@ -1,0 +1,132 @@
+"""The losses, pure: log-probabilities of sampled tokens in, one scalar and its figures out.
+
+Suffixes: N trainable tokens of a micro-batch, S its sequences. All tensors float32 or float64, on one device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtengine_training.grpo.config import KlKind, LossConfig, Objective
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +-this before the exponential: e^20 is far past any clip, and stays finite."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the loss knows of the trainable tokens of a micro-batch.
+
+    old: log-probabilities that ratios refer to. rollout: those the engine sampled with. ref: the reference model's.
+    advantages, weights: per token (see `weights.token_weights`). sequences: int64 [N] in 0..S-1, ascending.
+    """
+
+    old: Tensor
+    rollout: Tensor
+    advantages: Tensor
+    weights: Tensor
+    sequences: Tensor
+    num_sequences: int
+    ref: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """total: the scalar to differentiate. figures: sums over tokens, to be added over micro-batches."""
+
+    total: Tensor
+    figures: dict[str, float]
+
+
+def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Tensor | None = None) -> LossResult:
+    """Policy loss + kl_coef * KL - entropy_coef * entropy, each a weighted sum over tokens.
+
+    logprobs [N]: of the sampled tokens under the weights being trained. entropy [N]: needed where entropy_coef is not
+    0. Raises ValueError where the config asks for what is not given.
+    """
+    objective = config.objective
+    each, clipped = policy_loss(logprobs, tokens, objective)
+    if config.importance_cap is not None:
+        each = each * importance_weights(tokens.old, tokens.rollout, config.importance_cap)
+    policy = (each * tokens.weights).sum()
+    total = policy
+    figures = {
+        "tokens": float(len(logprobs)),
+        "loss/policy": float(policy.detach()),
+        "clip_frac": float(clipped.sum()),
+        "approx_kl": float((tokens.old - logprobs.detach()).sum()),
+    }
+    if config.kl_coef:
+        if tokens.ref is None:
+            raise ValueError(f"kl_coef = {config.kl_coef}: needs the reference model's log-probabilities")
+        penalty = kl_estimate(logprobs, tokens.ref, config.kl)
+        total = total + config.kl_coef * (penalty * tokens.weights).sum()
+        figures["kl"] = float(kl_estimate(logprobs.detach(), tokens.ref, "k3").sum())
+    if config.entropy_coef:
+        if entropy is None:
+            raise ValueError(f"entropy_coef = {config.entropy_coef}: needs the entropy of each token's distribution")
+        total = total - config.entropy_coef * (entropy * tokens.weights).sum()
+    if entropy is not None:
+        figures["entropy"] = float(entropy.detach().sum())
+    figures["loss/total"] = float(total.detach())
+    return LossResult(total, figures)
+
+
+def policy_loss(logprobs: Tensor, tokens: Tokens, objective: Objective) -> tuple[Tensor, Tensor]:
+    """(loss [N], clipped [N] bool): one term per token, before weighting; clipped = the clip took the gradient away."""
+    advantages = tokens.advantages
+    if objective.policy == "reinforce":
+        return -advantages * logprobs, torch.zeros_like(logprobs, dtype=torch.bool)
+    log_ratio = logprobs - tokens.old
+    if objective.policy == "sequence-clip":
+        log_ratio = sequence_mean(log_ratio, tokens.sequences, tokens.num_sequences)[tokens.sequences]
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    limited = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    if objective.policy == "clipped-weight":
+        held = limited.detach()
+        return -held * advantages * logprobs, held != ratio.detach()
+    plain, bounded = -ratio * advantages, -limited * advantages
+    return torch.maximum(plain, bounded), (bounded > plain).detach()
+
+
+def sequence_mean(values: Tensor, sequences: Tensor, count: int) -> Tensor:
+    """[N] -> [S]: the mean over each sequence's tokens, 0 for a sequence without any."""
+    sums = values.new_zeros(count).index_add(0, sequences, values)
+    sizes = values.new_zeros(count).index_add(0, sequences, torch.ones_like(values))
+    return sums / sizes.clamp_min(1)
+
+
+def kl_estimate(logprobs: Tensor, ref: Tensor, kind: KlKind) -> Tensor:
+    """Per-token estimates [N] of KL(policy || reference) from the policy's own samples.
+
+    With d = log ref - log policy: k1 = -d; k2 = d^2 / 2; k3 = e^d - d - 1 (never negative).
+    """
+    difference = (ref - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if kind == "k1":
+        return -difference
+    if kind == "k2":
+        return 0.5 * difference.square()
+    return difference.exp() - difference - 1
+
+
+def importance_weights(old: Tensor, rollout: Tensor, cap: float) -> Tensor:
+    """min(p_old / p_rollout, cap) [N], constant: what the trainer's numbers say against the engine's."""
+    return (old - rollout).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+
+
+def mismatch_figures(trainer: Tensor, rollout: Tensor) -> dict[str, float]:
+    """How far trainer and engine disagree on the tokens [N] that were sampled; sums over tokens, and maxima.
+
+    kl: k3 estimate of KL(rollout || trainer).
+    """
+    if not len(trainer):
+        return {}
+    difference = (trainer - rollout).double()
+    return {
+        "mismatch/kl": float((difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - difference - 1).sum()),
+        "mismatch/abs_diff": float(difference.abs().sum()),
+        "mismatch/max": float(difference.abs().max()),
+    }
