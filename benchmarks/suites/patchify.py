@@ -3,8 +3,9 @@
 Every candidate makes the full float32 rows of one view from the same uint8 image; `levels_off` is its largest
 difference from Pillow's resize in 8-bit levels (0 = exact). The floor is a memory copy that reads and writes as many
 bytes as image and rows have together, with the same number of threads. torchvision and OpenCV take part where they are
-installed. Times are the least over the rounds, `cpu_ms` and `median_ms` are medians. Rows with `part` = "ours" compare
-vtengine with itself: views together and apart, forms of the output, threads.
+installed. vtengine's outputs come from its buffer pool, except in the row "fresh memory". Times are the least over the
+rounds, `cpu_ms` and `median_ms` are medians. Rows with `part` = "ours" compare vtengine with itself: views together and
+apart, forms of the output, threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from vtengine_kernels import library
+from vtengine_kernels import buffers, library
 from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD, Target, patchify
 from vtengine_kernels.patchify.normalise import level_table
 
@@ -85,8 +86,10 @@ def peers(context: Any, image: np.ndarray, view: str, target: Target, threads: i
     out = torch.zeros(target.rows, 1176)
     moved = image.nbytes + out.nbytes
     candidates: dict[str, Callable[[], Any]] = {
-        "vtengine": lambda: patchify(image, [target], num_threads=threads, out=[out])[0],
-        "vtengine, new tensor": lambda: patchify(image, [target], num_threads=threads)[0],
+        "vtengine": lambda: patchify(image, [target], num_threads=threads)[0],
+        "vtengine, fresh memory": lambda: (
+            buffers.outputs.release() or patchify(image, [target], num_threads=threads)[0]
+        ),
         "Pillow + numpy": partial(pillow_numpy, image, target, out),
         "torch resize + torch": partial(torch_composed, image, target, out),
         **optional_peers(image, target, out),

@@ -46,8 +46,8 @@ def patchify(
     """Pixel values of each target, in order: dtype [height/14 * width/14, 1176 | 588] on the CPU.
 
     image_HWC: uint8 [H, W, 3], C-contiguous, on the CPU, RGB; may be read-only. All targets are made from one read of
-    it. dtype: float32 or bfloat16. out: tensors to write into, one per target, which saves their allocation (for a
-    large image that costs more than the work). The GIL is released meanwhile.
+    it. dtype: float32 or bfloat16. out: tensors to write into, one per target; without it, large outputs come from
+    vtengine_kernels.buffers, which uses the memory of those that are gone again. The GIL is released meanwhile.
 
     ValueError: an argument outside its range, with the remedy; nothing was written then. RuntimeError: `impl` is not
     available here.

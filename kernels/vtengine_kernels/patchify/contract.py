@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from vtengine_kernels import buffers
 from vtengine_kernels.patchify.fixed_point import FILTERS, Box, Filter, Order
 from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD, level_table
 
@@ -142,7 +143,7 @@ def checked_outputs(
     """New tensors, or the caller's after a check of shape, dtype, device and contiguity."""
     shapes = [(target.rows, COLUMNS[layout]) for target in targets]
     if out is None:
-        return tuple(torch.empty(shape, dtype=dtype) for shape in shapes)
+        return tuple(buffers.outputs.empty(shape, dtype) for shape in shapes)
     if len(out) != len(targets):
         raise ValueError(f"out = {len(out)} tensors: must be one per target, here {len(targets)}")
     for index, (tensor, shape) in enumerate(zip(out, shapes, strict=True)):
