@@ -39,6 +39,15 @@ _ASK = """examples:
   vtengine ask receipt.png "What is the total?"
   vtengine ask receipt.png "What is the total?" --resolution high --model ./Qwen2.5-VL-3B-Instruct"""
 
+_SERVE = """examples:
+  vtengine serve                                            then open http://127.0.0.1:8000/
+  vtengine serve --host 0.0.0.0 --api-key-file keys.txt --set max_waiting=64
+  curl http://127.0.0.1:8000/v1/models
+
+clients: any that speaks OpenAI's /v1/chat/completions; the base URL ends in /v1. docs/serving.md says the rest.
+limits for --config and --set: max_body_bytes, max_image_bytes, max_image_pixels, max_images, max_text_chars,
+  max_running, max_waiting, request_timeout_s, drain_s, keep_alive_s, retry_after_s"""
+
 _VIEW = """examples:
   vtengine view answers.jsonl -o answers.html
   vtengine view answers.jsonl -o answers.html --image-root ./images      images have moved since the run"""
@@ -75,6 +84,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     _add_generate(_command(commands, "generate", "answer a file of image questions", _GENERATE))
     _add_ask(_command(commands, "ask", "answer one question about one image", _ASK))
+    _add_serve(_command(commands, "serve", "answer over HTTP, as OpenAI's chat completions do", _SERVE))
     _add_view(_command(commands, "view", "make an HTML page of the episodes in a file", _VIEW))
     bench = _command(commands, "bench", "run a benchmark of a source checkout", _BENCH)
     bench.add_argument("suite", nargs="?", metavar="SUITE", help="name of a suite, see --list")
@@ -125,8 +135,20 @@ def _add_ask(parser: Parser) -> None:
     _add_engine(parser)
 
 
+def _add_serve(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add("--port", type=_whole(0), default=8000, help="0 takes any free one (default: 8000)")
+    add("--served-name", metavar="NAME", help="what clients call the model (default: last part of --model)")
+    add("--api-key-file", type=Path, metavar="FILE", help="a file with one API key per line")
+    add("--api-key-env", metavar="NAME", help="an environment variable that holds an API key")
+    add("--config", type=Path, metavar="FILE.toml", help="limits on requests, see below")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="one limit; may be given several times")
+    _add_engine(parser)
+
+
 def _add_engine(parser: Parser) -> None:
-    """Flags that `generate` and `ask` share: which model, what the model may do, how tokens are sampled."""
+    """Flags that `generate`, `ask` and `serve` share: which model, what the model may do, how tokens are sampled."""
     add = parser.add_argument
     add(
         "--model",

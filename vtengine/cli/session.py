@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vtengine.model import Qwen2_5_VL
     from vtengine.rollout.group import Setting
     from vtengine.rollout.tokenizer import Tokenizer
+    from vtengine.vision.decode import DecodeLimits
     from vtengine.vision.plan import PixelLimits
 
 DEFAULT_PROFILE = "vtengine"
@@ -41,12 +42,17 @@ def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def open_session(arguments: argparse.Namespace, concurrency: int) -> AsyncIterator[Setting]:
-    """Loads the model and starts the engine; both are released at the end. Raises UsageError with the remedy."""
+async def open_session(
+    arguments: argparse.Namespace, concurrency: int, decode_limits: DecodeLimits | None = None
+) -> AsyncIterator[Setting]:
+    """Loads the model and starts the engine; both are released at the end. Raises UsageError with the remedy.
+
+    decode_limits: of one image, where the defaults are not wanted.
+    """
     check_backend(arguments.backend)
     folder = find_model(arguments.model)
     try:
-        setting = _build(arguments, folder, concurrency)
+        setting = _build(arguments, folder, concurrency, decode_limits)
     except ValueError as error:  # a profile, tokenizer or checkpoint that cannot be used
         raise UsageError(f"--model {arguments.model}: {one_line(error)}") from None
     except OSError as error:
@@ -68,12 +74,15 @@ def check_backend(name: str) -> None:
     raise UsageError(f"--backend {name}: unknown; use embedded")
 
 
-def _build(arguments: argparse.Namespace, folder: Path, concurrency: int) -> Setting:
+def _build(
+    arguments: argparse.Namespace, folder: Path, concurrency: int, decode_limits: DecodeLimits | None = None
+) -> Setting:
     import torch
 
     from vtengine.engine.base import SamplingParams
     from vtengine.rollout.group import Setting
     from vtengine.rollout.tokenizer import Tokenizer
+    from vtengine.vision.decode import DecodeLimits
     from vtengine.vision.pipeline import ImagePipeline
     from vtengine.vision.source import SourceLimits
 
@@ -82,8 +91,9 @@ def _build(arguments: argparse.Namespace, folder: Path, concurrency: int) -> Set
     device, dtype = _device(arguments.device), _dtype(arguments)
     backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency)
     pixels_dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    sources = SourceLimits(allow_http=arguments.allow_http)
-    pipeline = ImagePipeline(_pixel_limits(folder), "compact", pixels_dtype, source_limits=sources)
+    bounds, images = _pixel_limits(folder), decode_limits or DecodeLimits()
+    sources = SourceLimits(max_bytes=images.max_bytes, allow_http=arguments.allow_http)
+    pipeline = ImagePipeline(bounds, "compact", pixels_dtype, decode_limits=images, source_limits=sources)
     limits = Limits(arguments.resolution, arguments.max_turns, arguments.visual_token_budget)
     sampling = SamplingParams(
         max_new_tokens=arguments.max_new_tokens,

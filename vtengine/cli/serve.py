@@ -1,0 +1,102 @@
+"""`vtengine serve`: the OpenAI-compatible server over the engine that the flags name."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtengine.cli.errors import OK, CliError, UsageError, one_line
+from vtengine.cli.session import check_backend, open_session
+
+if TYPE_CHECKING:
+    from vtengine.server.config import ServerLimits
+    from vtengine.server.keys import ApiKeys
+
+log = logging.getLogger("vtengine.server")
+MAX_PORT = 65535
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves until a signal; status 0 after a clean stop."""
+    check_backend(arguments.backend)
+    if arguments.port > MAX_PORT:
+        raise UsageError(f"--port {arguments.port}: must be at most {MAX_PORT}")
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"serve needs {error.name}: pip install 'vtengine[serve]'") from None
+    limits, keys = _limits(arguments), _keys(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    listening = _bind(arguments)
+    try:
+        asyncio.run(_serve(arguments, limits, keys, listening))
+    finally:
+        listening.close()
+    return OK
+
+
+async def _serve(arguments: argparse.Namespace, limits: ServerLimits, keys: ApiKeys, listening: socket.socket) -> None:
+    from vtengine.server.app import create_app, create_house
+    from vtengine.server.run import Server, address
+    from vtengine.vision.decode import DecodeLimits
+
+    images = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
+    async with open_session(arguments, limits.max_running, images) as setting:
+        name = arguments.served_name or Path(arguments.model).name
+        house = create_house(setting, name, limits, keys)
+        server = Server(create_app(house), house)
+        if not keys and not _is_loopback(arguments.host):
+            log.warning("no API key: everybody who reaches %s may ask; see --api-key-file", address(listening))
+        log.info("model %s on %s", name, address(listening))
+        await server.serve(sockets=[listening])
+
+
+def _limits(arguments: argparse.Namespace) -> ServerLimits:
+    from vtengine.config import load_config
+    from vtengine.server.config import ServerLimits
+    from vtengine.vision.decode import DecodeLimits
+
+    try:
+        limits = load_config(ServerLimits, arguments.config, arguments.set)
+        DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
+    except ValueError as error:
+        raise UsageError(f"--config, --set: {one_line(error)}") from None
+    except OSError as error:
+        raise UsageError(f"--config {arguments.config}: cannot be read: {one_line(error)}") from None
+    return limits
+
+
+def _keys(arguments: argparse.Namespace) -> ApiKeys:
+    from vtengine.server.keys import ApiKeys
+
+    try:
+        return ApiKeys.load(arguments.api_key_file, arguments.api_key_env)
+    except ValueError as error:
+        raise UsageError(f"--api-key-file, --api-key-env: {one_line(error)}") from None
+    except OSError as error:
+        raise UsageError(f"--api-key-file {arguments.api_key_file}: cannot be read: {one_line(error)}") from None
+
+
+def _bind(arguments: argparse.Namespace) -> socket.socket:
+    from vtengine.server.run import bind
+
+    try:
+        return bind(arguments.host, arguments.port)
+    except OSError as error:
+        message = f"--host {arguments.host} --port {arguments.port}: cannot listen there: {one_line(error)}"
+        raise CliError(message) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,125 @@
+"""The client's end of one request: its body in bounded memory, whether it is still there, and the reply."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from starlette.types import Receive, Send
+
+from vtengine.server.errors import ApiError
+
+T = TypeVar("T")
+DISCARD_S = 5.0
+"""How long a refused client may go on sending: one that is cut off would not read why."""
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads a reply."""
+
+
+async def read_body(receive: Receive, headers: dict[str, str], max_bytes: int) -> bytes:
+    """The whole body. Raises ApiError 413 as soon as it is too large, 415 for another type than JSON; ClientGone."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "unsupported_media_type", "the content-type must be application/json")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "unsupported_media_type", "the body must not be compressed")
+    stated = headers.get("content-length", "")
+    if stated.isdecimal() and int(stated) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def discard_body(receive: Receive, max_bytes: int) -> None:
+    """Reads on without keeping anything, as far as is reasonable."""
+    try:
+        async with asyncio.timeout(DISCARD_S):
+            left = max_bytes
+            while left > 0:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+                left -= len(message.get("body", b""))
+    except TimeoutError:
+        return
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves (ClientGone) and when the caller is."""
+    job = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if job.done():
+            return job.result()
+        raise ClientGone
+    finally:
+        job.cancel()
+        gone.cancel()
+        await asyncio.gather(job, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Reply:
+    """Sends one response. `started`: the status is on its way and cannot be changed any more."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def whole(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        data = encode_json(body)
+        more = {"content-length": str(len(data)), **(headers or {})}
+        await self._start(status, {"content-type": "application/json", **more})
+        await self._send({"type": "http.response.body", "body": data})
+
+    async def start_events(self) -> None:
+        await self._start(
+            200, {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+        )
+
+    async def event(self, data: Any) -> None:
+        await self._chunk(b"data: " + encode_json(data) + b"\n\n")
+
+    async def comment(self) -> None:
+        """Keeps proxies from closing a silent connection."""
+        await self._chunk(b": keep-alive\n\n")
+
+    async def end_events(self) -> None:
+        await self._chunk(b"data: [DONE]\n\n")
+        await self.end()
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def _start(self, status: int, headers: dict[str, str]) -> None:
+        self.started = True
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _chunk(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def encode_json(value: Any) -> bytes:
+    """ASCII, so that no text of a model can break a line of an event stream."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, "body_too_large", f"the body is larger than {max_bytes} bytes")

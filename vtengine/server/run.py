@@ -1,0 +1,63 @@
+"""Runs the application until a signal, then lets running requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from vtengine.server.house import House
+
+log = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our shutdown: the first signal drains, a second one ends at once; the caller's exit status stays."""
+
+    def __init__(self, app: FastAPI, house: House) -> None:
+        options = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
+        drain_s = math.ceil(house.limits.drain_s)
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=drain_s, **options))  # type: ignore[arg-type]
+        self.house = house
+
+    def stop(self) -> None:
+        """New requests get 503; those inside may finish within drain_s."""
+        if self.should_exit:
+            self.force_exit = True
+        self.house.gate.draining = True
+        self.should_exit = True
+        log.info("stopping: %d requests are inside", self.house.gate.inside)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes any free one. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

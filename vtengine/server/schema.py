@@ -1,0 +1,173 @@
+"""The body of POST /v1/chat/completions. Fields that would change the reply and are not there are refused by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from vtengine.protocol.messages import Resolution
+from vtengine.server.errors import ApiError, invalid
+
+MAX_STOPS, MAX_STOP_CHARS = 4, 256
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+"""Not supported: accepted with one of these values (or null), which ask for nothing."""
+
+IGNORED = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+)
+"""These do not change the reply."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ImageUrl(_Strict):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Strict):
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[TextPart], BeforeValidator(_as_parts)]
+Parts = Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_as_parts)]
+
+
+class UserMessage(_Strict):
+    role: Literal["user"]
+    content: Parts
+    name: str | None = None
+
+
+class SystemMessage(_Strict):
+    role: Literal["system", "developer"]
+    content: Texts
+    name: str | None = None
+
+
+class AssistantMessage(BaseModel):
+    """What a client got from us before: its content counts, the rest (reasoning_content, refusal) is passed over."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    role: Literal["assistant"]
+    content: Texts | None = None
+    tool_calls: list[Any] | None = None
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _none(cls, value: list[Any] | None) -> None:
+        if value:
+            raise ValueError("earlier tool calls are not supported")
+
+
+Message = Annotated[UserMessage | SystemMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class Extension(_Strict):
+    """What OpenAI's interface has no word for. `detail` of an image stands for `resolution` where this is not given."""
+
+    resolution: Resolution | None = None
+    max_turns: int | None = Field(None, ge=1)
+    visual_token_budget: int | None = Field(None, ge=1)
+
+
+class ChatRequest(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stop: Annotated[list[str], BeforeValidator(_as_list)] | None = None
+    vtengine: Extension | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stops(cls, value: list[str] | None) -> list[str] | None:
+        if value and (len(value) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in value)):
+            raise ValueError(f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
+        return value
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Reads a body. Raises ApiError 400 whose `param` is the field at fault."""
+    try:
+        chat = ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        param, message = field_name(first["loc"]), str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "json_invalid":
+            raise ApiError(400, "invalid_json", f"the body is not JSON: {message}") from None
+        raise invalid(param or "body", message, f"{first['type']}") from None
+    for name, value in (chat.model_extra or {}).items():
+        if name in IGNORED or value is None:
+            continue
+        shown = ascii(name)[1:-1][:64]
+        if name not in NEUTRAL:
+            raise invalid(shown, "unknown parameter", "unknown_parameter")
+        if not any((value == neutral and type(value) is not bool) or value is neutral for neutral in NEUTRAL[name]):
+            hint = "; send one request per sample" if name == "n" else ""
+            raise invalid(shown, f"is not supported by this server{hint}", "unsupported_parameter")
+    return chat
+
+
+_UNION_TAGS = frozenset(("user", "system", "developer", "assistant", "text", "image_url"))
+
+
+def field_name(loc: tuple[int | str, ...]) -> str:
+    """("messages", 0, "user", "content", 1, "text", "text") -> "messages[0].content[1].text", as OpenAI names it."""
+    parts: list[str] = []
+    is_tag_next = False
+    for item in loc:
+        if isinstance(item, int):
+            parts.append(f"[{item}]")
+        elif not (is_tag_next and item in _UNION_TAGS):
+            parts.append(f".{item}" if parts else item)
+        is_tag_next = isinstance(item, int)
+    return "".join(parts)

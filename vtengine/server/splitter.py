@@ -1,0 +1,148 @@
+"""A reply, as it is written -> what is reasoning and what is the answer. Reads tags as `vtengine.protocol.reply`."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from vtengine.protocol.reply import ANSWER, THINK
+
+Channel = Literal["reasoning_content", "content"]
+
+
+class Piece(NamedTuple):
+    channel: Channel
+    text: str
+
+
+class ReplySplitter:
+    """Of one reply: the text of the first <answer> is content, without the white space around it; all else, the call
+    with its tags included, is reasoning. Tags of thought and answer are dropped. However the text is cut into pieces,
+    the joined result is the same; for a reply that answers, the content is its answer.
+    """
+
+    def __init__(self) -> None:
+        self._pending = ""
+        self._in_think = self._thought = False
+        self._in_answer = self._answered = False
+        self._blank = ""  # white space of the answer that may turn out to be its end
+        self._wrote = False
+
+    def push(self, text: str) -> list[Piece]:
+        """New pieces; what may be the beginning of a tag waits."""
+        self._pending += text
+        pieces: list[Piece] = []
+        while (found := self._next_tag()) is not None:
+            place, tag = found
+            self._emit(pieces, self._pending[:place])
+            self._pending = self._pending[place + len(tag) :]
+            self._turn(tag)
+        held = self._held()
+        self._emit(pieces, self._pending[: len(self._pending) - held])
+        self._pending = self._pending[len(self._pending) - held :]
+        return _joined(pieces)
+
+    def flush(self) -> list[Piece]:
+        """What is left at the end of the reply."""
+        pieces: list[Piece] = []
+        self._emit(pieces, self._pending)
+        self._pending = ""
+        return pieces
+
+    def _wanted(self) -> tuple[str, ...]:
+        """Tags that mean something at this place."""
+        if self._in_think:
+            return THINK[1:]
+        tags = () if self._thought else THINK[:1]
+        if self._in_answer:
+            return (*tags, ANSWER[1])
+        return tags if self._answered else (*tags, ANSWER[0])
+
+    def _next_tag(self) -> tuple[int, str] | None:
+        found = [(place, tag) for tag in self._wanted() if (place := self._pending.find(tag)) >= 0]
+        return min(found, default=None)
+
+    def _held(self) -> int:
+        """Characters at the end that could begin a tag."""
+        wanted = self._wanted()
+        longest = max(map(len, wanted), default=1) - 1
+        for size in range(min(longest, len(self._pending)), 0, -1):
+            if any(tag.startswith(self._pending[-size:]) for tag in wanted):
+                return size
+        return 0
+
+    def _turn(self, tag: str) -> None:
+        if tag == THINK[0]:
+            self._in_think = True
+        elif tag == THINK[1]:
+            self._in_think, self._thought = False, True
+        elif tag == ANSWER[0]:
+            self._in_answer = True
+        else:
+            self._in_answer, self._answered, self._blank = False, True, ""
+
+    def _emit(self, pieces: list[Piece], text: str) -> None:
+        if not text:
+            return
+        if self._in_think or not self._in_answer:
+            pieces.append(Piece("reasoning_content", text))
+            return
+        text = self._blank + text
+        if not self._wrote:
+            text = text.lstrip()
+        kept = text.rstrip()
+        self._blank = text[len(kept) :]
+        if kept:
+            self._wrote = True
+            pieces.append(Piece("content", kept))
+
+
+class StopCutter:
+    """Cuts a text before the first of the stop strings, as it is written."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._pending = ""
+        self.done = False
+
+    def push(self, text: str) -> str:
+        """New text that is certain not to begin a stop string."""
+        if self.done:
+            return ""
+        self._pending += text
+        places = [place for stop in self._stops if (place := self._pending.find(stop)) >= 0]
+        if places:
+            self.done = True
+            return self._pending[: min(places)]
+        held = self._held()
+        out, self._pending = self._pending[: len(self._pending) - held], self._pending[len(self._pending) - held :]
+        return out
+
+    def flush(self) -> str:
+        out, self._pending = ("" if self.done else self._pending), ""
+        return out
+
+    def _held(self) -> int:
+        longest = max(map(len, self._stops), default=1) - 1
+        for size in range(min(longest, len(self._pending)), 0, -1):
+            if any(stop.startswith(self._pending[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+
+def split_reply(text: str) -> tuple[str, str]:
+    """(reasoning, content) of a whole reply."""
+    splitter = ReplySplitter()
+    pieces = [*splitter.push(text), *splitter.flush()]
+    reasoning = "".join(piece.text for piece in pieces if piece.channel == "reasoning_content")
+    return reasoning, "".join(piece.text for piece in pieces if piece.channel == "content")
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Neighbours of one channel in one piece."""
+    result: list[Piece] = []
+    for piece in pieces:
+        if result and result[-1].channel == piece.channel:
+            result[-1] = Piece(piece.channel, result[-1].text + piece.text)
+        else:
+            result.append(piece)
+    return result
