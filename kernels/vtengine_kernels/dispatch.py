@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from vtengine_kernels import library
@@ -28,6 +29,7 @@ def report() -> list[Availability]:
         _native(
             "prefix_attention", "decoding copies and pads its keys and values: 1.5 to 2 times slower at 64 requests"
         ),
+        _triton("prefix_attention"),
         Availability("prefix_attention", "ref", True, "torch"),
     ]
 
@@ -46,6 +48,16 @@ def choose(op: str, impl: str) -> str:
             return impl
     names = ", ".join(["auto", *(entry.impl for entry in known)])
     raise ValueError(f"{op}: impl = {impl!r}: must be one of {names}")
+
+
+def _triton(op: str) -> Availability:
+    if importlib.util.find_spec("triton") is None:
+        return Availability(op, "triton", False, "triton is not installed; on a CUDA machine: `pip install triton`")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Availability(op, "triton", False, "no CUDA device here")
+    return Availability(op, "triton", True, f"Triton on {torch.cuda.get_device_name()}")
 
 
 def _native(op: str, cost: str) -> Availability:

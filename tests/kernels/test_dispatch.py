@@ -21,7 +21,8 @@ def fresh_search():
 def test_report_names_every_implementation():
     report = dispatch.report()
     assert {(entry.op, entry.impl) for entry in report} == {
-        (op, impl) for op in ("patchify", "prefix_attention") for impl in ("cpu", "ref")
+        *(("patchify", impl) for impl in ("cpu", "ref")),
+        *(("prefix_attention", impl) for impl in ("cpu", "triton", "ref")),
     }
     assert all(entry.reason for entry in report)
     assert report[-1].available

@@ -6,21 +6,24 @@ head h reads key head h * Hkv // Hq. Rows may share pages: siblings of a group r
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vtengine_kernels.prefix_attention import native, ref
+from vtengine_kernels.prefix_attention import native, ref, triton
 
-Impl = Literal["auto", "cpu", "ref"]
+Impl = Literal["auto", "triton", "cpu", "ref"]
+
+_IMPLS: dict[str, ModuleType] = {"triton": triton, "cpu": native, "ref": ref}
 
 __all__ = ["Impl", "available", "prefix_attention"]
 
 
 def available(keys: Tensor) -> bool:
     """Whether impl "auto" has something faster than the reference for keys like these."""
-    return native.takes(keys) and native.missing() is None
+    return _preferred(keys) != "ref"
 
 
 def prefix_attention(
@@ -30,21 +33,27 @@ def prefix_attention(
 
     The scale is 1 / sqrt(D). Lengths are at least 1 and fit their tables (not checked, nor are page numbers). Keys,
     values and tables are contiguous in all but the first dimension; what lies beyond a length may hold anything, NaN
-    too. float32 for "cpu" (head sizes 16, 32, 64, 80, 96, 128, 256); "ref" takes every dtype and device.
+    too. "triton": CUDA, 16-bit and float32. "cpu": float32, head sizes 16, 32, 64, 80, 96, 128, 256. "ref": all.
     ValueError: shapes or dtypes that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, keys, values, tables, lengths)
     scale = q.shape[2] ** -0.5
-    if impl == "cpu" or (impl == "auto" and available(keys)):
-        reason = native.missing()
-        if reason is not None:
-            raise RuntimeError(f"prefix_attention: impl = 'cpu' is not available: {reason}")
-        if not native.takes(keys):
-            raise ValueError(f"prefix_attention: impl = 'cpu' takes float32 and D in {native.HEAD_SIZES}")
-        return native.prefix_attention(q, keys, values, tables, lengths, scale)
-    if impl not in ("auto", "ref"):
-        raise ValueError(f"prefix_attention: impl = {impl!r}: must be one of auto, cpu, ref")
-    return ref.prefix_attention(q, keys, values, tables, lengths, scale)
+    chosen = _preferred(keys) if impl == "auto" else impl
+    if chosen not in _IMPLS:
+        raise ValueError(f"prefix_attention: impl = {impl!r}: must be one of auto, {', '.join(_IMPLS)}")
+    module = _IMPLS[chosen]
+    reason = module.missing()
+    if reason is not None:
+        raise RuntimeError(f"prefix_attention: impl = {chosen!r} is not available: {reason}")
+    if not module.takes(keys):
+        raise ValueError(
+            f"prefix_attention: impl = {chosen!r} takes no {keys.dtype} {list(keys.shape)} on {keys.device}"
+        )
+    return module.prefix_attention(q, keys, values, tables, lengths, scale)
+
+
+def _preferred(keys: Tensor) -> str:
+    return next(name for name, module in _IMPLS.items() if module.takes(keys) and module.missing() is None)
 
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> None:

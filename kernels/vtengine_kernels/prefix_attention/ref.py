@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 
+def missing() -> str | None:
+    return None
+
+
+def takes(keys: Tensor) -> bool:
+    return True
+
+
 def prefix_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """Contract: the package's docstring. Works in the dtype of q."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,0 +1,72 @@
+"""Every way to attend gives the same answers: the C++ kernel, gathered pages, the Triton kernel interpreted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vtengine_kernels.prefix_attention import native, triton
+
+from tests.engine.tiny import Letters, cold_greedy, image, prompt, request, tiny_model
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, attention
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def answers_are_cold(model, count=5, new=6):
+    """Siblings, a second turn and different lengths, at once; returns the number of checked requests."""
+    picture = image(1)
+
+    async def serve():
+        engine = EmbeddedEngine(model, Letters(), EngineConfig(page_size=4, num_pages=200, max_batch_tokens=64))
+        try:
+            asks = [request(f"r{k}", prompt(k, 5 + 4 * k), max_new_tokens=new) for k in range(count)]
+            asks += [request(f"s{k}", prompt(9, 17, [picture]), [picture], max_new_tokens=new) for k in range(2)]
+            first = await asyncio.gather(*map(engine.generate, asks))
+            ids = [*asks[0].token_ids, *first[0].token_ids, *prompt(3, 40)]
+            asks.append(request("turn-2", ids, max_new_tokens=new))
+            return asks, [*first, await engine.generate(asks[-1])]
+        finally:
+            await engine.close()
+
+    asks, completions = asyncio.run(serve())
+    for ask, completion in zip(asks, completions, strict=True):
+        ids, logprobs = cold_greedy(model, ask.token_ids, ask.images, new)
+        assert completion.token_ids == ids
+        assert completion.logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert completions[-1].cached_tokens > 0
+    return len(asks)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+def test_with_the_compiled_kernel():
+    assert attention.available(attention.KVCache(1, 2, 4, 2, 16, tiny_model().dtype, tiny_model().device).keys[0])
+    assert answers_are_cold(tiny_model()) == 8
+
+
+def test_with_gathered_pages(monkeypatch):
+    monkeypatch.setattr(attention, "available", lambda keys: False)
+    assert answers_are_cold(tiny_model()) == 8
+
+
+@pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
+def test_with_the_triton_kernel_interpreted():
+    code = (
+        "from tests.engine.embedded.test_attention_paths import *\n"
+        "from vtengine_kernels import prefix_attention\n"
+        "model = tiny_model()\n"
+        "calls = []\n"
+        "run = triton.prefix_attention\n"
+        "triton.prefix_attention = lambda *a: calls.append(1) or run(*a)\n"
+        "assert answers_are_cold(model, count=2, new=3) == 5\n"
+        "assert len(calls) > 4\n"
+    )
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
