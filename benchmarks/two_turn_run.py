@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from asking_backend import AskingBackend
 from PIL import Image
 from vtengine_training.glance import make_scene
 from vtengine_training.glance.views import LIMITS
@@ -86,14 +87,21 @@ def run_once(
     concurrency: int,
     limits: Limits | None = None,
     pixel_limits: PixelLimits = LIMITS,
+    *,
+    ask_one_in: int | None = None,
 ) -> Run:
-    """A pass over the questions with a fresh backend and a fresh image pipeline: nothing is cached beforehand."""
+    """A pass over the questions with a fresh backend and a fresh image pipeline: nothing is cached beforehand.
+
+    ask_one_in: of so many pictures one is made to be asked about twice (see asking_backend.py); None: none is.
+    """
 
     async def go() -> Run:
         tokenizer = Tokenizer.load(folder)
         pipeline = ImagePipeline(pixel_limits, "compact", torch.float32)
-        backend = make_backend(tokenizer)
         profile = load_profile(folder if (folder / "profile.toml").is_file() else "glance")
+        backend = make_backend(tokenizer)
+        if ask_one_in is not None:
+            backend = AskingBackend(backend, tokenizer, profile, ask_one_in)
         setting = Setting(backend, pipeline, tokenizer, profile, limits or Limits("adaptive", 2), SAMPLING)
         try:
             wall, busy = time.perf_counter(), time.process_time()
