@@ -1,0 +1,1 @@
+"""The GRPO trainer: one process, one model that both generates and learns."""

@@ -1,0 +1,165 @@
+"""Step directories that are there whole or not at all: written beside, flushed, listed with hashes, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+LATEST = "latest"
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d{8})")
+_BLOCK = 1 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the file and the remedy."""
+
+
+def step_name(step: int) -> str:
+    """The folder of a step."""
+    return f"step-{step:08d}"
+
+
+def write_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Calls `write(folder)` with an empty folder, then makes it the step's checkpoint and the latest one.
+
+    At every moment `latest` names a whole checkpoint, or does not exist; a kill leaves at most a hidden folder, which
+    the next write removes. Older checkpoints are removed at the end, down to `keep`. Raises OSError (disk full) with
+    everything as it was.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    clean(root)
+    folder = root / f".writing-{os.getpid()}"
+    target = root / step_name(step)
+    try:
+        folder.mkdir()
+        write(folder)
+        _write_manifest(folder, step)
+        _sync_tree(folder)
+        if target.exists():  # an earlier process wrote this step, and another one has reached it again
+            target.replace(root / f".stale-{os.getpid()}")
+        folder.replace(target)
+        _sync_folder(root)
+        _write_latest(root, target.name)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    for old in [path for _, path in _steps(root) if path != target][: -(keep - 1) or None]:
+        # Hidden first: a half-removed folder must not look like a checkpoint.
+        hidden = root / f".stale-{old.name}"
+        old.replace(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+    clean(root)
+    return target
+
+
+def find_latest(root: Path) -> Path | None:
+    """The checkpoint to go on from, or None if there is none: the one that `latest` names, else the newest whole one.
+
+    Raises CheckpointError when there are checkpoints, and none of them is whole.
+    """
+    candidates = [path for _, path in reversed(_steps(root))]
+    try:
+        named = root / (root / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        named = None
+    if named in candidates:
+        candidates.remove(named)
+        candidates.insert(0, named)
+    faults = []
+    for path in candidates:
+        fault = check(path)
+        if fault is None:
+            return path
+        log.warning("checkpoint passed over: %s", fault)
+        faults.append(fault)
+    if faults:
+        raise CheckpointError(f"{root}: no whole checkpoint: {'; '.join(faults)}; delete them to begin anew")
+    return None
+
+
+def check(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None: every file of the manifest there, with its size and hash."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, facts in files.items():
+            path = folder / name
+            if path.stat().st_size != facts["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}"
+            if _hash(path) != facts["sha256"]:
+                return f"{path} is not what was written (its hash differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder}: {error!r}"
+    return None
+
+
+def clean(root: Path) -> None:
+    """Removes what an interrupted write left behind."""
+    for pattern in (".writing-*", ".stale-*", ".latest-*"):
+        for path in root.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _steps(root: Path) -> list[tuple[int, Path]]:
+    """Step folders, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [(_STEP.fullmatch(path.name), path) for path in root.iterdir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _write_manifest(folder: Path, step: int) -> None:
+    files: dict[str, Any] = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    text = json.dumps({"step": step, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _write_latest(root: Path, name: str) -> None:
+    temporary = root / f".latest-{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(root / LATEST)
+    _sync_folder(root)
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,194 @@
+"""One step's rollouts: groups generated and scored at the same time, spread checked, missing ones drawn again."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vtengine.rollout.episode import Episode
+from vtengine.rollout.group import Setting, in_order, run_sample
+from vtengine.rollout.question import Question
+from vtengine.rollout.records import Row, episode_row
+from vtengine.rollout.seeds import derive_seed
+from vtengine_training.data.examples import Dataset, Example
+from vtengine_training.data.sampler import Sampler
+from vtengine_training.grpo.advantage import AdvantageKind, advantages, has_spread
+from vtengine_training.rewards.base import Score
+from vtengine_training.rewards.rewarder import Rewarder
+from vtengine_training.trainer.config import RolloutConfig
+from vtengine_training.trainer.trajectory import Group, from_episode
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """One sample with its verdict; score is None where the reward function raised."""
+
+    draw: int
+    example: int
+    episode: Episode
+    score: Score | None
+
+
+@dataclass
+class Collected:
+    """A step's groups to learn from. `counts`: what happened to the others. `facts`: of every scored group, dropped
+    ones included, for the metrics. `rows`: records for `vtengine view`."""
+
+    groups: list[Group]
+    counts: Counter[str] = field(default_factory=Counter)
+    facts: list[list[dict[str, float]]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+
+class Collector:
+    """Keeps the sampler and the groups left over from earlier steps; both are part of a checkpoint."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        dataset: Dataset,
+        sampler: Sampler,
+        rewarder: Rewarder,
+        config: RolloutConfig,
+        kind: AdvantageKind,
+        seed: int,
+    ) -> None:
+        self.setting, self.dataset, self.sampler, self.rewarder = setting, dataset, sampler, rewarder
+        self.config, self.kind, self.seed = config, kind, seed
+        self.leftover: list[Group] = []
+
+    async def collect(self, step: int, keep_rows: bool = False) -> Collected:
+        """At most config.prompts groups with spread; fewer when max_refill draws did not give more."""
+        done = Collected([])
+        fresh = [group for group in self.leftover if step - group.step <= self.config.max_stale]
+        done.counts["stale"] = len(self.leftover) - len(fresh)
+        done.counts["reused"] = min(len(fresh), self.config.prompts)
+        bound = math.ceil(self.config.prompts * self.config.max_refill)
+        while len(fresh) < self.config.prompts and done.counts["drawn"] < bound:
+            missing = self.config.prompts - len(fresh)
+            wave = min(math.ceil(missing * self.config.oversample), bound - done.counts["drawn"])
+            done.counts["drawn"] += wave
+            done.counts["waves"] += 1
+            fresh += await self._wave(wave, step, done, keep_rows)
+        done.groups, self.leftover = fresh[: self.config.prompts], fresh[self.config.prompts :]
+        done.counts["surplus"] = len(self.leftover)
+        return done
+
+    async def _wave(self, count: int, step: int, done: Collected, keep_rows: bool) -> list[Group]:
+        """Groups in the order of their draws, whatever order they finish in; those that teach nothing left out."""
+        jobs = []
+        for _ in range(count):
+            draw, example = self.sampler.draw()
+            jobs += [self._job(draw, example, index) for index in range(self.config.n)]
+        groups: list[Group] = []
+        siblings: list[Scored] = []
+        async for scored in in_order(jobs, self.config.concurrency):
+            siblings.append(scored)
+            if len(siblings) == self.config.n:
+                group = self._group(siblings, step, done, keep_rows)
+                groups += [] if group is None else [group]
+                siblings = []
+        return groups
+
+    def _job(self, draw: int, example: int, index: int) -> Callable[[], Awaitable[Scored]]:
+        async def run() -> Scored:
+            one = self.dataset.examples[example]
+            sampling = replace(self.setting.sampling, seed=derive_seed(self.seed, "draw", draw))
+            setting = replace(self.setting, sampling=sampling)
+            question = Question(one.id, one.image, one.question, one.root, one.fields)
+            sample = await run_sample(setting, question, index)
+            return Scored(draw, example, sample.episode, await self._score(sample.episode, one))
+
+        return run
+
+    async def _score(self, episode: Episode, example: Example) -> Score | None:
+        if not episode.turns:
+            return None
+        try:
+            return await self.rewarder.score(episode, example)
+        except Exception:
+            log.exception("the reward function failed on example %s; its group is dropped", example.id)
+            return None
+
+    def _group(self, siblings: Sequence[Scored], step: int, done: Collected, keep_rows: bool) -> Group | None:
+        """The siblings as a group to learn from, or None with the reason counted."""
+        first = siblings[0]
+        reason = self._fault(siblings)
+        if reason is not None:
+            done.counts[reason] += 1
+            return None
+        scores = [one.score for one in siblings if one.score is not None]
+        episodes = [one.episode for one in siblings]
+        rewards = self.rewarder.totals(scores, episodes)
+        if not all(math.isfinite(reward) for reward in rewards):
+            done.counts["reward_failed"] += 1
+            return None
+        values = advantages(rewards, self.kind)
+        example = self.dataset.examples[first.example]
+        facts = [sample_facts(*one, example=example) for one in zip(episodes, scores, rewards, strict=True)]
+        done.facts.append(facts)
+        if keep_rows:
+            done.rows += [
+                sample_row(episode, index, example, step, first.draw, fact, value)
+                for index, (episode, fact, value) in enumerate(zip(episodes, facts, values, strict=True))
+            ]
+        if not has_spread(rewards):
+            done.counts["zero_spread"] += 1
+            return None
+        made = [from_episode(*one) for one in zip(episodes, values, facts, strict=True)]
+        return Group(first.draw, first.example, step, tuple(made))
+
+    def _fault(self, siblings: Sequence[Scored]) -> str | None:
+        """Why the group cannot be used: quarantined, failed or reward_failed (no verdict, NaN, an exception)."""
+        for one in siblings:
+            if one.episode.status == "rejected":
+                error = one.episode.error
+                self.sampler.quarantine(one.example)
+                log.warning("example %s is quarantined: %s", one.episode.question.id, error and error.message)
+                return "quarantined"
+        if any(one.episode.status == "failed" or not one.episode.turns for one in siblings):
+            return "failed"
+        if any(one.score is None or not one.score.is_usable for one in siblings):
+            return "reward_failed"
+        return None
+
+
+def sample_facts(episode: Episode, score: Score, reward: float, example: Example) -> dict[str, float]:
+    """The figures of one sample that metrics are made of."""
+    accuracy = score.accuracy or 0.0
+    facts = {
+        "reward": reward,
+        "accuracy": accuracy,
+        "format": score.format,
+        "penalty": accuracy + score.format - reward,
+        "upscaled": float(episode.is_upscaled),
+        "visual_tokens": float(episode.visual_tokens),
+        "visual_tokens_full": float(episode.visual_tokens_full),
+        "response_length": float(sum(len(turn.completion.token_ids) for turn in episode.turns)),
+        "turns": float(len(episode.turns)),
+        "answered": float(episode.status == "answered"),
+        "truncated": float(episode.status == "truncated"),
+    }
+    if isinstance(example.fields.get("needs_high"), bool):
+        facts["needs_high"] = float(example.fields["needs_high"])
+    return facts
+
+
+def sample_row(
+    episode: Episode, index: int, example: Example, step: int, draw: int, facts: dict[str, float], advantage: float
+) -> Row:
+    """A record as `vtengine generate` writes them, with what training adds."""
+    row = episode_row(episode, index)
+    own: dict[str, Any] = {"question": example.question, "image": example.image, "expected": list(example.answers)}
+    own |= {"correct": facts["accuracy"] >= 0.5, "step": step, "draw": draw, "advantage": advantage}
+    own |= {name: facts[name] for name in ("reward", "accuracy", "format", "penalty")}
+    if "://" not in example.image and not example.image.startswith("data:"):
+        own["image_path"] = str((Path(example.root) / example.image).resolve())
+    return row | own

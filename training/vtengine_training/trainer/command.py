@@ -1,0 +1,174 @@
+"""`vtengine-train grpo`: reads the config, prints the plan or trains, ends with a status that says why it ended."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from vtengine.config import load_config, to_toml
+from vtengine_training.trainer.config import GrpoConfig
+
+if TYPE_CHECKING:
+    from vtengine_training.trainer.loop import Run
+
+EXIT_STOPPED = 75
+"""After SIGTERM: the step was finished and saved; the same command goes on from there (EX_TEMPFAIL of sysexits.h)."""
+EXIT_DIVERGED = 4
+NOTE = ("reward/mean", "reward/accuracy", "upscale/ratio", "kl", "entropy", "grad_norm")
+DIGITS = 7
+
+
+def run_grpo(arguments: argparse.Namespace) -> int:
+    """The command. Raises ValueError for a config that cannot be used, OSError where files cannot be written."""
+    config = load_config(GrpoConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(to_toml(config), end="")
+        print("\n".join(f"# {line}" if line else "#" for line in plan(config)))
+        return 0
+    from vtengine_training.trainer.loop import Run
+    from vtengine_training.trainer.step import TrainingDiverged
+
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    run = Run(config)
+    try:
+        if run.resume():
+            print(f"{output}: going on from step {run.step}", file=sys.stderr)
+        (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        with report_to(output, config.steps, run.step) as report, stop_at_sigterm(run):
+            asyncio.run(train(run, report))
+    except TrainingDiverged as error:
+        print(f"vtengine-train: stopped at step {run.step}: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    if run.step < config.steps:
+        print(f"{output}: stopped and saved at step {run.step} of {config.steps}", file=sys.stderr)
+        return EXIT_STOPPED
+    print(f"{run.checkpoints / 'latest'}: names the last checkpoint; its model/ loads anywhere", file=sys.stderr)
+    return 0
+
+
+async def train(run: Run, report: Callable[[dict[str, float]], None]) -> None:
+    """Trains, and closes the run whatever happens."""
+    try:
+        await run.train(report)
+    finally:
+        await run.close()
+
+
+@contextmanager
+def stop_at_sigterm(run: Run) -> Iterator[None]:
+    """While inside, SIGTERM asks the run to stop after its step."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        run.stop_requested = True
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def report_to(output: Path, total: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Metrics to metrics.jsonl and to a progress line. A resumed run first drops the rows past its step."""
+    from vtengine_training.cli import progress_bar
+
+    path = output / "metrics.jsonl"
+    cut_metrics(path, done)
+    with progress_bar() as progress, path.open("a", encoding="utf-8") as file:
+        task = progress.add_task("", total=total, completed=done, note="")
+
+        def report(figures: dict[str, float]) -> None:
+            file.write(json.dumps(rounded(figures)) + "\n")
+            file.flush()
+            note = "  ".join(f"{name} {figures[name]:.4g}" for name in NOTE if name in figures)
+            if progress.console.is_terminal:
+                progress.update(task, completed=int(figures["step"]), note=note)
+            else:
+                print(f"step {int(figures['step'])}/{total}  {note}", file=sys.stderr, flush=True)
+
+        yield report
+
+
+def cut_metrics(path: Path, done: int) -> None:
+    """Keeps the rows up to step `done`: those after it, and a torn last line, belong to work that was lost."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= done:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def rounded(figures: dict[str, float]) -> dict[str, Any]:
+    """For JSON: seven significant digits, whole numbers as such, and null for what is not finite."""
+    found: dict[str, Any] = {}
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            found[name] = None
+        else:
+            found[name] = int(value) if float(value).is_integer() else float(f"{value:.{DIGITS}g}")
+    return found
+
+
+def plan(config: GrpoConfig) -> list[str]:
+    """What the run would do, and what it would take. Reads only the model's config.json, where it is there."""
+    rollout, loss, objective = config.rollout, config.loss, config.loss.objective
+    lines = [
+        "",
+        "Plan",
+        f"each of {config.steps} steps: {rollout.prompts} prompts x {rollout.n} samples, at most "
+        f"{math.ceil(rollout.prompts * rollout.max_refill)} prompts drawn; {config.updates_per_step} updates",
+        f"loss: {loss.algorithm}: advantage {objective.advantage}, policy {objective.policy}, clip "
+        f"[{1 - objective.clip_low:g}, {1 + objective.clip_high:g}], {objective.aggregation}; "
+        f"KL {loss.kl_coef:g} ({loss.kl}), entropy {loss.entropy_coef:g}",
+        f"old log-probabilities: {loss.old_logprobs}; importance cap: {loss.importance_cap or 'off'}",
+        f"penalty: {config.reward.penalty}",
+        f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, in {config.output}",
+    ]
+    return lines + _estimate(config)
+
+
+def _estimate(config: GrpoConfig) -> list[str]:
+    from vtengine.model import ModelConfig
+    from vtengine_training.eval.runner import model_folder
+    from vtengine_training.trainer.cost import MIB, ModelCost
+
+    try:
+        folder = model_folder(config.model)
+    except ValueError as error:
+        return [f"no estimate: {error}"]
+    model = ModelConfig.from_json(folder / "config.json")
+    cost = ModelCost.of(model)
+    element = 4 if config.dtype == "float32" else 2
+    update = config.update
+    weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision)
+    logits = 3 * 4 * update.logits_chunk * model.text.vocab_size
+    token = cost.training_flops(1, 0, 0) / 1e9
+    patch = cost.training_flops(0, 0, 1, update.train_vision) / 1e9
+    return [
+        f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision",
+        f"memory: about {weights / MIB:,.0f} MiB for weights, gradients, masters and moments, "
+        f"{config.rollout.kv_mib} MiB for keys and values, {logits / MIB:,.0f} MiB for logits; "
+        f"activations of {update.max_tokens} tokens on top",
+        f"compute: {token:.3g} GFLOP per packed token, {patch:.3g} GFLOP per image patch, forward and backward",
+    ]

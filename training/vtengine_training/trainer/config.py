@@ -1,0 +1,168 @@
+"""A GRPO run: a TOML file, read into frozen dataclasses; an unknown key is an error. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vtengine_training.grpo.config import LossConfig
+from vtengine_training.rewards.rewarder import RewardConfig
+from vtengine_training.sft.config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class GlanceData:
+    """Questions of the generated world, written below the output folder when they are not there yet."""
+
+    seed: int = 2
+    count: int = 4000
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """files: JSONL with image, question, answer. Or `glance`: generated questions. seed: of the order."""
+
+    files: tuple[str, ...] = ()
+    glance: GlanceData | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.files) == (self.glance is not None):
+            raise ValueError("files: name JSONL files, or give a [data.glance] section, and not both")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """One step's rollouts: `prompts` groups of `n` siblings.
+
+    concurrency: episodes in the engine at a time. max_refill: prompts drawn for one step, as a multiple of `prompts`,
+    before the step goes on with fewer. oversample: groups drawn at once, as a multiple of those still missing; what is
+    left over is kept for the next step, for at most max_stale steps.
+    top_p, top_k: must be off: the engine's log-probabilities would be of the truncated distribution.
+    dump_every: every so many steps the episodes are written to rollouts/, for `vtengine view`; 0 = never.
+    """
+
+    prompts: int = 32
+    n: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 512
+    max_turns: int = 2
+    max_context_tokens: int | None = None
+    concurrency: int = 64
+    max_refill: float = 4.0
+    oversample: float = 1.0
+    max_stale: int = 1
+    kv_mib: int = 1024
+    image_cache_mib: int = 512
+    dump_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_p != 1 or self.top_k != 0:
+            raise ValueError(
+                f"top_p = {self.top_p}, top_k = {self.top_k}: training samples from the whole distribution, because "
+                "the log-probabilities of a truncated one are renormalised; use top_p = 1.0 and top_k = 0"
+            )
+        if self.n < 2:
+            raise ValueError(f"n = {self.n}: an advantage needs siblings to compare with; use 2 or more")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature = {self.temperature}: must be positive; greedy siblings would be equal")
+        _at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
+        _at_least(self, 1, "kv_mib")
+        _at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """minibatch_prompts: groups per optimiser step; None = all of a training step. epochs: passes over the rollouts.
+
+    max_tokens: of a packed micro-batch; a longer sequence goes alone. logits_chunk: trainable positions whose logits
+    exist at the same time. share_images: the vision tower runs once per distinct image of a micro-batch.
+    constant_length: divisor of the `constant` aggregation; None = rollout.max_new_tokens.
+    max_skipped: updates in a row without finite gradients, or steps in a row without any group, before the run stops.
+    """
+
+    learning_rate: float = 1e-6
+    warmup: int = 0
+    minibatch_prompts: int | None = None
+    epochs: int = 1
+    max_tokens: int = 4096
+    logits_chunk: int = 1024
+    share_images: bool = True
+    train_vision: bool = True
+    constant_length: int | None = None
+    max_skipped: int = 5
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(weight_decay=0.0, beta2=0.999))
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate >= 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate = {self.learning_rate}: must be 0 or more")
+        _at_least(self, 1, "epochs", "max_tokens", "logits_chunk", "max_skipped")
+        _at_least(self, 0, "warmup")
+        for name in ("minibatch_prompts", "constant_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} = {value}: must be 1 or more")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints; the last step is always saved. keep: how many stay on the disk."""
+
+    every: int = 10
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every", "keep")
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """The whole file. model: a checkpoint folder, or `glance` for the shipped one; also the reference of the KL term.
+
+    profile: a name, a path, or empty for the one that belongs to the model. resume: auto goes on from the output's
+    newest checkpoint; never refuses an output that has one. peak_tflops: of the machine, to report `mfu`.
+    """
+
+    model: str
+    output: str
+    data: DataConfig
+    steps: int = 100
+    seed: int = 0
+    profile: str = ""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = None
+    resume: Literal["auto", "never"] = "auto"
+    max_pixels: int | None = None
+    peak_tflops: float | None = None
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps")
+        for name in ("threads", "max_pixels", "peak_tflops"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} = {value}: must be positive")
+        if (self.update.minibatch_prompts or 1) > self.rollout.prompts:
+            raise ValueError(
+                f"update.minibatch_prompts = {self.update.minibatch_prompts}: must be at most rollout.prompts "
+                f"(= {self.rollout.prompts})"
+            )
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser steps per training step with all its groups."""
+        return math.ceil(self.rollout.prompts / (self.update.minibatch_prompts or self.rollout.prompts)) * (
+            self.update.epochs
+        )
+
+
+def _at_least(config: Any, bound: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= bound:
+            raise ValueError(f"{name} = {getattr(config, name)}: must be {bound} or more")

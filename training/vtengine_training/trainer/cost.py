@@ -1,0 +1,47 @@
+"""What a training step costs in floating-point operations and bytes. Estimates, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vtengine.model import ModelConfig, Qwen2_5_VL
+
+MIB = 1 << 20
+FORWARD, BACKWARD = 2, 4
+"""Operations per parameter and row."""
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Parameters by part. `head`: the output projection (tied or not); embedding look-ups cost nothing."""
+
+    text: int
+    vision: int
+    head: int
+    total: int
+
+    @staticmethod
+    def of(config: ModelConfig) -> ModelCost:
+        """Counts the parameters of a model that is never made."""
+        with torch.device("meta"):
+            model = Qwen2_5_VL(config)
+        total = sum(p.numel() for p in model.parameters())
+        vision = sum(p.numel() for p in model.visual.parameters())
+        text = sum(p.numel() for layer in model.layers for p in layer.parameters())
+        return ModelCost(text, vision, config.text.vocab_size * config.text.hidden_size, total)
+
+    def training_flops(self, tokens: float, trained: float, patches: float, train_vision: bool = True) -> float:
+        """Forward and backward of `tokens` packed tokens, logits at `trained` of them, `patches` encoded patches.
+
+        Attention between tokens is left out: it is small where sequences are short against the width.
+        """
+        vision = (FORWARD + BACKWARD if train_vision else FORWARD) * self.vision * patches
+        return (FORWARD + BACKWARD) * (self.text * tokens + self.head * trained) + vision
+
+    def training_bytes(self, element_bytes: int, reference: bool, train_vision: bool = True) -> int:
+        """Weights, gradients, float32 masters and both moments, and the reference; activations come on top."""
+        trained = self.total if train_vision else self.total - self.vision
+        live = self.total * element_bytes * (2 if reference else 1)
+        return live + trained * (element_bytes + 12)

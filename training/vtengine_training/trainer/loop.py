@@ -1,0 +1,221 @@
+"""The training loop: rollouts, updates, metrics, checkpoints. Stops at a signal after the step it is in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vtengine.rollout.records import Row, RowWriter
+from vtengine_training.data.sampler import Sampler
+from vtengine_training.grpo.metrics import rollout_metrics
+from vtengine_training.rewards.rewarder import Rewarder
+from vtengine_training.sync.colocated import announce
+from vtengine_training.trainer.alarms import Alarms
+from vtengine_training.trainer.checkpoint import CheckpointError, find_latest, write_checkpoint
+from vtengine_training.trainer.collect import Collected
+from vtengine_training.trainer.config import GrpoConfig
+from vtengine_training.trainer.cost import ModelCost
+from vtengine_training.trainer.parts import build_parts, export_model, weights_fingerprint
+from vtengine_training.trainer.step import TrainingDiverged
+from vtengine_training.trainer.trajectory import pack_groups, unpack_groups
+
+log = logging.getLogger(__name__)
+Figures = dict[str, float]
+Report = Callable[[Figures], None]
+COUNTED = ("drawn", "waves", "zero_spread", "quarantined", "failed", "reward_failed", "reused", "stale", "surplus")
+
+
+class Run:
+    """One run in its output folder. `stop_requested`: finish the step, save, return (a signal handler sets it)."""
+
+    def __init__(self, config: GrpoConfig, rewarder: Rewarder | None = None) -> None:
+        self.config = config
+        self.output = Path(config.output)
+        self.parts = build_parts(config, rewarder)
+        self.fingerprints = {
+            "data": self.parts.dataset.fingerprint,
+            "model": weights_fingerprint(self.parts.folder),
+        }
+        self.alarms = Alarms()
+        self.cost = ModelCost.of(self.parts.model.config)
+        self.step = 0
+        self.empty_steps = 0
+        self.stop_requested = False
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    async def train(self, report: Report) -> None:
+        """From where the run is to config.steps, or until stop_requested; saved at the end either way.
+
+        Raises TrainingDiverged when updates or rollouts keep failing.
+        """
+        saved = self.step
+        await announce(self.parts.engine, self.parts.learner.version)
+        while self.step < self.config.steps and not self.stop_requested:
+            figures = await self.advance()
+            if self.step % self.config.checkpoint.every == 0:
+                figures["time/save"] = self.save()
+                saved = self.step
+            report(figures)
+            for alarm in self.alarms.check(figures):
+                log.warning("step %d: %s", self.step, alarm)
+        if saved != self.step:
+            self.save()
+
+    async def advance(self) -> Figures:
+        """One training step; returns its metrics."""
+        parts, began = self.parts, time.perf_counter()
+        dump_every = self.config.rollout.dump_every
+        dumps = bool(dump_every) and (self.step + 1) % dump_every == 0
+        collected = await parts.collector.collect(self.step + 1, dumps)
+        generated = time.perf_counter()
+        figures: Figures = {"step": self.step + 1.0, "epoch": parts.collector.sampler.epoch}
+        figures |= rollout_metrics(collected.facts) | self._group_metrics(collected)
+        rate = self.rate(self.step)
+        figures |= parts.learner.learn(collected.groups, rate) if collected.groups else {"lr": rate}
+        finished = time.perf_counter()
+        await announce(parts.engine, parts.learner.version)
+        self.step += 1
+        self._count_empty(collected)
+        if dumps:
+            self._dump(collected.rows)
+        figures |= parts.rewarder.end_step(figures)
+        figures |= {
+            "time/rollout": generated - began,
+            "time/learn": finished - generated,
+            "time/step": time.perf_counter() - began,
+        }
+        return figures | self._speed(figures)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step` (from 0): linear warm-up, then constant."""
+        update = self.config.update
+        return update.learning_rate * min(1.0, (step + 1) / update.warmup if update.warmup else 1.0)
+
+    def save(self) -> float:
+        """Writes a checkpoint; returns the seconds it took. Raises OSError with the older ones intact."""
+        began = time.perf_counter()
+        write_checkpoint(self.checkpoints, self.step, self._write, self.config.checkpoint.keep)
+        return time.perf_counter() - began
+
+    def resume(self) -> bool:
+        """Goes on from the newest checkpoint, if there is one. Raises CheckpointError where it cannot."""
+        folder = find_latest(self.checkpoints)
+        if folder is None:
+            return False
+        if self.config.resume == "never":
+            raise CheckpointError(
+                f'output = {self.output}: holds {folder.name}, and resume = "never"; use another output, or delete it'
+            )
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        self._check_state(folder, state)
+        parts = self.parts
+        parts.learner.optimizer.load(folder / "optimizer.safetensors")
+        parts.learner.version, parts.learner.skipped = state["version"], state["skipped"]
+        parts.collector.sampler = Sampler.restore(len(parts.dataset), self.config.data.seed, state["sampler"])
+        parts.collector.leftover = unpack_groups(load_file(folder / "rollouts.safetensors"), state["leftover"])
+        parts.rewarder.restore(state["rewarder"])
+        self.step, self.empty_steps = state["step"], state["empty_steps"]
+        torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
+        version, internal, gauss = state["random"]
+        random.setstate((version, tuple(internal), gauss))
+        return True
+
+    async def close(self) -> None:
+        """Stops engine and pipeline."""
+        await self.parts.engine.close()
+        self.parts.pipeline.close()
+        await self.parts.rewarder.close()
+
+    def _write(self, folder: Path) -> None:
+        parts = self.parts
+        export_model(parts.model, parts.folder, folder / "model")
+        parts.learner.optimizer.save(folder / "optimizer.safetensors")
+        tensors, leftover = pack_groups(parts.collector.leftover)
+        save_file(tensors, folder / "rollouts.safetensors")
+        save_file({"torch": torch.get_rng_state()}, folder / "rng.safetensors")
+        state = {
+            "step": self.step,
+            "version": parts.learner.version,
+            "skipped": parts.learner.skipped,
+            "empty_steps": self.empty_steps,
+            "sampler": parts.collector.sampler.state(),
+            "leftover": leftover,
+            "rewarder": parts.rewarder.state(),
+            "random": random.getstate(),
+            "fingerprints": self.fingerprints,
+            "data_seed": self.config.data.seed,
+            "seed": self.config.seed,
+            "config": asdict(self.config),
+        }
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def _check_state(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Raises CheckpointError for a checkpoint of another model, data set or order."""
+        remedies = {
+            "data": "the examples have changed since",
+            "model": "it was trained from other weights",
+        }
+        for name, reason in remedies.items():
+            if state["fingerprints"][name] != self.fingerprints[name]:
+                raise CheckpointError(f"{folder}: {reason}; give them back, or use another output")
+        for name, value in (("data_seed", self.config.data.seed), ("seed", self.config.seed)):
+            if state[name] != value:
+                field = name.replace("_", ".")
+                raise CheckpointError(
+                    f"{folder}: was made with {field} = {state[name]}, not {value}; use another output"
+                )
+
+    def _count_empty(self, collected: Collected) -> None:
+        self.empty_steps = 0 if collected.groups else self.empty_steps + 1
+        if self.empty_steps >= self.config.update.max_skipped:
+            counts = {name: count for name, count in collected.counts.items() if count}
+            raise TrainingDiverged(
+                f"{self.empty_steps} steps in a row had no group with spread in its rewards (last one: {counts}); "
+                "raise rollout.n, rollout.temperature or rollout.max_refill, or look at the reward"
+            )
+
+    def _group_metrics(self, collected: Collected) -> Figures:
+        found = {f"groups/{name}": float(collected.counts[name]) for name in COUNTED}
+        found["groups/used"] = float(len(collected.groups))
+        if collected.facts:
+            found["groups/zero_spread_ratio"] = collected.counts["zero_spread"] / len(collected.facts)
+        versions = [one.version for group in collected.groups for one in group.trajectories]
+        if versions:
+            found["staleness/mean"] = self.parts.learner.version - sum(versions) / len(versions)
+        found["data/quarantined"] = float(len(self.parts.collector.sampler.quarantined))
+        return found
+
+    def _speed(self, figures: Figures) -> Figures:
+        samples = figures["groups/drawn"] * self.config.rollout.n
+        found = {"samples/per_second": samples / figures["time/step"]}
+        if self.config.peak_tflops and "tokens/packed" in figures:
+            work = self.cost.training_flops(
+                figures["tokens/packed"],
+                figures["tokens/trained"],
+                figures["patches/encoded"],
+                self.config.update.train_vision,
+            )
+            found["mfu"] = work / figures["time/learn"] / (self.config.peak_tflops * 1e12)
+        return found
+
+    def _dump(self, rows: list[Row]) -> None:
+        folder = self.output / "rollouts"
+        folder.mkdir(parents=True, exist_ok=True)
+        with RowWriter(folder / f"step-{self.step:06d}.jsonl") as writer:
+            for row in rows:
+                if "image_path" in row:
+                    row = row | {"image_path": Path(os.path.relpath(row["image_path"], folder.resolve())).as_posix()}
+                writer.append(row)

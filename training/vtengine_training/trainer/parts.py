@@ -1,0 +1,164 @@
+"""From a configuration to everything that a run needs: model, engine, data, rewards, learner. The only wiring."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vtengine.engine.base import SamplingParams
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.model import Qwen2_5_VL, load_model, save_model
+from vtengine.protocol.conversation import Limits
+from vtengine.protocol.profile import PROFILE_FILE, load_profile
+from vtengine.rollout.group import Setting
+from vtengine.rollout.tokenizer import Tokenizer
+from vtengine.vision.pipeline import ImagePipeline
+from vtengine.vision.plan import PixelLimits
+from vtengine_training.data.examples import Dataset, read_dataset
+from vtengine_training.data.sampler import Sampler
+from vtengine_training.eval.runner import model_folder
+from vtengine_training.glance.export import write_questions
+from vtengine_training.rewards.rewarder import Rewarder
+from vtengine_training.sft.optim import MasterAdamW
+from vtengine_training.trainer.collect import Collector
+from vtengine_training.trainer.config import GlanceData, GrpoConfig
+from vtengine_training.trainer.cost import MIB
+from vtengine_training.trainer.policy import Policy
+from vtengine_training.trainer.step import Learner
+
+COPIED = ("*.json", "*.txt", "*.jinja", "*.toml")
+NOT_COPIED = ("config.json", "model.safetensors.index.json")
+SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A run's machinery. The engine reads `model`, the learner's own parameters."""
+
+    folder: Path
+    model: Qwen2_5_VL
+    engine: EmbeddedEngine
+    pipeline: ImagePipeline
+    dataset: Dataset
+    rewarder: Rewarder
+    collector: Collector
+    learner: Learner
+
+
+def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
+    """Loads and starts everything; close engine and pipeline afterwards. Raises ValueError with field and remedy."""
+    folder = model_folder(config.model)
+    device = pick_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    dataset = read_dataset(data_files(config))
+    tokenizer = Tokenizer.load(folder)
+    dtype = getattr(torch, config.dtype)
+    model = load_model(folder, device, dtype)
+    update, rollout = config.update, config.rollout
+    banned = tokenizer.banned_ids
+    policy = Policy.build(model, rollout.temperature, banned, update.logits_chunk, update.train_vision)
+    reference = None
+    if config.loss.kl_coef:
+        frozen = load_model(folder, device, dtype).requires_grad_(False)
+        reference = Policy.build(frozen, rollout.temperature, banned, update.logits_chunk, train_vision=False)
+    model.visual.requires_grad_(update.train_vision)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    optimizer = MasterAdamW(named, update.optimizer)
+    learner = Learner(policy, reference, optimizer, config.loss, update, rollout.max_new_tokens)
+    rewarder = rewarder or Rewarder(config.reward)
+    setting = build_setting(config, folder, model, tokenizer)
+    assert isinstance(setting.backend, EmbeddedEngine) and isinstance(setting.pipeline, ImagePipeline)
+    sampler = Sampler(len(dataset), config.data.seed)
+    kind = config.loss.objective.advantage
+    collector = Collector(setting, dataset, sampler, rewarder, rollout, kind, config.seed)
+    return Parts(folder, model, setting.backend, setting.pipeline, dataset, rewarder, collector, learner)
+
+
+def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Setting:
+    """Engine, pipeline, profile and sampling of the rollouts. The engine shares the model's parameters."""
+    rollout = config.rollout
+    engine_config = EngineConfig(
+        kv_bytes=rollout.kv_mib * MIB,
+        max_running=rollout.concurrency,
+        max_batch_tokens=max(2048, rollout.concurrency),
+        num_threads=config.threads,
+    )
+    engine = EmbeddedEngine(model, tokenizer, engine_config)
+    pixels = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    cache_bytes = rollout.image_cache_mib * MIB
+    pipeline = ImagePipeline(pixel_limits(folder, config.max_pixels), "compact", pixels, cache_bytes=cache_bytes)
+    own = folder if (folder / PROFILE_FILE).is_file() else "vtengine"
+    profile = load_profile(config.profile or own)
+    limits = Limits("adaptive", rollout.max_turns, max_context_tokens=rollout.max_context_tokens)
+    sampling = SamplingParams(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, seed=config.seed)
+    return Setting(engine, pipeline, tokenizer, profile, limits, sampling)
+
+
+def pixel_limits(folder: Path, max_pixels: int | None) -> PixelLimits:
+    """Those of the checkpoint's preprocessor_config.json, where it states them; max_pixels, if given, wins."""
+    from vtengine.cli.models import read_json
+
+    path = folder / "preprocessor_config.json"
+    stated = read_json(path) if path.is_file() else {}
+    known = {key: stated[key] for key in ("min_pixels", "max_pixels") if isinstance(stated.get(key), int)}
+    return PixelLimits(**(known | ({} if max_pixels is None else {"max_pixels": max_pixels})))
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: the first GPU, where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device = "cuda": torch sees no GPU here; use "cpu" or "auto"')
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def data_files(config: GrpoConfig) -> Sequence[Path]:
+    """The JSONL files; generated questions are written first, where they are not there yet."""
+    if config.data.glance is None:
+        return [Path(name) for name in config.data.files]
+    folder = glance_folder(config, config.data.glance)
+    if not (folder / "questions.jsonl").is_file():
+        making = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(making, ignore_errors=True)
+        write_questions(making, "train", config.data.glance.seed, config.data.glance.count, balanced=False)
+        making.replace(folder)
+    return [folder / "questions.jsonl"]
+
+
+def glance_folder(config: GrpoConfig, data: GlanceData) -> Path:
+    """Where generated questions lie: seed and count are in the name, so that another config gets others."""
+    return Path(config.output) / f"questions-{data.seed}-{data.count}"
+
+
+def export_model(model: Qwen2_5_VL, source: Path, folder: Path) -> None:
+    """A checkpoint folder as it was trained from: weights in the dtype it came in, tokenizer and processor copied."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in COPIED:
+        for path in source.glob(pattern):
+            if path.name not in NOT_COPIED:
+                shutil.copyfile(path, folder / path.name)
+    dtype = getattr(torch, model.config.dtype, model.dtype)
+    if dtype != model.dtype:
+        with torch.device("meta"):
+            shipped = Qwen2_5_VL(model.config)
+        shipped.to(dtype).to_empty(device="cpu").load_state_dict(model.state_dict())
+        model = shipped
+    save_model(model, folder)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Names, sizes, heads and tails of the weight files: tells checkpoints apart without reading them whole."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE_BYTES))
+            file.seek(max(0, size - SAMPLE_BYTES))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

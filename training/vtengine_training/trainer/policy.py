@@ -1,0 +1,90 @@
+"""Log-probabilities of sampled tokens under a model, with gradients: the training side of what the engine sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from vtengine.model import PackedCausal, Qwen2_5_VL
+from vtengine_training.trainer.batch import MicroBatch
+
+BANNED = -1e30
+"""Logit of an id that is never sampled: probability exactly 0, and no NaN in the entropy, as -inf would give."""
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A model as a distribution over replies: the engine's temperature and bans applied, as when it sampled.
+
+    banned: ids that can never be sampled. chunk: positions whose logits exist at the same time; more than that are
+    computed again in the backward pass. train_vision: whether gradients reach the vision tower.
+    """
+
+    model: Qwen2_5_VL
+    temperature: float
+    banned: tuple[int, ...]
+    chunk: int
+    train_vision: bool = True
+
+    @staticmethod
+    def build(
+        model: Qwen2_5_VL, temperature: float, banned: Collection[int], chunk: int, train_vision: bool = True
+    ) -> Policy:
+        """Adds the ids that the engine itself never samples."""
+        config = model.config
+        ids = {*banned, config.image_token_id, config.video_token_id}
+        kept = tuple(sorted(i for i in ids if i < config.text.vocab_size))
+        return Policy(model, temperature, kept, chunk, train_vision)
+
+    def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(log-probabilities, entropies), float32 [N], of the batch's trainable tokens. Natural logarithms."""
+        with _attention_kernel(self.model.device):
+            hidden = self._hidden(batch)
+        return self._read(hidden, batch.targets)
+
+    def _hidden(self, batch: MicroBatch) -> Tensor:
+        """[N, H]: the final hidden states that predict the trainable tokens."""
+        features = None
+        if batch.pixel_values is not None:
+            with nullcontext() if self.train_vision else torch.no_grad():
+                features = self.model.visual(batch.pixel_values.to(self.model.dtype), batch.grids)
+            if batch.visual_rows is not None:
+                features = features.index_select(0, batch.visual_rows)
+        embeds = self.model.embed(batch.token_ids, features)
+        hidden = self.model.decode(embeds, batch.positions, PackedCausal(batch.offsets))
+        return hidden.index_select(0, batch.sources)
+
+    def _read(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits chunk by chunk, never all at once."""
+        if len(targets) <= self.chunk:
+            return self._chunk(hidden, targets)
+        pieces = []
+        for part, wanted in zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True):
+            if torch.is_grad_enabled():
+                pieces.append(checkpoint(self._chunk, part, wanted, use_reentrant=False))
+            else:
+                pieces.append(self._chunk(part, wanted))
+        logprobs, entropies = zip(*pieces, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _chunk(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model.logits(hidden).float()
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        if self.banned:
+            logits = logits.index_fill(1, torch.tensor(self.banned, device=logits.device), BANNED)
+        total = logits.logsumexp(dim=1)
+        logprobs = logits.gather(1, targets[:, None])[:, 0] - total
+        entropies = total - ((logits - total[:, None]).exp() * logits).sum(dim=1)
+        return logprobs, entropies
+
+
+def _attention_kernel(device: torch.device) -> AbstractContextManager[object]:
+    """On CPUs the plain kernel: the flash kernel's backward is slow there."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
