@@ -1,4 +1,4 @@
-"""The seam between trainer and rewards, and the plain rule-based reward that needs nothing else."""
+"""The seam between trainer and rewards."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vtengine.cli.scoring import is_correct
 from vtengine.rollout.episode import Episode
 from vtengine_training.data.examples import Example
+from vtengine_training.rewards.format import FORMAT_REWARD, format_reward
 
-FORMAT_REWARD = 0.5
+__all__ = ["CORRECT_FROM", "FORMAT_REWARD", "RewardError", "RewardFn", "Score", "format_reward"]
+
+CORRECT_FROM = 0.5
+"""An accuracy of at least this counts as a correct answer (for the penalty); judge and rules give 0 or 1."""
+
+
+class RewardError(ValueError):
+    """A reward function that raised, or returned what is no reward; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,10 @@ class Score:
         """There is a verdict, and every part of it is a finite number."""
         return self.accuracy is not None and math.isfinite(self.accuracy) and math.isfinite(self.format)
 
+    @property
+    def is_correct(self) -> bool:
+        return self.accuracy is not None and self.accuracy >= CORRECT_FROM
+
 
 class RewardFn(Protocol):
     """Scores episodes. Called concurrently, from one event loop, while other episodes are still being generated.
@@ -39,16 +50,3 @@ class RewardFn(Protocol):
     """
 
     async def score(self, episode: Episode, example: Example) -> Score: ...
-
-
-class ExactMatch:
-    """Accuracy 1 where the answer equals one of the accepted ones by rule; format by the protocol's own parser."""
-
-    async def score(self, episode: Episode, example: Example) -> Score:
-        return Score(float(is_correct(episode.answer, example.answers)), format_reward(episode))
-
-
-def format_reward(episode: Episode) -> float:
-    """FORMAT_REWARD if the episode ended with an answer and every reply had the taught form, else 0."""
-    flawless = all(not turn.reply.flaws and turn.reply.error is None for turn in episode.turns)
-    return FORMAT_REWARD if episode.status == "answered" and flawless else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,11 +27,11 @@ class RewardConfig:
     tolerance: how far a number may be off, as a share of the reference; a row's own `tolerance` wins.
     """
 
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     accuracy: Literal["rules", "judge", "rules+judge", "function"] = "rules"
     function: str = ""
     tolerance: float = 0.0
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
 
     def __post_init__(self) -> None:
         if (self.accuracy == "function") != bool(self.function):
@@ -55,7 +55,7 @@ class Rewarder:
         self.function = function or _build(config, self.judge)
         self.budget = BudgetController(config.penalty.budget)
         self._canaries_due = True
-        self._step: Counter[str] = Counter()
+        self._step: defaultdict[str, float] = defaultdict(float)
         self._judge_before: dict[str, float] = {} if self.judge is None else self.judge.figures()
 
     async def start(self) -> None:
@@ -72,7 +72,7 @@ class Rewarder:
         self._step["scored"] += 1
         self._step["upscaled"] += episode.is_upscaled
         for name, value in score.detail.items():
-            self._step[f"detail:{name}"] += value  # type: ignore[assignment]
+            self._step[f"detail:{name}"] += value
             self._step[f"count:{name}"] += 1
         return score
 
@@ -146,7 +146,7 @@ def _build(config: RewardConfig, judge: Judge | None) -> RewardFn:
     return Accuracy(config.accuracy, judge, config.tolerance)
 
 
-def _detail_metrics(step: Counter[str], scored: int) -> dict[str, float]:
+def _detail_metrics(step: Mapping[str, float], scored: float) -> dict[str, float]:
     """Details become shares: flaws of all episodes scored, the others of those that have the figure."""
     found = {}
     for key, total in step.items():

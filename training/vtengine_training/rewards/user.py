@@ -1,0 +1,64 @@
+"""Reward functions of the user, loaded by dotted path.
+
+    def reward(episode: Episode, example: Example) -> float    # or `async def`
+
+returns the accuracy, 0 to 1. Format and penalty are added as for every other reward. It runs on the event loop that
+also feeds the engine: what takes long should be `async`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Awaitable, Callable
+
+from vtengine.rollout.episode import Episode
+from vtengine_training.data.examples import Example
+from vtengine_training.rewards.base import RewardError, Score, format_reward
+
+Function = Callable[[Episode, Example], float | Awaitable[float]]
+
+
+def load_function(path: str) -> Function:
+    """The function at `package.module:name`. Raises ValueError naming the path and what to change."""
+    module_name, colon, name = path.partition(":")
+    if not colon:
+        module_name, _, name = path.rpartition(".")
+    if not module_name or not name:
+        raise ValueError(f"reward.function = {path!r}: must look like package.module:name")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise ValueError(
+            f"reward.function = {path!r}: cannot import {module_name}: {error}; is it on PYTHONPATH?"
+        ) from None
+    except AttributeError:
+        raise ValueError(f"reward.function = {path!r}: {module_name} has no {name}") from None
+    try:
+        inspect.signature(found).bind(None, None)
+    except (TypeError, ValueError):
+        raise ValueError(f"reward.function = {path!r}: must be a function (episode, example) -> float") from None
+    return found  # type: ignore[no-any-return]
+
+
+class UserReward:
+    """A user's function as a RewardFn."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.function = load_function(path)
+
+    async def score(self, episode: Episode, example: Example) -> Score:
+        """Raises RewardError, naming the function and the example, when the function raises or returns no reward."""
+        where = f"reward function {self.path}, example {example.id!r}"
+        try:
+            value = self.function(episode, example)
+            if inspect.isawaitable(value):
+                value = await value
+        except Exception as error:
+            raise RewardError(f"{where}: raised {type(error).__name__}: {error}") from error
+        is_number = isinstance(value, int | float)  # True and False are numbers here
+        if not is_number or not math.isfinite(value) or not 0 <= value <= 1:
+            raise RewardError(f"{where}: returned {value!r}; must be a finite number from 0 to 1")
+        return Score(float(value), format_reward(episode))
