@@ -1,158 +1,19 @@
-"""A real server on a loopback port over scripted replies, pictures as data URLs, and OpenAI's client."""
+"""Servers on loopback ports, stopped at the end of the test."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import contextlib
-import io
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import openai
 import pytest
-import tokenizers
-from PIL import Image, ImageDraw
-from tokenizers import decoders, models, pre_tokenizers
 
-from vtengine.engine.base import Backend, Request, SamplingParams
-from vtengine.engine.scripted import Reply, ScriptedBackend
-from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import load_profile
-from vtengine.rollout.group import Setting
+from tests.server.running import Replies, Running, SlowScript, byte_tokenizer, make_setting, running, two_turns
+from vtengine.engine.scripted import ScriptedBackend
 from vtengine.rollout.tokenizer import Tokenizer
-from vtengine.server.app import create_app, create_house
 from vtengine.server.config import ServerLimits
-from vtengine.server.house import House
 from vtengine.server.keys import ApiKeys
-from vtengine.server.run import Server, address, bind
-from vtengine.vision.decode import DecodeLimits
-from vtengine.vision.pipeline import ImagePipeline
-from vtengine.vision.source import SourceLimits
-
-CALL = '<think>too small</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
-CROP = '<think>there</think><tool_call>{"name": "crop_image", "arguments": {"box": [0, 0, 28, 28]}}</tool_call>'
-ANSWER = "<think>now I see</think><answer> a red ball </answer>"
-SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-MODEL = "tiny"
-Replies = Sequence[Reply] | Callable[[Request], Reply]
-
-
-def byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    encoder = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    encoder.decoder = decoders.ByteLevel()
-    encoder.add_special_tokens([f"<|{name}|>" for name in SPECIAL])
-    return Tokenizer(encoder)
-
-
-def two_turns(request: Request) -> str:
-    """Asks for the closer view, then answers."""
-    return CALL if len(request.images) == 1 else ANSWER
-
-
-class SlowScript(ScriptedBackend):
-    """Waits between tokens, and knows which streams were closed before their end."""
-
-    token_s = 0.005
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.active = 0
-        self.abandoned = 0
-
-    async def generate(self, request: Request) -> Any:
-        self.active += 1
-        try:
-            return await super().generate(request)
-        except asyncio.CancelledError:
-            self.abandoned += 1
-            raise
-        finally:
-            self.active -= 1
-
-    async def stream(self, request: Request) -> Any:
-        finished = False
-        self.active += 1
-        try:
-            async for chunk in super().stream(request):
-                await asyncio.sleep(self.token_s)
-                finished = chunk.completion is not None
-                yield chunk
-        finally:
-            self.active -= 1
-            self.abandoned += not finished
-
-
-@dataclass
-class Running:
-    """A server in a thread of its own."""
-
-    url: str
-    house: House
-    backend: Backend
-    server: Server
-    thread: threading.Thread
-
-    def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(
-            **{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0, "timeout": 30} | options
-        )
-
-    def metrics(self) -> dict[str, float]:
-        lines = self.house.metrics.render().decode().splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
-
-    def stop(self) -> None:
-        self.server.stop()
-        self.thread.join(timeout=20)
-        assert not self.thread.is_alive()
-
-
-def make_setting(backend: Backend, tokenizer: Tokenizer, profile: str = "glance", **limits: Any) -> Setting:
-    pipeline = ImagePipeline(
-        layout="compact",
-        num_workers=1,
-        decode_limits=DecodeLimits(max_pixels=500_000),
-        source_limits=SourceLimits(1 << 20),
-    )
-    sampling = SamplingParams(max_new_tokens=512)
-    return Setting(backend, pipeline, tokenizer, load_profile(profile), Limits(**limits), sampling)
-
-
-@contextlib.contextmanager
-def running(setting: Setting, limits: ServerLimits | None = None, keys: ApiKeys | None = None) -> Iterator[Running]:
-    """Stops the server and closes the pipeline at the end; the backend stays the caller's."""
-    listening = bind("127.0.0.1", 0)
-    ready = threading.Event()
-    made: list[tuple[Server, House]] = []
-
-    def run() -> None:
-        async def main() -> None:
-            house = create_house(setting, MODEL, limits, keys)
-            server = Server(create_app(house), house)
-            made.append((server, house))
-            ready.set()
-            await server.serve(sockets=[listening])
-
-        asyncio.run(main())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    assert ready.wait(10)
-    server, house = made[0]
-    one = Running(address(listening), house, setting.backend, server, thread)
-    try:
-        yield one
-    finally:
-        if thread.is_alive():
-            one.stop()
-        setting.pipeline.close()  # type: ignore[attr-defined]
-        listening.close()
 
 
 @pytest.fixture(scope="session")
@@ -176,28 +37,3 @@ def serve(tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
             return stack.enter_context(running(make_setting(backend, tokenizer, **more), limits, ApiKeys(keys)))
 
         yield start
-
-
-def picture(number: int = 0, size: tuple[int, int] = (168, 112), form: str = "PNG") -> bytes:
-    image = Image.new("RGB", size, "white")
-    ImageDraw.Draw(image).ellipse((10 + number, 10, 90, 90), fill=(200, 40, 40))
-    file = io.BytesIO()
-    image.save(file, form)
-    return file.getvalue()
-
-
-def data_url(data: bytes | None = None, media: str = "image/png") -> str:
-    return f"data:{media};base64,{base64.b64encode(picture() if data is None else data).decode()}"
-
-
-def image_part(url: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url or data_url(), **more}}
-
-
-def ask(question: str = "What is it?", url: str | None = None, **more: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [image_part(url, **more), {"type": "text", "text": question}]}]
-
-
-@pytest.fixture
-def log_folder(tmp_path: Path) -> Path:
-    return tmp_path

@@ -45,6 +45,7 @@ class ChatExchange(Response):
     def __init__(self, house: House, request_id: str) -> None:
         super().__init__()
         self.house, self.request_id = house, request_id
+        self.has_body = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Reply(send)
@@ -73,7 +74,7 @@ class ChatExchange(Response):
             await reply.event(error.body())
             await reply.end_events()
             return
-        if error.status in (413, 415, 429, 503):
+        if not self.has_body:
             await discard_body(receive, 2 * self.house.limits.max_body_bytes)
         await reply.whole(error.status, error.body(), error.headers())
 
@@ -82,6 +83,7 @@ class ChatExchange(Response):
         house.keys.check(headers.get("authorization"))
         with house.gate.enter():
             body = await read_body(receive, headers, house.limits.max_body_bytes)
+            self.has_body = True
             chat = await asyncio.to_thread(parse_chat, body)
             del body
             job = self._prepare(chat)

@@ -97,7 +97,7 @@ class ReplySplitter:
 
 
 class StopCutter:
-    """Cuts a text before the first of the stop strings, as it is written."""
+    """Cuts a text before a stop string, as it is written; of several, the one that is complete first."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = stops
@@ -109,10 +109,10 @@ class StopCutter:
         if self.done:
             return ""
         self._pending += text
-        places = [place for stop in self._stops if (place := self._pending.find(stop)) >= 0]
+        places = [(place + len(stop), place) for stop in self._stops if (place := self._pending.find(stop)) >= 0]
         if places:
             self.done = True
-            return self._pending[: min(places)]
+            return self._pending[: min(places)[1]]
         held = self._held()
         out, self._pending = self._pending[: len(self._pending) - held], self._pending[len(self._pending) - held :]
         return out

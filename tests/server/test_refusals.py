@@ -1,0 +1,301 @@
+"""What gets no completion: OpenAI's error shape, the field at fault, limits, keys, faults of the engine."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server.running import ANSWER, MODEL, Running, ask, data_url, image_part, picture
+from vtengine.engine.base import BackendFailed, RequestRejected
+from vtengine.server.config import ServerLimits
+from vtengine.server.keys import ApiKeys
+
+Serve = Callable[..., Running]
+USER = {"role": "user", "content": "And?"}
+SAID = {"role": "assistant", "content": "a ball"}
+
+
+def post(server: Running, body: bytes, **headers: str) -> tuple[int, dict[str, Any], Any]:
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+    sent = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    connection.request("POST", "/v1/chat/completions", body, sent)
+    reply = connection.getresponse()
+    data = reply.read()
+    return reply.status, dict(reply.getheaders()), json.loads(data)
+
+
+def error_of(server: Running, stream: bool = False, **options: Any) -> openai.APIStatusError:
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.client().chat.completions.create(**({"model": MODEL, "messages": ask(), "stream": stream} | options))
+    return caught.value
+
+
+BAD_MESSAGES = [
+    ([USER], "messages", "image_missing"),
+    ([], "messages", "too_short"),
+    ([*ask(), USER], "messages[1]", "message_order"),
+    ([*ask(), SAID], "messages", "message_order"),
+    ([SAID, *ask()], "messages[0]", "message_order"),
+    ([*ask(), {"role": "system", "content": "x"}], "messages[1]", "message_order"),
+    ([USER, SAID, *ask()], "messages[2].content[0].image_url", "image_position"),
+    ([*ask(), SAID, *ask(url=data_url(picture(5)))], "messages[2].content[0].image_url", "too_many_images"),
+    ([{"role": "user", "content": [image_part()] * 9}], "messages[0].content[8].image_url", "too_many_images"),
+    (ask(" "), "messages[0].content", "question_missing"),
+    (ask("x" * 100_001), "messages", "text_too_long"),
+    (ask(url="cat.png"), "messages[0].content[0].image_url.url", "image_url_not_allowed"),
+    (ask(url="/etc/passwd"), "messages[0].content[0].image_url.url", "image_url_not_allowed"),
+    (ask(url="file:///etc/passwd"), "messages[0].content[0].image_url.url", "image_url_not_allowed"),
+    (ask(url="http://127.0.0.1/x.png"), "messages[0].content[0].image_url.url", "image_url_not_allowed"),
+    (ask(url=data_url(b"no image at all")), "messages[0].content[0].image_url.url", "image_unsupported_format"),
+    (ask(url=data_url(picture()[:200])), "messages[0].content[0].image_url.url", "image_truncated"),
+    (ask(url=data_url(b"")), "messages[0].content[0].image_url.url", "image_empty"),
+    (ask(url="data:text/html;base64,AAAA"), "messages[0].content[0].image_url.url", "image_unsupported_format"),
+    (ask(url=data_url(picture(size=(1000, 600)))), "messages[0].content[0].image_url.url", "image_too_many_pixels"),
+    (ask(url=data_url(b"\x89PNG" * 300_000)), "messages[0].content[0].image_url.url", "image_too_large_bytes"),
+    ([{"role": "tool", "content": "x"}], "messages[0]", "union_tag_invalid"),
+    ([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0]", "union_tag_invalid"),
+    (ask(url=3), "messages[0].content[0].image_url.url", "string_type"),
+    ([*ask(), {"role": "assistant", "tool_calls": [{"id": "1"}]}, USER], "messages[1].tool_calls", "value_error"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """One server for all the refusals that never reach the engine."""
+    from tests.server.running import byte_tokenizer, make_setting, running
+    from vtengine.engine.scripted import ScriptedBackend
+
+    tokenizer = byte_tokenizer()
+    with running(make_setting(ScriptedBackend(tokenizer, lambda _: ANSWER), tokenizer)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("messages", "param", "code"), BAD_MESSAGES)
+def test_bad_messages_name_the_field(plain: Running, messages: Any, param: str, code: str, stream: bool) -> None:
+    error = error_of(plain, stream, messages=messages)
+    assert (error.status_code, error.code, error.param, error.type) == (400, code, param, "invalid_request_error")
+    assert plain.house.gate.inside == 0
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"n": 2}, "n"),
+    ({"logprobs": True}, "logprobs"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"seed": 2**63}, "seed"),
+    ({"stop": ["a"] * 5}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"extra_body": {"best_of": 3}}, "best_of"),
+    ({"extra_body": {"vtengine": {"resolution": "medium"}}}, "vtengine.resolution"),
+    ({"extra_body": {"vtengine": {"max_turns": 0}}}, "vtengine.max_turns"),
+    ({"extra_body": {"vtengine": {"max_turns": 3}}}, "vtengine.max_turns"),
+    ({"extra_body": {"vtengine": {"speed": 3}}}, "vtengine.speed"),
+    ({"extra_body": {"vtengine": {"visual_token_budget": 5}}}, "vtengine.visual_token_budget"),
+]
+
+
+@pytest.mark.parametrize(("options", "param"), BAD_OPTIONS, ids=lambda value: str(value)[:40])
+def test_bad_options_name_the_field(plain: Running, options: dict[str, Any], param: str) -> None:
+    error = error_of(plain, **options)
+    assert error.status_code == 400 and error.param == param and error.body["message"].startswith((param, "the "))  # type: ignore[index]
+
+
+def test_options_that_ask_for_nothing_pass(plain: Running) -> None:
+    plain.client().chat.completions.create(
+        model=MODEL, messages=ask(), n=1, logprobs=False, tools=[], frequency_penalty=0, user="me", store=False,  # type: ignore[arg-type]
+        response_format={"type": "text"}, metadata={"a": "b"},
+    )  # fmt: skip
+
+
+def test_unknown_model(plain: Running) -> None:
+    error = error_of(plain, model="gpt-4o")
+    assert (error.status_code, error.code, error.param) == (404, "model_not_found", "model")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [(b"", "invalid_json"), (b"{", "invalid_json"), (b"[]", "model_type"), (b"\xff", "invalid_json"),
+     (b"[" * 5000, "invalid_json"),
+     (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "invalid_json")],
+)  # fmt: skip
+def test_bodies_that_are_no_request(plain: Running, body: bytes, code: str) -> None:
+    status, headers, reply = post(plain, body)
+    assert status == 400 and reply["error"]["code"] == code and "x-request-id" in headers
+
+
+def test_type_paths_and_methods(plain: Running) -> None:
+    assert post(plain, b"{}", content_type="text/plain")[0] == 415
+    assert post(plain, b"{}", content_encoding="gzip")[0] == 415
+    connection = http.client.HTTPConnection(plain.url.removeprefix("http://"), timeout=20)
+    for method, path, status in (
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/embeddings", 404),
+        ("GET", "/docs", 404),
+    ):
+        connection.request(method, path)
+        reply = connection.getresponse()
+        assert reply.status == status and json.loads(reply.read())["error"]["type"] == "invalid_request_error"
+
+
+def test_body_limit(serve: Serve) -> None:
+    server = serve([ANSWER], limits=ServerLimits(max_body_bytes=2000))
+    status, _, reply = post(server, b"{" + b" " * 3_000_000)
+    assert status == 413 and reply["error"]["code"] == "body_too_large"
+
+    def chunks() -> Any:
+        for _ in range(100):
+            yield b" " * 1000
+
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+    connection.request("POST", "/v1/chat/completions", chunks(), {"content-type": "application/json"})
+    assert connection.getresponse().status == 413
+
+
+def test_queue_is_bounded_and_says_when_to_come_back(serve: Serve) -> None:
+    server = serve(delay_s=1, limits=ServerLimits(max_running=1, max_waiting=1, retry_after_s=3))
+    threads = [
+        threading.Thread(target=server.client().chat.completions.create, kwargs={"model": MODEL, "messages": ask()})
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: (server.house.gate.running_now, server.house.gate.waiting) == (1, 1))
+    error = error_of(server)
+    assert (error.status_code, error.code, error.response.headers["retry-after"]) == (429, "queue_full", "3")
+    assert isinstance(error, openai.RateLimitError)
+    for thread in threads:
+        thread.join(timeout=30)
+    assert server.house.gate.inside == 0
+    assert server.metrics()['vtengine_requests_total{route="/v1/chat/completions",status="429"}'] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_deadline(serve: Serve, stream: bool) -> None:
+    server = serve(slow=0.05, delay_s=0 if stream else 5, limits=ServerLimits(request_timeout_s=0.5))
+    client = server.client()
+    with pytest.raises(openai.APIError) as caught:
+        list(client.chat.completions.create(model=MODEL, messages=ask(), stream=stream))  # type: ignore[call-overload]
+    assert caught.value.code == "deadline"
+    wait_for(lambda: server.backend.active == 0)  # type: ignore[attr-defined]
+    assert server.house.gate.inside == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_cancels_its_episode(serve: Serve, stream: bool) -> None:
+    server = serve(slow=0.05, delay_s=0 if stream else 5)
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+    body = json.dumps({"model": MODEL, "messages": ask(), "stream": stream})
+    connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+    backend: Any = server.backend
+    wait_for(lambda: backend.active == 1)
+    assert server.house.gate.inside == 1
+    connection.close()
+    wait_for(lambda: backend.active == 0 and server.house.gate.inside == 0)
+    assert backend.abandoned == 1
+    wait_for(lambda: server.metrics()["vtengine_requests_cancelled_total"] == 1)
+    assert server.metrics()['vtengine_requests_total{route="/v1/chat/completions",status="499"}'] == 1
+
+
+def test_closing_the_stream_of_the_client_cancels(serve: Serve) -> None:
+    server = serve(slow=0.05)
+    stream = server.client().chat.completions.create(model=MODEL, messages=ask(), stream=True)  # type: ignore[arg-type]
+    next(iter(stream))
+    stream.close()
+    wait_for(lambda: server.backend.active == 0 and server.house.gate.inside == 0)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [(BackendFailed("broke"), 503, "backend_failed"), (RequestRejected("too_long", "never fits"), 400, "too_long"),
+     (KeyError("secret detail"), 500, "internal_error")],
+)  # fmt: skip
+def test_faults_of_the_engine(serve: Serve, fault: Exception, status: int, code: str, stream: bool) -> None:
+    server = serve([fault, fault])
+    with pytest.raises(openai.APIError) as caught:
+        list(server.client().chat.completions.create(model=MODEL, messages=ask(), stream=stream))  # type: ignore[call-overload]
+    assert caught.value.code == code and "secret detail" not in str(caught.value)
+    if not stream:
+        assert isinstance(caught.value, openai.APIStatusError) and caught.value.status_code == status
+    label = "rejected" if status == 400 else "failed"
+    assert server.metrics()[f'vtengine_episodes_total{{status="{label}"}}'] == 1
+
+
+def test_the_engine_may_break_once(serve: Serve) -> None:
+    server = serve([BackendFailed("broke"), ANSWER])
+    reply = server.client().chat.completions.create(model=MODEL, messages=ask())  # type: ignore[arg-type]
+    assert reply.choices[0].message.content == "a red ball"
+
+
+def test_keys(serve: Serve) -> None:
+    server = serve([ANSWER], keys=["first-secret", "second-secret"])
+    for key in ("none", "first-secre", "first-secret2", "Bearer first-secret"):
+        with pytest.raises(openai.AuthenticationError) as caught:
+            server.client(api_key=key).models.list()
+        assert caught.value.code == "invalid_api_key" and "secret" not in str(caught.value.body)
+    status, headers, _ = post(server, b"{}")
+    assert status == 401 and headers["www-authenticate"] == "Bearer"
+    assert server.client(api_key="second-secret").models.list().data
+    assert server.client(api_key="first-secret").chat.completions.create(model=MODEL, messages=ask()).choices  # type: ignore[arg-type]
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+    for path in ("/health", "/ready", "/metrics", "/"):
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        assert reply.status == 200 and reply.read()
+
+
+def test_keys_from_file_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\n\nfirst-secret\n  second-secret \n")
+    monkeypatch.setenv("THE_KEY", "third-secret")
+    keys = ApiKeys.load(file, "THE_KEY")
+    for key in ("first-secret", "second-secret", "third-secret"):
+        keys.check(f"Bearer {key}")
+    assert not ApiKeys.load()
+    for bad in ("# nothing\n", "short\n", "with a blank\n", "umlaut-ümlaut\n"):
+        file.write_text(bad)
+        with pytest.raises(ValueError) as caught:
+            ApiKeys.load(file)
+        assert bad.strip() not in str(caught.value) or bad.startswith("#")
+    monkeypatch.delenv("THE_KEY")
+    with pytest.raises(ValueError, match="THE_KEY"):
+        ApiKeys.load(None, "THE_KEY")
+
+
+def test_logs_hold_the_id_and_nothing_of_the_contents(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = serve([ANSWER, KeyError("x")], keys=["first-secret"])
+    client = server.client(api_key="first-secret", default_headers={"x-request-id": "my-id.7"})
+    image = data_url()
+    reply = client.chat.completions.create(model=MODEL, messages=ask("A private question", image))  # type: ignore[arg-type]
+    assert reply._request_id == "my-id.7" and reply.id == "chatcmpl-my-id.7"
+    for bad in ("data:image/png;base64,c2VjcmV0c2VjcmV0", image):
+        with pytest.raises(openai.APIStatusError):
+            client.chat.completions.create(model=MODEL, messages=ask("A private question", bad))  # type: ignore[arg-type]
+    post(server, b"{}", authorization="Bearer wrong-secret", x_request_id="evil\tid")
+    wait_for(lambda: server.metrics()['vtengine_requests_total{route="/v1/chat/completions",status="401"}'] == 1)
+    text = "\n".join(r.getMessage() for r in caplog.records if r.name.startswith(("vtengine", "uvicorn", "fastapi")))
+    assert "my-id.7 POST /v1/chat/completions 200" in text
+    for private in ("secret", "private", "c2VjcmV0", image[30:60], "evil"):
+        assert private not in text
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
