@@ -31,6 +31,15 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     An override's value is read as TOML, and as plain text where it is not TOML. Raises ConfigError; OSError when the
     file cannot be read.
     """
+    data = read_data(path, overrides)
+    try:
+        return build(cls, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from None
+
+
+def read_data(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The TOML file with the overrides applied, nothing checked: for commands that use one section of a file."""
     data: dict[str, Any] = {}
     if path is not None:
         try:
@@ -39,10 +48,7 @@ def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequenc
             raise ConfigError(f"{path}: not TOML in UTF-8: {error}") from None
     for override in overrides:
         _apply(data, override)
-    try:
-        return build(cls, data)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from None
+    return data
 
 
 def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:

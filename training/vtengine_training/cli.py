@@ -1,4 +1,4 @@
-"""`vtengine-train`: sft, grpo, eval. Each reads one TOML file; `--set a.b=c` changes a value, `--dry-run` checks.
+"""`vtengine-train`: sft, grpo, judge-check, eval. Each reads a TOML file; `--set a.b=c` changes it, `--dry-run` only checks.
 
 Imports nothing heavy until a command runs.
 """
@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("sft", _sft, "supervised cold start: from nothing to a model that answers in the protocol's format"),
         ("grpo", _grpo, "reinforcement learning: teach a model when to ask for the high view"),
+        ("judge-check", _judge_check, "ask the judge of a config known pairs and hostile answers: is it fit for use?"),
         ("eval", _eval, "ask generated questions at each resolution, and write what came out as JSON"),
     ):
         command = commands.add_parser(name, help=text, description=text)
@@ -86,6 +87,12 @@ def _grpo(arguments: argparse.Namespace) -> int:
     from vtengine_training.trainer.command import run_grpo
 
     return run_grpo(arguments)
+
+
+def _judge_check(arguments: argparse.Namespace) -> int:
+    from vtengine_training.rewards.judge.command import run_judge_check
+
+    return run_judge_check(arguments)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Quantities in answers: "1,250.00", "-3/4", "45 %", "$2.5 million", "12 cm". Exact rational arithmetic, bounded size.
 
-Read strictly: the whole text is one quantity, or it is none. Superscripts, digits of other scripts and European
-decimal commas are not guessed at.
+Read strictly: the whole text is one quantity, or it is none. Superscripts, digits of other scripts, European decimal
+commas and leading zeros (007 is a name, not a 7) are not guessed at.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fractions import Fraction
 MAX_CHARS = 64
 MAX_EXPONENT = 30
 
-_NUMBER = r"(?:[0-9]{1,3}(?:[, ][0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_NUMBER = r"(?:[1-9][0-9]{0,2}(?:[, ][0-9]{3})+|0|[1-9][0-9]*)(?:\.[0-9]+)?|\.[0-9]+"
 _QUANTITY = re.compile(
     rf"(?P<sign>[-+]?)\s?(?P<currency>[$€£¥₹]?)\s?(?P<sign2>[-+]?)"
-    rf"(?:(?P<numerator>[0-9]+)\s?/\s?(?P<denominator>[0-9]+)|(?P<number>{_NUMBER})(?:e(?P<exponent>[-+]?[0-9]{{1,3}}))?)"
+    rf"(?:(?P<numerator>0|[1-9][0-9]*)\s?/\s?(?P<denominator>[1-9][0-9]*)|(?P<number>{_NUMBER})(?:e(?P<exponent>[-+]?[0-9]{{1,3}}))?)"
     r"\s?(?P<scale>k|thousand|million|billion|trillion|mn|bn)?(?![a-z])"
     r"\s?(?P<unit>%|[$€£¥₹]|[a-zµμ°][a-zµμ°²³/]*)?\.?"
 )
@@ -53,10 +53,14 @@ UNITS: Mapping[str, tuple[str, Fraction]] = {
 
 @dataclass(frozen=True)
 class Quantity:
-    """value: as written, the unit not applied. unit: as written, lower case, "" = none; a known plural is singular."""
+    """value: as written, the unit not applied. unit: as written, lower case, "" = none; a known plural is singular.
+
+    is_ratio: written as "a/b", which may be a date or a score as well.
+    """
 
     value: Fraction
     unit: str = ""
+    is_ratio: bool = False
 
     @property
     def dimension(self) -> str:
@@ -94,13 +98,11 @@ def parse_quantity(text: str) -> Quantity | None:
             return None
         value = Fraction(digits) * Fraction(10) ** exponent
     else:
-        if not int(found["denominator"]):
-            return None
         value = Fraction(int(found["numerator"]), int(found["denominator"]))
     value *= 10 ** _SCALES[found["scale"]] if found["scale"] else 1
     if "-" in (found["sign"], found["sign2"]):
         value = -value
-    return Quantity(value, _unit(found["currency"] or found["unit"] or ""))
+    return Quantity(value, _unit(found["currency"] or found["unit"] or ""), found["number"] is None)
 
 
 def _unit(text: str) -> str:

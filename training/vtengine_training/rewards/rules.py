@@ -131,6 +131,8 @@ def _decide_number(answer: str, reference: str, task: Task) -> bool | None:
     def close(left: Fraction, right: Fraction) -> bool:
         return abs(left - right) <= task.tolerance * abs(right)
 
+    if (given.is_ratio or wanted.is_ratio) and task.kind is None and close(given.value, wanted.value):
+        return None  # 6/8 is 3/4 as a number, not as a date; the same text was right before
     if given.unit and wanted.unit:
         if given.dimension == wanted.dimension:
             return close(given.base_value, wanted.base_value)

@@ -12,6 +12,8 @@ DEAD_SPREAD = 0.9
 SLOPE = 1.5
 """Growth of the mismatch from the first half of the window to the second that is worth a word."""
 NOTICEABLE = 0.01
+AGREEMENT = 0.9
+"""Share of verdicts that must equal those of the rules, where these decide."""
 
 
 class Alarms:
@@ -31,6 +33,9 @@ class Alarms:
             "no group to learn from in this step": figures.get("groups/used") == 0,
             "an update was skipped: loss or gradients were not finite": figures.get("updates/skipped", 0) > 0,
             "the reward function failed": figures.get("groups/reward_failed", 0) > 0,
+            "the judge was wrong on known pairs": figures.get("judge/canary_wrong", 0) > 0,
+            "the judge gave no verdict on some answers": figures.get("judge/no_verdict", 0) > 0,
+            "judge and rules disagree": figures.get("judge/agrees_with_rules", 1.0) < AGREEMENT,
             "trainer and engine log-probabilities drift apart": self._drifts("mismatch/abs_diff"),
         }
         ringing = {text for text, on in conditions.items() if on}

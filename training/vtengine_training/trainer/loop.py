@@ -59,9 +59,10 @@ class Run:
     async def train(self, report: Report) -> None:
         """From where the run is to config.steps, or until stop_requested; saved at the end either way.
 
-        Raises TrainingDiverged when updates or rollouts keep failing.
+        Raises TrainingDiverged when updates or rollouts keep failing, ValueError when the judge is down at the start.
         """
         saved = self.step
+        await self.parts.rewarder.start()
         await announce(self.parts.engine, self.parts.learner.version)
         while self.step < self.config.steps and not self.stop_requested:
             figures = await self.advance()
