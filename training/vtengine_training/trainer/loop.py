@@ -63,6 +63,7 @@ class Run:
         """
         saved = self.step
         await self.parts.rewarder.start()
+        await self.parts.rewarder.start()
         await announce(self.parts.engine, self.parts.learner.version)
         while self.step < self.config.steps and not self.stop_requested:
             figures = await self.advance()
