@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +63,7 @@ class EmbeddedEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._updates: deque[_Update] = deque()
         self._wake = threading.Condition()
+        self._outbox: list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = []
         self._closed = False
         self._counters = dict.fromkeys(("steps", "batch_tokens", "prefill_tokens", "generated_tokens", "requests"), 0)
         self._worker = threading.Thread(target=self._serve, name="vtengine-engine", daemon=True)
@@ -74,9 +77,12 @@ class EmbeddedEngine:
 
         def on_tokens(token_ids: tuple[int, ...], completion: Completion | None) -> None:
             if completion is not None:
-                _call(loop, _set_result, future, completion)
+                self._outbox.append((loop, partial(_set_result, future, completion)))
 
-        sequence = self._submit(request, on_tokens, lambda error: _call(loop, _set_error, future, error))
+        def on_error(error: Exception) -> None:
+            self._outbox.append((loop, partial(_set_error, future, error)))
+
+        sequence = self._submit(request, on_tokens, on_error)
         try:
             return await future
         finally:
@@ -87,9 +93,12 @@ class EmbeddedEngine:
         chunks: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
 
         def on_tokens(token_ids: tuple[int, ...], completion: Completion | None) -> None:
-            _call(loop, chunks.put_nowait, TokenChunk(token_ids, completion))
+            self._outbox.append((loop, partial(chunks.put_nowait, TokenChunk(token_ids, completion))))
 
-        sequence = self._submit(request, on_tokens, lambda error: _call(loop, chunks.put_nowait, error))
+        def on_error(error: Exception) -> None:
+            self._outbox.append((loop, partial(chunks.put_nowait, error)))
+
+        sequence = self._submit(request, on_tokens, on_error)
         try:
             while True:
                 chunk = await chunks.get()
@@ -113,8 +122,9 @@ class EmbeddedEngine:
         Raises ValueError, and changes nothing, if they do not fit the model.
         """
         loop = asyncio.get_running_loop()
-        tensors = hf_tensors(load_model(source, dtype=self.model.dtype)) if isinstance(source, str | Path) else source
-        update = _Update(dict(tensors), version, loop, loop.create_future())
+        if isinstance(source, str | Path):
+            source = hf_tensors(await asyncio.to_thread(load_model, source, dtype=self.model.dtype))
+        update = _Update(dict(source), version, loop, loop.create_future())
         self._post(lambda: self._updates.append(update))
         await update.done
 
@@ -183,9 +193,23 @@ class EmbeddedEngine:
                 self.step()
             except Exception as error:
                 self._fail_all(error)
+            self._deliver()
         self._fail_all(None)
         for update in self._updates:
-            _call(update.loop, _set_error, update.done, BackendFailed("the engine was closed"))
+            closed = BackendFailed("the engine was closed")
+            self._outbox.append((update.loop, partial(_set_error, update.done, closed)))
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Hands over what a step has for the callers: each event loop is woken once."""
+        loops: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
+        for loop, call in self._outbox:
+            loops.setdefault(loop, []).append(call)
+        self._outbox.clear()
+        for loop, calls in loops.items():
+            # A closed loop raises RuntimeError: nobody waits there any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_call_all, calls)
 
     def _take_commands(self) -> bool:
         """Carries out what was posted, waiting if there is nothing to do; False once closed."""
@@ -212,12 +236,12 @@ class EmbeddedEngine:
         try:
             load_tensors(self.model, update.tensors, partial=True)
         except Exception as error:
-            _call(update.loop, _set_error, update.done, error)
+            self._outbox.append((update.loop, partial(_set_error, update.done, error)))
             return
         self.tree.clear()
         self.runner.forget()
         self.runner.weight_version = update.version
-        _call(update.loop, _set_result, update.done, None)
+        self._outbox.append((update.loop, partial(_set_result, update.done, None)))
 
     def _commit(self, rows: list[Row], token_ids: list[int], logprobs: list[float]) -> None:
         now = time.perf_counter()
@@ -291,12 +315,9 @@ class _Update:
     done: asyncio.Future[None]
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """Runs the function in the loop's thread, if the loop still runs."""
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        return  # the loop was closed: nobody waits any more
+def _call_all(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
 
 def _set_result(future: asyncio.Future[Any], result: object) -> None:

@@ -140,17 +140,20 @@ def _plain(logits: Tensor, draws: Tensor, plan: SamplingPlan, rows: Tensor) -> t
 
 
 def _truncated(logits: Tensor, draws: Tensor, plan: SamplingPlan, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """top-k, then top-p of what is left (at least one id), then min-p relative to the most likely id."""
+    """top-k, then top-p of what is left (at least one id), then min-p relative to the most likely id.
+
+    Drawn in the order of ids, not of ranks: ids of almost equal probability swap ranks from batch to batch.
+    """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[1], device=logits.device)
     ordered = ordered.masked_fill(ranks >= plan.top_k[rows, None], -torch.inf)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
     drop = (before >= plan.top_p[rows, None]) | (probs < plan.min_p[rows, None] * probs[:, :1])
+    drop |= ordered == -torch.inf
     drop[:, 0] = False
-    logprobs = ordered.masked_fill(drop, -torch.inf).log_softmax(dim=-1)
-    places = _invert(logprobs.exp(), draws)[:, None]
-    return order.gather(1, places)[:, 0], logprobs.gather(1, places)[:, 0]
+    dropped = torch.empty_like(drop).scatter_(1, order, drop)
+    return _plain(logits.masked_fill(dropped, -torch.inf), draws, plan, rows)
 
 
 def _invert(probs: Tensor, draws: Tensor) -> Tensor:
