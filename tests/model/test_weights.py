@@ -96,6 +96,10 @@ def test_other_files_stay(small_model, tmp_path):
     load_model(tmp_path)
 
 
+def test_others_may_read_a_saved_checkpoint(folder):
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir() if path.is_file()} == {0o644}
+
+
 def test_dtypes(folder, small_model, tmp_path):
     half = load_model(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
