@@ -1,0 +1,169 @@
+"""The packed step against a plain one: same loss and gradients, however it is cut, packed and shared."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+from vtengine_training.grpo.loss import Tokens, grpo_loss
+from vtengine_training.grpo.weights import token_weights
+from vtengine_training.trainer.batch import build_batch, gather_images, plan_micro_batches
+from vtengine_training.trainer.loop import Run
+from vtengine_training.trainer.policy import BANNED, Policy
+from vtengine_training.trainer.step import Learner, TrainingDiverged, _Sums
+
+from tests.training.trainer.toy import rewarder
+from vtengine.model import PackedCausal
+
+
+@pytest.fixture
+def run(make_config):
+    """A run that has not begun; closed at the end."""
+    made = []
+
+    def make(**changes):
+        one = Run(make_config(**changes), rewarder())
+        made.append(one)
+        return one
+
+    yield make
+    for one in made:
+        asyncio.run(one.close())
+
+
+def collect(one):
+    """A step's groups with their pixels."""
+    return asyncio.run(one.parts.collector.collect(1)).groups
+
+
+def gradients(one, groups, **changes):
+    """(loss, gradients by name) of one mini-batch without an update."""
+    learner = one.parts.learner
+    update = one.config.update.__class__(**{**vars(one.config.update), **changes})
+    policy = Policy(**{**vars(learner.policy), "chunk": update.logits_chunk})
+    probe = Learner(policy, learner.reference, learner.optimizer, learner.loss, update, learner.constant_length)
+    for parameter in one.parts.model.parameters():
+        parameter.grad = None
+    loss = probe.backward(probe.build(groups), None, _Sums())
+    return loss, {name: p.grad.clone() for name, p in one.parts.model.named_parameters() if p.grad is not None}
+
+
+def same(first, second):
+    assert first[0] == pytest.approx(second[0], rel=1e-5, abs=1e-7)
+    assert first[1].keys() == second[1].keys()
+    for name, expected in second[1].items():
+        torch.testing.assert_close(first[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def plain(one, groups):
+    """Each sequence alone, full logits, its images encoded for it, one loss written out."""
+    learner, model = one.parts.learner, one.parts.model
+    for parameter in model.parameters():
+        parameter.grad = None
+    members = [(g, t) for g, group in enumerate(groups) for t in group.trajectories]
+    lengths = [t.num_trainable for _, t in members]
+    weights = token_weights(lengths, [g for g, _ in members], learner.loss.objective.aggregation, 6)
+    total = torch.zeros(())
+    for (_, t), weight in zip(members, weights, strict=True):
+        ids = torch.from_numpy(t.token_ids)
+        features = torch.cat([model.visual(s.image.pixel_values, [s.image.grid_thw]) for s in t.images])
+        hidden = model.decode(model.embed(ids, features), t.positions, PackedCausal([0, len(ids)]))
+        logits = model.logits(hidden).clone()
+        logits[:, list(learner.policy.banned)] = BANNED
+        scores = logits.log_softmax(-1)
+        trainable = torch.from_numpy(t.trainable)
+        at = trainable.nonzero().view(-1)
+        logprobs = scores[at - 1, ids[at]]
+        ones = torch.ones_like(logprobs)
+        rollout = torch.from_numpy(t.logprobs)[trainable]
+        tokens = Tokens(rollout, rollout, ones * t.advantage, ones * weight, torch.zeros_like(at), 1)
+        entropy = -(scores[at - 1].exp() * logits[at - 1]).sum(1) + logits[at - 1].logsumexp(1)
+        total = total + grpo_loss(logprobs, tokens, learner.loss, entropy).total
+    total.backward()
+    return float(total.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
+def test_packed_step_is_the_plain_one(run, algorithm) -> None:
+    one = run(loss={"algorithm": algorithm, "entropy_coef": 0.01})
+    groups = collect(one)
+    same(gradients(one, groups), plain(one, groups))
+
+
+@pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "prompt-mean", "constant"])
+def test_micro_batching_changes_nothing(run, aggregation) -> None:
+    one = run(loss={"aggregation": aggregation}, rollout={"prompts": 3, "n": 4})
+    groups = collect(one)
+    whole = gradients(one, groups, max_tokens=10**6)
+    for max_tokens in (1, 150, 400):
+        same(gradients(one, groups, max_tokens=max_tokens), whole)
+
+
+def test_shared_images_change_nothing(run) -> None:
+    one = run()
+    groups = collect(one)
+    same(gradients(one, groups, share_images=True), gradients(one, groups, share_images=False))
+    members = [t for group in groups for t in group.trajectories]
+    shared, alone = gather_images(members, True), gather_images(members, False)
+    assert len(shared[0]) < len(alone[0])
+    assert alone[2] is None
+
+
+def test_logits_in_chunks_change_nothing(run) -> None:
+    one = run(loss={"entropy_coef": 0.1})
+    groups = collect(one)
+    same(gradients(one, groups, logits_chunk=3), gradients(one, groups, logits_chunk=10**6))
+
+
+def test_frozen_vision_tower_gets_no_gradient_and_the_rest_the_same(run) -> None:
+    one, frozen = run(), run(update={"train_vision": False})
+    groups = collect(one)
+    loss, found = gradients(frozen, groups)
+    assert not any(name.startswith("visual") for name in found)
+    expected = gradients(one, groups)
+    same((loss, found), (expected[0], {name: g for name, g in expected[1].items() if not name.startswith("visual")}))
+
+
+def test_temperature_is_the_engines(run) -> None:
+    one = run(rollout={"temperature": 1.7})
+    groups = collect(one)
+    batch = build_batch(groups[0].trajectories, [1.0] * 4, torch.device("cpu"))
+    logprobs, _ = one.parts.learner.policy.logprobs(batch)
+    torch.testing.assert_close(logprobs.detach(), batch.rollout, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_keep_siblings_together_and_order() -> None:
+    class Long(list):
+        pass
+
+    groups = [[Long([0] * 4)] * 3, [Long([0] * 5)] * 3, [Long([0] * 30)] * 2]
+    plan = plan_micro_batches(groups, 20)
+    assert plan == [[(0, 0), (0, 1), (0, 2)], [(1, 0), (1, 1), (1, 2)], [(2, 0)], [(2, 1)]]
+    assert plan_micro_batches(groups, 10**6) == [[(g, t) for g, group in enumerate(groups) for t in range(len(group))]]
+    assert plan_micro_batches([], 10) == []
+
+
+def test_recomputed_ratios_are_exactly_one_in_the_first_update(run) -> None:
+    one = run(loss={"old_logprobs": "recompute", "importance_cap": 2.0}, update={"epochs": 2, "minibatch_prompts": 1})
+    figures = one.parts.learner.learn(collect(one), 0.0)
+    assert figures["updates"] == 4
+    assert figures["approx_kl"] == 0 and figures["clip_frac"] == 0
+
+
+def test_non_finite_updates_are_skipped_counted_and_bounded(run) -> None:
+    one = run(update={"max_skipped": 3})
+    learner, model = one.parts.learner, one.parts.model
+    groups = collect(one)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    members = groups[0].trajectories
+    broken = [type(t)(**{**vars(t), "advantage": float("nan")}) for t in members]
+    bad = [type(groups[0])(0, 0, 1, tuple(broken))]
+    for _ in range(2):
+        assert learner.learn(bad, 1e-3)["updates/skipped"] == 1
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert learner.learn(groups, 1e-3)["updates/skipped"] == 0
+    assert learner.skipped == 0
+    with pytest.raises(TrainingDiverged, match="3 updates"):
+        for _ in range(3):
+            learner.learn(bad, 1e-3)
