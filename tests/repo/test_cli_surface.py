@@ -58,7 +58,7 @@ def test_surface_is_frozen(program: str) -> None:
     assert lines == golden.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", ["generate", "ask", "view", "bench", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "ask", "serve", "view", "bench", "doctor"])
 def test_the_public_commands_are_there(command: str) -> None:
     assert f"vtengine {command}\n" in (GOLDEN / "vtengine.txt").read_text(encoding="utf-8")
 

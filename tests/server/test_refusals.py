@@ -299,3 +299,19 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
     while not condition():
         assert time.monotonic() < give_up_s
         time.sleep(0.01)
+
+
+def test_memory_of_all_bodies_is_bounded(serve: Serve) -> None:
+    limits = ServerLimits(max_body_bytes=4000, max_held_bytes=5000)
+    server = serve(delay_s=1, limits=limits)
+    size = len(json.dumps({"model": MODEL, "messages": ask()}))
+    assert 2500 > size > 500
+    padded = json.dumps({"model": MODEL, "messages": ask("x" * (3500 - size))}).encode()
+    thread = threading.Thread(target=post, args=(server, padded))
+    thread.start()
+    wait_for(lambda: server.house.gate.running_now == 1)
+    status, headers, reply = post(server, padded)
+    assert (status, reply["error"]["code"]) == (429, "queue_full") and "retry-after" in headers
+    thread.join()
+    assert server.house.gate.held_bytes == 0
+    assert post(server, padded)[0] == 200

@@ -46,7 +46,7 @@ _SERVE = """examples:
 
 clients: any that speaks OpenAI's /v1/chat/completions; the base URL ends in /v1. docs/serving.md says the rest.
 limits for --config and --set: max_body_bytes, max_image_bytes, max_image_pixels, max_images, max_text_chars,
-  max_running, max_waiting, request_timeout_s, drain_s, keep_alive_s, retry_after_s"""
+  max_running, max_waiting, max_held_bytes, request_timeout_s, drain_s, keep_alive_s, retry_after_s"""
 
 _VIEW = """examples:
   vtengine view answers.jsonl -o answers.html
@@ -144,10 +144,10 @@ def _add_serve(parser: Parser) -> None:
     add("--api-key-env", metavar="NAME", help="an environment variable that holds an API key")
     add("--config", type=Path, metavar="FILE.toml", help="limits on requests, see below")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="one limit; may be given several times")
-    _add_engine(parser)
+    _add_engine(parser, seed=None)
 
 
-def _add_engine(parser: Parser) -> None:
+def _add_engine(parser: Parser, seed: int | None = 0) -> None:
     """Flags that `generate`, `ask` and `serve` share: which model, what the model may do, how tokens are sampled."""
     add = parser.add_argument
     add(
@@ -181,7 +181,8 @@ def _add_engine(parser: Parser) -> None:
         help="nucleus sampling (default: 1, off)",
     )
     add("--top-k", type=_whole(0), default=0, metavar="K", help="sample among the K best (default: 0, off)")
-    add("--seed", type=_whole(0), default=0, metavar="S", help="same seed, same samples (default: 0)")
+    stated = "another for each request" if seed is None else seed
+    add("--seed", type=_whole(0), default=seed, metavar="S", help=f"same seed, same samples (default: {stated})")
     add("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
     add(

@@ -62,9 +62,8 @@ class ChatExchange(Response):
             scope["vtengine.status"] = GONE
             self.house.metrics.cancelled.inc()
         except asyncio.CancelledError:
-            if reply.started:  # a clean end of the stream is not possible: the missing [DONE] says so
-                raise
-            await reply.whole(503, ApiError(503, "shutting_down", "the server is stopping", kind=BROKEN).body())
+            self.has_body = True  # nobody waits for the rest of it any more
+            await self._refuse(ApiError(503, "shutting_down", "the server is stopping", kind=BROKEN), receive, reply)
         except Exception as error:
             log.error("request %s: unforeseen fault: %s", self.request_id, type(error).__name__, exc_info=error)
             await self._refuse(ApiError(500, "internal_error", "an internal error", kind=BROKEN), receive, reply)
@@ -81,8 +80,8 @@ class ChatExchange(Response):
     async def _serve(self, headers: dict[str, str], receive: Receive, reply: Reply) -> None:
         house = self.house
         house.keys.check(headers.get("authorization"))
-        with house.gate.enter():
-            body = await read_body(receive, headers, house.limits.max_body_bytes)
+        with house.gate.enter() as hold:
+            body = await read_body(receive, headers, house.limits.max_body_bytes, hold)
             self.has_body = True
             chat = await asyncio.to_thread(parse_chat, body)
             del body

@@ -12,6 +12,7 @@ class ServerLimits:
     """Bytes of the request body and of one encoded image, pixels of one image, image parts, characters of text.
 
     max_running: episodes at a time; max_waiting: requests that wait for one of those places, more get status 429.
+    max_held_bytes: of all bodies in memory at once, more get status 429 as well.
     request_timeout_s: from the first byte of a request to the last of its reply. drain_s: how long running requests
     may go on after the signal to stop. keep_alive_s: the longest silence in a stream before a comment is sent.
     retry_after_s: what a refused client is told to wait.
@@ -24,6 +25,7 @@ class ServerLimits:
     max_text_chars: int = 100_000
     max_running: int = 32
     max_waiting: int = 128
+    max_held_bytes: int = 1024 * MIB
     request_timeout_s: float = 300.0
     drain_s: float = 30.0
     keep_alive_s: float = 15.0
@@ -34,6 +36,7 @@ class ServerLimits:
             self._require(name, 1)
         self._require("max_running", 1)
         self._require("max_waiting", 0)
+        self._require("max_held_bytes", self.max_body_bytes)
         self._require("retry_after_s", 0)
         for name in ("request_timeout_s", "keep_alive_s"):
             if not getattr(self, name) > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Send
@@ -20,8 +20,11 @@ class ClientGone(Exception):
     """The client closed the connection; nobody reads a reply."""
 
 
-async def read_body(receive: Receive, headers: dict[str, str], max_bytes: int) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is too large, 415 for another type than JSON; ClientGone."""
+async def read_body(receive: Receive, headers: dict[str, str], max_bytes: int, hold: Callable[[int], None]) -> bytes:
+    """The whole body; `hold` is told of every byte before it is kept, and may refuse it.
+
+    Raises ApiError 413 as soon as it is too large, 415 for another type than JSON; ClientGone.
+    """
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "unsupported_media_type", "the content-type must be application/json")
     if headers.get("content-encoding", "identity").lower() != "identity":
@@ -34,9 +37,11 @@ async def read_body(receive: Receive, headers: dict[str, str], max_bytes: int) -
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > max_bytes:
             raise _too_large(max_bytes)
+        hold(len(piece))
+        body += piece
         if not message.get("more_body", False):
             return bytes(body)
 

@@ -48,7 +48,7 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
         setting.sampling,
         temperature=setting.sampling.temperature if chat.temperature is None else chat.temperature,
         top_p=setting.sampling.top_p if chat.top_p is None else chat.top_p,
-        seed=chat.seed,
+        seed=setting.sampling.seed if chat.seed is None else chat.seed,
     )
     asked = [value for value in (chat.max_tokens, chat.max_completion_tokens) if value is not None]
     return Job(
