@@ -28,12 +28,15 @@ class TextAttention(nn.Module):
         self.qkv = Linear(config.hidden_size, rows)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: AttentionContext) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: AttentionContext, rows: Tensor | None
+    ) -> Tensor:
+        """x [T, H] -> [T, H], or only the wanted `rows` [R] of it."""
         qkv = self.qkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         turned = self.heads + self.kv_heads
         rotated = rotate(qkv[:, :turned], cos, sin)
         out = attention.attend(layer, rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, turned:])
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(_pick(out, rows).flatten(1))
 
 
 class TextLayer(nn.Module):
@@ -44,8 +47,10 @@ class TextLayer(nn.Module):
         self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: AttentionContext) -> Tensor:
-        x = x + self.attn(self.input_norm(x), cos, sin, layer, attention)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: AttentionContext, rows: Tensor | None
+    ) -> Tensor:
+        x = _pick(x, rows) + self.attn(self.input_norm(x), cos, sin, layer, attention, rows)
         return x + self.mlp(self.post_norm(x))
 
 
@@ -102,12 +107,17 @@ class Qwen2_5_VL(nn.Module):
             )
         return embeds.index_copy(0, places, visual_features.to(embeds.dtype))
 
-    def decode(self, embeds: Tensor, positions: Tensor, attention: AttentionContext) -> Tensor:
-        """embeds [T, H], positions int64 [3, T] (see `mrope_positions`) -> hidden [T, H], final norm applied."""
+    def decode(
+        self, embeds: Tensor, positions: Tensor, attention: AttentionContext, rows: Tensor | None = None
+    ) -> Tensor:
+        """embeds [T, H], positions int64 [3, T] (see `mrope_positions`) -> hidden [T, H], final norm applied.
+
+        rows: int64 [R], the only tokens whose hidden state is wanted -> [R, H]; the last layer then computes no others.
+        """
         cos, sin = rotary_tables(self._angles(positions))
         x = embeds
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, index, attention)
+            x = layer(x, cos, sin, index, attention, rows if index == len(self.layers) - 1 else None)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -120,6 +130,10 @@ class Qwen2_5_VL(nn.Module):
         text = self.config.text
         axis, frequencies = _mrope(text.mrope_section, text.head_dim, text.rope_theta, positions.device)
         return positions.index_select(0, axis).t() * frequencies
+
+
+def _pick(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 @functools.lru_cache(maxsize=16)

@@ -94,7 +94,6 @@ def test_impossible_requests_are_rejected_with_a_code(serve):
         for ask in (request("empty", ()), request("pads", (1, PAD, PAD)), request("image", (1, 2), [image(1)])):
             with pytest.raises(RequestRejected) as error:
                 await backend.generate(ask)
-            assert ask.request_id in str(error.value)
             found.append(error.value.code)
         return found
 

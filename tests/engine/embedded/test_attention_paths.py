@@ -53,6 +53,11 @@ def test_with_gathered_pages(monkeypatch):
     assert answers_are_cold(tiny_model()) == 8
 
 
+@pytest.mark.gpu
+def test_on_the_gpu():
+    assert answers_are_cold(tiny_model().cuda()) == 8
+
+
 @pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
 def test_with_the_triton_kernel_interpreted():
     code = (

@@ -48,8 +48,9 @@ class Runner:
         attention = PagedAttention(self.cache, layout, slots, self._scratch)
         token_ids, positions = self._inputs(rows)
         embeds = self.model.embed(token_ids, self._features(rows))
-        hidden = self.model.decode(embeds, positions, attention)
-        return self._sample(rows, layout, hidden)
+        sequences = [row.sequence for row in rows if row.samples]
+        hidden = self.model.decode(embeds, positions, attention, self._sampled_tokens(rows, layout))
+        return self._sample(sequences, hidden) if sequences else ([], [])
 
     def _layout(self, rows: list[Row]) -> RowLayout:
         count = np.array([row.count for row in rows], dtype=np.int64)
@@ -160,14 +161,15 @@ class Runner:
         # Copies: a slice would keep the features of the whole batch alive in the cache.
         return [piece.clone() for piece in features.split([image.visual_tokens for image in images])]
 
-    def _sample(self, rows: list[Row], layout: RowLayout, hidden: Tensor) -> tuple[list[int], list[float]]:
-        sampling = [k for k, row in enumerate(rows) if row.samples]
-        if not sampling:
-            return [], []
-        if len(sampling) < len(hidden):
-            last = layout.begin[sampling] + layout.count[sampling] - 1
-            hidden = hidden.index_select(0, torch.from_numpy(last).to(hidden.device))
-        sequences = [rows[k].sequence for k in sampling]
+    def _sampled_tokens(self, rows: list[Row], layout: RowLayout) -> Tensor | None:
+        """The last token of each row that samples; None: every token of the pass is one."""
+        sampling = np.array([row.samples for row in rows])
+        if sampling.all() and (layout.count == 1).all():
+            return None
+        last = (layout.begin + layout.count - 1)[sampling]
+        return torch.from_numpy(last).to(self.model.device)
+
+    def _sample(self, sequences: list[Sequence], hidden: Tensor) -> tuple[list[int], list[float]]:
         counters = np.array([s.num_outputs for s in sequences], dtype=np.uint64)
         logits = self.model.logits(hidden)
         ids, logprobs = sample(logits, self._sampling_plan(sequences, logits), counters)

@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+# Sets of stop strings that are remembered; callers use one or two, strangers could send any number.
+MAX_STOP_SETS = 32
+
+
 class Decoder(Protocol):
     """The one method of a tokenizer that the engine needs."""
 
@@ -34,6 +38,8 @@ class StopFinder:
         return any(stop in text for stop in stops)
 
     def _can_end(self, token_id: int, stops: tuple[str, ...]) -> bool:
+        if stops not in self._enders and len(self._enders) == MAX_STOP_SETS:
+            self._enders.clear()
         known = self._enders.setdefault(stops, {})
         answer = known.get(token_id)
         if answer is None:
