@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -22,6 +23,8 @@ import pytest
 
 from tests.server.running import ANSWER, CALL, ask, byte_tokenizer, data_url
 from vtengine.cli import main
+from vtengine.cli.arguments import build_parser
+from vtengine.server.config import ServerLimits
 
 REPO = Path(__file__).resolve().parents[2]
 SHIPPED = REPO / "vtengine" / "assets" / "glance"
@@ -212,3 +215,14 @@ def test_the_shipped_model(process: Callable[..., Process]) -> None:
         assert sampled[0].choices[0].message == sampled[1].choices[0].message
     server.popen.send_signal(signal.SIGTERM)
     assert server.finish() == 0
+
+
+def test_every_limit_is_documented() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(ServerLimits)}
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d.]+) ?(MiB|GiB)? \|", (REPO / "docs" / "serving.md").read_text(), re.MULTILINE
+    )
+    units = {"": 1, "MiB": 1 << 20, "GiB": 1 << 30}
+    assert {name: float(value) * units[unit] for name, value, unit in rows} == fields
+    help_text = " ".join(build_parser()._subparsers._group_actions[0].choices["serve"].epilog.split())  # type: ignore
+    assert all(name in help_text for name in fields)
