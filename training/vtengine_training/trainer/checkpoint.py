@@ -43,6 +43,7 @@ def write_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep:
         folder.mkdir()
         write(folder)
         _write_manifest(folder, step)
+        _share(folder)
         _sync_tree(folder)
         if target.exists():  # an earlier process wrote this step, and another one has reached it again
             target.replace(root / f".stale-{os.getpid()}")
@@ -127,6 +128,14 @@ def _write_manifest(folder: Path, step: int) -> None:
     }
     text = json.dumps({"step": step, "files": files}, indent=1) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _share(folder: Path) -> None:
+    """Every file as readable as the process's files usually are; the safetensors library makes them private."""
+    mode = (folder / MANIFEST).stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def _write_latest(root: Path, name: str) -> None:

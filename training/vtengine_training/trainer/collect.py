@@ -63,6 +63,7 @@ class Collector:
         self.setting, self.dataset, self.sampler, self.rewarder = setting, dataset, sampler, rewarder
         self.config, self.kind, self.seed = config, kind, seed
         self.leftover: list[Group] = []
+        self._complained: set[str] = set()
 
     async def collect(self, step: int, keep_rows: bool = False) -> Collected:
         """At most config.prompts groups with spread; fewer when max_refill draws did not give more."""
@@ -113,8 +114,12 @@ class Collector:
             return None
         try:
             return await self.rewarder.score(episode, example)
-        except Exception:
-            log.exception("the reward function failed on example %s; its group is dropped", example.id)
+        except Exception as error:
+            if example.id not in self._complained:  # once, not for every sibling and epoch
+                self._complained.add(example.id)
+                log.warning(
+                    "example %s: no reward, its group is dropped: %s: %s", example.id, type(error).__name__, error
+                )
             return None
 
     def _group(self, siblings: Sequence[Scored], step: int, done: Collected, keep_rows: bool) -> Group | None:

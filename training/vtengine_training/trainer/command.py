@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from vtengine.config import load_config, to_toml
+from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.trainer.config import GrpoConfig
 
 if TYPE_CHECKING:
@@ -142,10 +143,18 @@ def plan(config: GrpoConfig) -> list[str]:
         f"[{1 - objective.clip_low:g}, {1 + objective.clip_high:g}], {objective.aggregation}; "
         f"KL {loss.kl_coef:g} ({loss.kl}), entropy {loss.entropy_coef:g}",
         f"old log-probabilities: {loss.old_logprobs}; importance cap: {loss.importance_cap or 'off'}",
-        f"penalty: {config.reward.penalty}",
+        f"penalty: {_penalty(config.reward.penalty)}",
         f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, in {config.output}",
     ]
     return lines + _estimate(config)
+
+
+def _penalty(config: PenaltyConfig) -> str:
+    if config.form == "off":
+        return "off"
+    if config.form == "budget":
+        return f"budget: target ratio {config.budget.target:g}, price from {config.budget.start:g}"
+    return f"{config.form}: theta {config.theta:g}, size {config.size:g}"
 
 
 def _estimate(config: GrpoConfig) -> list[str]:

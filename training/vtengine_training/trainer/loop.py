@@ -50,6 +50,7 @@ class Run:
         self.cost = ModelCost.of(self.parts.model.config)
         self.step = 0
         self.empty_steps = 0
+        self.seconds_saving = 0.0
         self.stop_requested = False
 
     @property
@@ -63,16 +64,15 @@ class Run:
         """
         saved = self.step
         await self.parts.rewarder.start()
-        await self.parts.rewarder.start()
         await announce(self.parts.engine, self.parts.learner.version)
         while self.step < self.config.steps and not self.stop_requested:
             figures = await self.advance()
-            if self.step % self.config.checkpoint.every == 0:
-                figures["time/save"] = self.save()
-                saved = self.step
-            report(figures)
+            report(figures)  # before the save: a kill in between must not lose the row of a saved step
             for alarm in self.alarms.check(figures):
                 log.warning("step %d: %s", self.step, alarm)
+            if self.step % self.config.checkpoint.every == 0:
+                self.save()
+                saved = self.step
         if saved != self.step:
             self.save()
 
@@ -97,8 +97,10 @@ class Run:
         figures |= {
             "time/rollout": generated - began,
             "time/learn": finished - generated,
+            "time/save": self.seconds_saving,
             "time/step": time.perf_counter() - began,
         }
+        self.seconds_saving = 0.0
         return figures | self._speed(figures)
 
     def rate(self, step: int) -> float:
@@ -106,11 +108,11 @@ class Run:
         update = self.config.update
         return update.learning_rate * min(1.0, (step + 1) / update.warmup if update.warmup else 1.0)
 
-    def save(self) -> float:
-        """Writes a checkpoint; returns the seconds it took. Raises OSError with the older ones intact."""
+    def save(self) -> None:
+        """Writes a checkpoint; the next step's metrics say how long it took. Raises OSError, older ones intact."""
         began = time.perf_counter()
         write_checkpoint(self.checkpoints, self.step, self._write, self.config.checkpoint.keep)
-        return time.perf_counter() - began
+        self.seconds_saving = time.perf_counter() - began
 
     def resume(self) -> bool:
         """Goes on from the newest checkpoint, if there is one. Raises CheckpointError where it cannot."""

@@ -85,7 +85,7 @@ class Learner:
         lengths = [one.num_trainable for group in groups for one in group.trajectories]
         owners = [index for index, group in enumerate(groups) for _ in group.trajectories]
         weights = token_weights(lengths, owners, self.loss.objective.aggregation, self.constant_length)
-        place = {}
+        place: dict[tuple[int, int], int] = {}
         for g, group in enumerate(groups):
             for t in range(len(group.trajectories)):
                 place[g, t] = len(place)

@@ -1,0 +1,151 @@
+"""Rollouts of a step: what is dropped and why, what is kept for the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+
+import pytest
+from vtengine_training.rewards.base import Score
+from vtengine_training.trainer.loop import Run
+
+from tests.training.trainer.toy import LowBytes, rewarder
+
+
+@pytest.fixture
+def collector(make_config):
+    made = []
+
+    def make(function=None, **changes):
+        one = Run(make_config(**changes), rewarder(function))
+        made.append(one)
+        return one.parts.collector
+
+    yield make
+    for one in made:
+        asyncio.run(one.close())
+
+
+def collect(one, step=1, keep_rows=False):
+    return asyncio.run(one.collect(step, keep_rows))
+
+
+class Reward:
+    """`of(example, how many were asked before)`."""
+
+    def __init__(self, of) -> None:
+        self.of, self.asked = of, 0
+
+    async def score(self, episode, example):
+        self.asked += 1
+        return self.of(example, self.asked)
+
+
+def test_groups_have_siblings_in_order_with_advantages_that_cancel(collector) -> None:
+    found = collect(collector())
+    assert len(found.groups) == 2
+    for group in found.groups:
+        assert len(group.trajectories) == 4
+        assert sum(one.advantage for one in group.trajectories) == pytest.approx(0, abs=1e-5)
+        for one in group.trajectories:
+            assert one.num_trainable == one.facts["response_length"] > 0
+            assert one.positions.shape == (3, len(one))
+            assert (one.logprobs[one.trainable] < 0).all() and (one.logprobs[~one.trainable] == 0).all()
+
+
+def test_zero_spread_is_dropped_and_refilled_up_to_the_bound(collector) -> None:
+    one = collector(Reward(lambda example, asked: Score(1.0, 0.5)), rollout={"max_refill": 3.0})
+    found = collect(one)
+    assert found.groups == []
+    assert found.counts["drawn"] == found.counts["zero_spread"] == 6
+    assert found.counts["waves"] == 3
+    assert one.sampler.drawn == 6
+
+
+def test_surplus_is_used_first_and_old_surplus_is_dropped(collector) -> None:
+    one = collector(rollout={"oversample": 3.0, "max_refill": 9.0})
+    first = collect(one, 1)
+    kept = list(one.leftover)
+    assert first.counts["surplus"] == len(kept) > 0
+    second = collect(one, 2)
+    assert second.groups[: len(kept)] == kept[:2]
+    assert second.counts["reused"] == min(2, len(kept))
+    one.leftover = kept
+    third = collect(one, 9)
+    assert third.counts["stale"] == len(kept)
+    assert not set(map(id, kept)) & set(map(id, third.groups))
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan", "no verdict", "infinite format"])
+def test_a_reward_that_fails_drops_the_group_and_nothing_else(collector, fault, caplog) -> None:
+    def of(example, asked):
+        if example.id == "q1":
+            if fault == "raises":
+                raise RuntimeError("boom")
+            return {
+                "nan": Score(math.nan, 0.0),
+                "no verdict": Score(None, 0.5),
+                "infinite format": Score(1.0, math.inf),
+            }[fault]
+        return Score(asked % 2, 0.0)
+
+    one = collector(Reward(of), rollout={"prompts": 5, "max_refill": 3.0})
+    found = collect(one)
+    assert found.counts["reward_failed"] >= 1
+    assert len(found.groups) == 5
+    assert all(one.dataset.examples[group.example].id != "q1" for group in found.groups)
+    assert caplog.text.count("boom") == (fault == "raises")
+
+
+def test_unreadable_images_are_quarantined_and_counted(collector, tiny_data, tmp_path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    rows = [json.loads(line) for line in tiny_data.read_text().splitlines()]
+    rows = [row | {"image": str(tiny_data.parent / row["image"])} for row in rows]
+    rows[0]["image"], rows[1]["image"] = "broken.png", "absent.png"
+    for row in rows[2:]:
+        name = row["image"].rpartition("/")[2]
+        (tmp_path / name).write_bytes((tiny_data.parent / name).read_bytes())
+        row["image"] = name
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = collector(data={"files": [str(path)]}, rollout={"prompts": 5, "max_refill": 3.0})
+    found = collect(one)
+    assert found.counts["quarantined"] == 2
+    assert one.sampler.quarantined == {0, 1}
+    assert {group.example for group in found.groups} <= {2, 3, 4}
+    assert collect(one, 2).counts["quarantined"] == 0
+
+
+def test_every_image_unreadable_is_an_error(collector, tmp_path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"image": "absent.png", "question": "?", "answer": "1"}) + "\n")
+    with pytest.raises(ValueError, match="all 1 examples are in quarantine"):
+        collect(collector(data={"files": [str(path)]}))
+
+
+def test_siblings_differ_and_epochs_differ_but_runs_do_not(collector) -> None:
+    def texts(one, step):
+        return [t.token_ids.tolist() for group in collect(one, step).groups for t in group.trajectories]
+
+    first, second = collector(), collector()
+    a, b = texts(first, 1), texts(second, 1)
+    assert a == b
+    assert len(set(map(tuple, a))) == len(a)
+    later = [ids for step in range(2, 6) for ids in texts(first, step)]  # the same five questions again
+    assert not set(map(tuple, a)) & set(map(tuple, later))
+
+
+def test_rows_for_the_viewer(collector) -> None:
+    found = collect(collector(), keep_rows=True)
+    assert len(found.rows) == 4 * found.counts["drawn"]
+    row = found.rows[0]
+    assert {"id", "turns", "reward", "advantage", "accuracy", "expected", "correct", "image_path"} <= row.keys()
+    assert row["needs_high"] in (True, False)
+
+
+def test_concurrency_changes_nothing(collector) -> None:
+    one, many = collector(LowBytes(), rollout={"concurrency": 1}), collector(LowBytes(), rollout={"concurrency": 8})
+    for a, b in zip(collect(one).groups, collect(many).groups, strict=True):
+        assert (a.draw, a.example) == (b.draw, b.example)
+        assert [t.token_ids.tolist() for t in a.trajectories] == [t.token_ids.tolist() for t in b.trajectories]

@@ -1,0 +1,150 @@
+"""The command line: signals, kills, exit statuses, bad usage."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from vtengine_training.cli import main
+from vtengine_training.trainer.checkpoint import find_latest
+from vtengine_training.trainer.command import EXIT_DIVERGED, EXIT_STOPPED, cut_metrics, rounded
+
+from vtengine.config import to_toml
+
+REPO = Path(__file__).resolve().parents[3]
+TIMED = ("time/", "samples/")
+
+
+@pytest.fixture
+def command(make_config, tmp_path):
+    """command(folder name, *overrides): the arguments of a run whose reward is a function of the tests."""
+    config = make_config(steps=4, rollout={"concurrency": 1, "prompts": 2, "n": 4}, reward={"penalty": {"form": "off"}})
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(config))
+
+    def make(name: str, function: str, *overrides: str) -> list[str]:
+        settings = [f"output={tmp_path / name}", "reward.accuracy=function", f"reward.function={function}", *overrides]
+        return ["grpo", str(path), *(word for setting in settings for word in ("--set", setting))]
+
+    return make
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    paths = (REPO, REPO / "kernels", REPO / "training", Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    whole = [sys.executable, "-m", "vtengine_training.cli", *arguments]
+    return subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
+
+
+def test_sigterm_finishes_the_step_saves_and_has_its_own_status(command, tmp_path) -> None:
+    process = start(command("stopped", "toy_reward:slow_low_bytes", "steps=500", "checkpoint.every=1000"))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2/500"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=120)[1]
+    assert process.returncode == EXIT_STOPPED, rest
+    folder = find_latest(tmp_path / "stopped" / "checkpoints")
+    assert folder is not None
+    step = int(folder.name[5:])
+    assert 2 <= step <= 5
+    assert f"stopped and saved at step {step} of 500" in rest
+    assert [row["step"] for row in metrics(tmp_path / "stopped")] == list(range(1, step + 1))
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_uninterrupted_ones(command, tmp_path) -> None:
+    whole = start(command("whole", "toy_reward:low_bytes", "steps=12"))
+    assert whole.wait(timeout=300) == 0
+    rng = random.Random(2)
+    for step in (1, 3, 4, 6, 9, 11):
+        process = start(command("parts", "toy_reward:low_bytes", "steps=12"))
+        assert process.stderr is not None
+        assert any(line.startswith(f"step {step}/12") for line in process.stderr)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    assert start(command("parts", "toy_reward:low_bytes", "steps=12")).wait(timeout=300) == 0
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    states = [find_latest(tmp_path / name / "checkpoints") for name in ("whole", "parts")]
+    files = [(folder / "optimizer.safetensors").read_bytes() for folder in states if folder is not None]
+    assert files[0] == files[1]
+
+
+def test_no_spread_ends_the_run_with_its_own_status(command, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    arguments = command("dead", "toy_reward:low_bytes", "reward.accuracy=rules", "reward.function=''")
+    assert main([*arguments, "--set", "update.max_skipped=2"]) == EXIT_DIVERGED
+    said = capsys.readouterr().err
+    assert "2 steps in a row had no group with spread" in said and "zero_spread" in said
+
+
+def test_a_finished_run_has_nothing_to_do(command, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    arguments = command("once", "toy_reward:low_bytes", "steps=1")
+    assert main(arguments) == 0
+    assert main(arguments) == 0
+    assert "going on from step 1" in capsys.readouterr().err
+
+
+def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    assert main([*command("dry", "toy_reward:low_bytes"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for expected in ("[rollout]", "# Plan", "2 prompts x 4 samples", "# memory: about", "# compute:"):
+        assert expected in said
+    assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.top_p=0.9", "renormalised"),
+        ("rollout.top_k=20", "renormalised"),
+        ("rollout.n=1", "siblings"),
+        ("rollout.temperature=0.0", "greedy"),
+        ("rollout.promts=3", "did you mean prompts"),
+        ("update.minibatch_prompts=9", "at most rollout.prompts"),
+        ("loss.algorithm=ppo", "must be one of"),
+        ("loss.importance_cap=2.0", "recompute"),
+        ("checkpoint.keep=0", "1 or more"),
+        ("model=/no/such/folder", "no config.json"),
+        ("data.files=[]", "JSONL"),
+        ("data.files=['/no/such.jsonl']", "such.jsonl"),
+        ("reward.function=toy_reward:missing", "has no missing"),
+    ],
+)
+def test_bad_usage_names_field_and_remedy(command, override, message, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    assert main([*command("bad", "toy_reward:low_bytes"), "--set", override]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_metrics_after_a_kill(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    cut_metrics(path, 3)
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    cut_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_figures_as_json() -> None:
+    assert rounded({"a": 1.0, "b": 1 / 3, "c": float("nan"), "d": float("inf")}) == {
+        "a": 1,
+        "b": 0.3333333,
+        "c": None,
+        "d": None,
+    }
