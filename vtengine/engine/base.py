@@ -6,6 +6,7 @@ Conformance tests run against each `Backend`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -55,7 +56,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         checks = (
             (self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, ">= 1"),
-            (self.temperature >= 0, "temperature", self.temperature, ">= 0"),
+            (0 <= self.temperature < math.inf, "temperature", self.temperature, ">= 0 and finite"),
             (0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]"),
             (self.top_k >= 0, "top_k", self.top_k, ">= 0 (0 = off)"),
             (0 <= self.min_p < 1, "min_p", self.min_p, "in [0, 1)"),

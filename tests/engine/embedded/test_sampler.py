@@ -32,6 +32,8 @@ def draw(count=DRAWS, banned=(), logits=None, **params):
         ({"temperature": 1.0, "top_k": 2}, [0, 0.4, 0, 0, 0.25]),
         ({"temperature": 1.0, "top_p": 0.6}, [0, 0.4, 0, 0, 0.25]),
         ({"temperature": 1.0, "top_p": 0.001}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e-40}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e-300, "top_k": 4}, [0, 1, 0, 0, 0]),
         ({"temperature": 1.0, "min_p": 0.3}, [0, 0.4, 0.2, 0, 0.25]),
         ({"temperature": 1.0, "top_k": 3, "top_p": 0.7}, [0, 0.4, 0, 0, 0.25]),
         ({"temperature": 1.0, "logit_bias": {1: -math.inf}}, [0.1, 0, 0.2, 0.05, 0.25]),

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def prepare(request: Request, model: ModelConfig, pool: PagePool) -> Sequence:
-    """A sequence ready to be submitted. Raises RequestRejected with the field, the figures and what to do."""
+    """A sequence ready to be submitted. Raises RequestRejected with the field, the figures and what to do.
+
+    The messages go into records: they hold no request id, which depends on what else was served.
+    """
     _check_tokens(request, model.text.vocab_size)
     _check_sampling(request, model.text.vocab_size)
     _check_images(request, model)
@@ -27,7 +30,7 @@ def prepare(request: Request, model: ModelConfig, pool: PagePool) -> Sequence:
     try:
         positions, following = mrope_positions(request.token_ids, grids, image_token_id=model.image_token_id)
     except ValueError as error:
-        raise _rejected(request, "image_tokens_mismatch", str(error)) from error
+        raise RequestRejected("image_tokens_mismatch", str(error)) from error
     seed = request.sampling.seed
     return Sequence(
         request=request,
@@ -40,27 +43,23 @@ def prepare(request: Request, model: ModelConfig, pool: PagePool) -> Sequence:
     )
 
 
-def _rejected(request: Request, code: str, message: str) -> RequestRejected:
-    return RequestRejected(code, f"request {request.request_id}: {message}")
-
-
 def _check_tokens(request: Request, vocab_size: int) -> None:
     if not request.token_ids:
-        raise _rejected(request, "empty_prompt", "token_ids is empty; give at least one token")
+        raise RequestRejected("empty_prompt", "token_ids is empty; give at least one token")
     low, high = min(request.token_ids), max(request.token_ids)
     if low < 0 or high >= vocab_size:
         message = f"token_ids has {low if low < 0 else high}: ids of this model are 0..{vocab_size - 1}"
-        raise _rejected(request, "token_out_of_range", message)
+        raise RequestRejected("token_out_of_range", message)
 
 
 def _check_sampling(request: Request, vocab_size: int) -> None:
     sampling = request.sampling
     if any(not stop for stop in sampling.stop):
-        raise _rejected(request, "invalid_sampling", "sampling.stop has an empty string; leave it out")
+        raise RequestRejected("invalid_sampling", "sampling.stop has an empty string; leave it out")
     for token_id, value in sampling.logit_bias.items():
         if not 0 <= token_id < vocab_size or math.isnan(value) or value == math.inf:
             message = f"sampling.logit_bias[{token_id}] = {value}: ids are 0..{vocab_size - 1}, values finite or -inf"
-            raise _rejected(request, "invalid_sampling", message)
+            raise RequestRejected("invalid_sampling", message)
 
 
 def _check_images(request: Request, model: ModelConfig) -> None:
@@ -68,17 +67,17 @@ def _check_images(request: Request, model: ModelConfig) -> None:
     found = request.token_ids.count(model.image_token_id)
     if wanted != found:
         message = f"{found} ids {model.image_token_id} (image), but the images have {wanted} visual tokens"
-        raise _rejected(request, "image_tokens_mismatch", message)
+        raise RequestRejected("image_tokens_mismatch", message)
     for index, image in enumerate(request.images):
-        _check_pixels(request, index, image, (model.vision.patch_dim, model.vision.compact_dim))
+        _check_pixels(index, image, (model.vision.patch_dim, model.vision.compact_dim))
 
 
-def _check_pixels(request: Request, index: int, image: ImageInput, widths: tuple[int, ...]) -> None:
+def _check_pixels(index: int, image: ImageInput, widths: tuple[int, ...]) -> None:
     t, h, w = image.grid_thw
     shape = tuple(image.pixel_values.shape)
     if len(shape) != 2 or shape[0] != t * h * w or shape[1] not in widths:
         message = f"images[{index}].pixel_values is {list(shape)}: grid {image.grid_thw} needs [{t * h * w}, {widths}]"
-        raise _rejected(request, "image_shape", message)
+        raise RequestRejected("image_shape", message)
 
 
 def _check_size(request: Request, pool: PagePool) -> None:
@@ -87,6 +86,6 @@ def _check_size(request: Request, pool: PagePool) -> None:
     if needed > pool.num_pages:
         message = (
             f"{prompt} prompt tokens + max_new_tokens {new} need {needed} pages of {pool.page_size} tokens, the pool "
-            f"has {pool.num_pages}; shorten the request or raise engine.kv_bytes (num_pages)"
+            f"has {pool.num_pages}; shorten the request or enlarge the pool (--kv-gb, engine.kv_bytes)"
         )
-        raise _rejected(request, "request_too_large", message)
+        raise RequestRejected("request_too_large", message)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
+LEAST_TEMPERATURE = 1e-6  # below it logits / temperature leaves float32's range
 
 
 def uniforms(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
@@ -72,7 +73,7 @@ class SamplingPlan:
             greedy=_rows(kinds, 0, device),
             plain=_rows(kinds, 1, device),
             truncated=_rows(kinds, 2, device),
-            temperature=floats([p.temperature for p in params]),
+            temperature=floats([max(p.temperature, LEAST_TEMPERATURE) for p in params]),
             top_k=torch.tensor([p.top_k or vocab for p in params], device=device),
             top_p=floats([p.top_p for p in params]),
             min_p=floats([p.min_p for p in params]),
