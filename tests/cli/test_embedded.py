@@ -141,3 +141,43 @@ def test_unusable_config_is_one_line(
         and done.err.count("\n") == 1
         and next(iter(config)) in done.err.replace("num_layers", "num_hidden_layers")
     )
+
+
+def test_what_does_not_fit_is_said(
+    checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, without_times: Run, tmp_path: Path
+) -> None:
+    path, out = questions(1, {"id": "long", "image": "p0.png", "question": "x" * 4000}), tmp_path / "out.jsonl"
+    tiny = [*flags(checkpoint), "--kv-gb", "0.0001"]
+    assert vtengine("generate", path, "-o", out, *tiny).status == 3
+    error = rows_of(out)[1]["error"]
+    assert error["code"] == "request_too_large" and "--kv-gb" in error["message"] and "long" not in error["message"]
+    whole = without_times(out)
+    out.write_bytes(out.read_bytes().split(b"\n")[0] + b"\n")
+    assert vtengine("generate", path, "-o", out, *tiny, "--resume").status == 3
+    assert without_times(out) == whole
+    done = vtengine("generate", path, "-o", out, *flags(checkpoint), "--kv-gb", "1000000")
+    assert done.status == 2 and "--kv-gb" in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("temperature", ["1e-40", "1e-5", "100"])
+def test_any_temperature_gives_rows(
+    checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path, temperature: str
+) -> None:
+    command = ["generate", questions(2), "-o", tmp_path / "out.jsonl", *flags(checkpoint)]
+    assert vtengine(*command, "--temperature", temperature).status == 0
+    assert all(row["logprob_sum"] <= 0 for row in rows_of(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_context_is_the_models(
+    checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path, nested: bool
+) -> None:
+    folder = tmp_path / "short"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 200}
+    if nested:
+        config = {"text_config": config} | config | {"max_position_embeddings": 10**6}
+    (folder / "config.json").write_text(json.dumps(config))
+    path = questions(1, {"id": "long", "image": "p0.png", "question": "x" * 400})
+    assert vtengine("generate", path, "-o", tmp_path / "out.jsonl", *flags(folder)).status == 3
+    assert [row["error"]["code"] for row in rows_of(tmp_path / "out.jsonl")][1] == "prompt_too_long"

@@ -62,6 +62,12 @@ def test_settings_of_an_unfinished_run_are_compared(tmp_path: Path) -> None:
         check_settings(path, SETTINGS | {"seed": 1})
 
 
+@pytest.mark.parametrize("marker", ["", "{", "[]", "5", "null"])
+def test_settings_that_cannot_be_read_are_passed_over(tmp_path: Path, marker: str) -> None:
+    settings_path(tmp_path / "o.jsonl").write_text(marker)
+    check_settings(tmp_path / "o.jsonl", SETTINGS)
+
+
 @pytest.mark.parametrize("name", ["missing/o.jsonl", ".", "file.txt/o.jsonl"])
 def test_unwritable_path_is_a_usage_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "file.txt").write_text("x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -95,6 +96,19 @@ def test_resume_refuses_rows_of_another_input(
     (tmp_path / "in.jsonl").write_bytes(b'{"id": "z", "image": "p0.png", "question": "q"}\n' * 2)
     done = vtengine(*arguments(tmp_path, uninterrupted, scripted(), "--resume"))
     assert done.status == 2 and "id 'q0', sample 0 where" in done.err
+    assert uninterrupted.read_bytes() == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("question", "Another?"), ("answer", "green"), ("k", -1), ("new", [1])])
+def test_resume_refuses_rows_of_a_changed_line(
+    uninterrupted: Path, vtengine: Run, scripted: Run, tmp_path: Path, key: str, value: object
+) -> None:
+    lines = (tmp_path / "in.jsonl").read_text().splitlines()
+    lines[2] = json.dumps(json.loads(lines[2]) | {key: value})
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    before = uninterrupted.read_bytes()
+    done = vtengine(*arguments(tmp_path, uninterrupted, scripted(), "--resume"))
+    assert done.status == 2 and "the input has changed" in done.err and "id 'q2'" in done.err
     assert uninterrupted.read_bytes() == before
 
 

@@ -66,6 +66,9 @@ def test_help_and_usage_errors_import_nothing_heavy() -> None:
         (["generate", "absent.jsonl", "-o", "o"], ["absent.jsonl", "No such file"]),
         (["generate", ".", "-o", "o"], ["directory"]),
         (["generate", "in.jsonl", "-o", "in.jsonl"], ["input itself"]),
+        (["generate", "old.jsonl.previous", "-o", "old.jsonl"], ["old.jsonl.previous", "is the input"]),
+        (["generate", "old.jsonl.run", "-o", "old.jsonl"], ["old.jsonl.run", "is the input"]),
+        (["generate", "/dev/null", "-o", "o"], ["/dev/null", "regular file"]),
         (["generate", "in.jsonl", "-o", "o", "--image-root", "absent"], ["--image-root", "absent"]),
         (["generate", "in.jsonl", "-o", "o", "--model", "absent"], ["--model", "absent"]),
         (["generate", "in.jsonl", "-o", "o", "--model", "./absent/folder"], ["--model", "no such folder"]),
@@ -88,6 +91,8 @@ def test_bad_usage_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text('{"image": "p.png", "question": "q"}\n')
     (tmp_path / "out.jsonl").write_text('{"status": "answered"}\n')
+    for name in ("old.jsonl", "old.jsonl.previous", "old.jsonl.run"):
+        (tmp_path / name).write_text('{"image": "p.png", "question": "q"}\n')
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     fails(vtengine(*arguments), *words)
@@ -160,3 +165,25 @@ def test_doctor_names_kernels_and_packages(vtengine: Run) -> None:
 
 def test_bench_lists_its_suites(vtengine: Run) -> None:
     assert vtengine("bench", "--list").status == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("preprocessor_config.json", {"min_pixels": 784, "max_pixels": 3136}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 784, "longest_edge": 3136}}),
+        ("preprocessor_config.json", {"max_pixels": 3136, "size": {"shortest_edge": 784, "longest_edge": 9999999}}),
+        ("preprocessor_config.json", {"min_pixels": 784, "max_pixels": 3136, "size": 5, "image_processor": [1]}),
+        ("processor_config.json", {"image_processor": {"size": {"shortest_edge": 784, "longest_edge": 3136}}}),
+    ],
+)
+def test_sizes_are_those_of_the_checkpoint(
+    vtengine: Run, scripted: Run, questions: Run, model_folder: Path, rows_of: Run, tmp_path: Path,
+    name: str, config: dict[str, object],
+) -> None:  # fmt: skip
+    folder = tmp_path / "limited"
+    shutil.copytree(model_folder, folder)
+    (folder / name).write_text(json.dumps(config))
+    out = tmp_path / "out.jsonl"
+    assert vtengine("generate", questions(2), "-o", out, *scripted(), "--model", folder).status == 0
+    assert {row["visual_tokens_full"] for row in rows_of(out)} <= {2, 3, 4}

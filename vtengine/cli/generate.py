@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, one_line
 from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
-from vtengine.cli.output import OutputFile, check_settings, complete_rows
+from vtengine.cli.output import OutputFile, check_settings, complete_rows, previous_path, settings_path
 from vtengine.cli.progress import Progress
 from vtengine.cli.scoring import is_correct
 from vtengine.cli.session import check_backend, open_session, sampling_settings
@@ -75,8 +75,7 @@ class _Task:
     def prepare(cls, arguments: argparse.Namespace) -> _Task:
         """Reads the input once to its end, and what an interrupted run left."""
         source, target = arguments.input, arguments.output
-        if target.exists() and source.exists() and target.samefile(source):
-            raise UsageError(f"-o {target}: is the input itself")
+        _check_files(source, target)
         if arguments.image_root is not None and not arguments.image_root.is_dir():
             raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
         try:
@@ -114,6 +113,7 @@ class _Task:
                 found = f"id {row.get('id')!r}, sample {row.get('sample')!r}"
                 wanted = f"id {place[0].id!r}, sample {place[1]}"
                 raise UsageError(f"--resume {target}: has {found} where {self.arguments.input} gives {wanted}")
+            _check_same_input(target, row, place[0])
             group.append(row)
             if len(group) == self.arguments.n:
                 for done in group:
@@ -122,6 +122,26 @@ class _Task:
                 self.resume_at = end
                 group.clear()
         self.tokens_before = self.counter.totals().completion_tokens
+
+
+def _check_files(source: Path, target: Path) -> None:
+    """The input is read twice and must outlive the run: no pipe, and none of the files that a run writes."""
+    if source.exists() and not source.is_file() and not source.is_dir():
+        raise UsageError(f"{source}: is not a regular file; the input is read twice, so save it to a file first")
+    for path in (target, previous_path(target), settings_path(target)):
+        if path.exists() and source.exists() and path.samefile(source):
+            written = "the input itself" if path == target else f"written together with {path}, which is the input"
+            raise UsageError(f"-o {target}: is {written}")
+
+
+def _check_same_input(target: Path, row: Row, source: InputRow | RejectedRow) -> None:
+    """Raises UsageError when a row of an interrupted run was made from another line than the input has now."""
+    wanted = dict(source.carried)
+    if isinstance(source, InputRow):
+        wanted["expected"] = list(source.answers) or None
+    changed = [key for key, value in wanted.items() if row.get(key) != value]
+    if changed:
+        raise UsageError(f"--resume {target}: the input has changed: {changed[0]!r} of id {source.id!r} is another")
 
 
 class _Stop:
@@ -193,7 +213,8 @@ async def _row(arguments: argparse.Namespace, setting: Setting, row: InputRow | 
     image, root = _place_image(row.image, arguments)
     done = await run_sample(setting, Question(row.id, image, row.question, root, row.carried), sample)
     record = episode_row(done.episode, sample)
-    record["logprob_sum"] = round(record["logprob_sum"], LOGPROB_DIGITS)
+    if record["logprob_sum"] is not None:  # it is where it has no finite value
+        record["logprob_sum"] = round(record["logprob_sum"], LOGPROB_DIGITS)
     if row.answers:
         record |= {"expected": list(row.answers), "correct": is_correct(record["answer"], row.answers)}
     if done.episode.image is not None and not _URL.match(row.image):

@@ -1,4 +1,4 @@
-"""Which folder `--model` means: the shipped model, a folder, or a Hugging Face id."""
+"""Which folder `--model` means: the shipped model, a folder, or a Hugging Face id; and what its files state."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vtengine.cli.errors import UsageError, one_line
+from vtengine.vision.plan import PixelLimits
 
 SHIPPED_NAME = "glance"
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -48,6 +49,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"--model: {path} holds no JSON object")
     return config
+
+
+def pixel_limits(folder: Path) -> PixelLimits:
+    """Those that the checkpoint's image processor states, as released or as transformers 5 writes it."""
+    config: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):  # the later one wins
+        found = read_json(folder / name) if (folder / name).is_file() else {}
+        config |= _part(found, "image_processor") or found
+    size = _part(config, "size")
+    stated = {"min_pixels": config.get("min_pixels") or size.get("shortest_edge")}
+    stated["max_pixels"] = config.get("max_pixels") or size.get("longest_edge")
+    return PixelLimits(**{key: value for key, value in stated.items() if isinstance(value, int)})
+
+
+def context_tokens(folder: Path) -> int | None:
+    """The longest context that the checkpoint's config.json states."""
+    config = read_json(folder / "config.json")
+    stated = (_part(config, "text_config") or config).get("max_position_embeddings")
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
+def _part(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _download(name: str) -> Path:

@@ -51,7 +51,7 @@ class OutputFile:
         self._synced_s = time.monotonic()
         try:
             if resume_at is None and self._regular and path.exists() and path.stat().st_size:
-                path.replace(path.with_name(path.name + ".previous"))
+                path.replace(previous_path(path))
             self._file = path.open("ab", buffering=0)
             if self._regular:
                 if resume_at is not None:
@@ -103,6 +103,11 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
+def previous_path(path: Path) -> Path:
+    """Where an older output is kept."""
+    return path.with_name(path.name + ".previous")
+
+
 def settings_path(path: Path) -> Path:
     """Where the settings of an unfinished run are kept."""
     return path.with_name(path.name + ".run")
@@ -113,6 +118,8 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     try:
         before = json.loads(settings_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return
+    if not isinstance(before, dict):
         return
     changed = [
         f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value

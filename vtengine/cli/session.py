@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.cli.errors import CliError, UsageError, one_line
-from vtengine.cli.models import find_model, read_json
+from vtengine.cli.models import context_tokens, find_model, pixel_limits
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Text, View, ViewSize
 from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from vtengine.rollout.group import Setting
     from vtengine.rollout.tokenizer import Tokenizer
     from vtengine.vision.decode import DecodeLimits
-    from vtengine.vision.plan import PixelLimits
 
 DEFAULT_PROFILE = "vtengine"
 MIN_KV_TOKENS = 32_768
@@ -31,14 +30,15 @@ TOKENS_PER_EPISODE = 1024  # a guess; where it is too low, episodes wait for pag
 MAX_RUNNING = 256  # sequences in one batch; more episodes wait for their turn
 SETTINGS = (
     *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "max_new_tokens"),
-    *("temperature", "top_p", "top_k", "seed", "n", "dtype"),
+    *("temperature", "top_p", "top_k", "seed", "n", "dtype", "image_root", "allow_http"),
 )
 SCRIPTED = "scripted:"  # followed by a JSON file of replies: runs without a model, for tests
 
 
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What decides the contents of the rows, as JSON: compared when a run is resumed."""
-    return {name: getattr(arguments, name) for name in SETTINGS}
+    values = {name: getattr(arguments, name) for name in SETTINGS}
+    return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 @asynccontextmanager
@@ -91,10 +91,10 @@ def _build(
     device, dtype = _device(arguments.device), _dtype(arguments)
     backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency)
     pixels_dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    bounds, images = _pixel_limits(folder), decode_limits or DecodeLimits()
+    bounds, images = pixel_limits(folder), decode_limits or DecodeLimits()
     sources = SourceLimits(max_bytes=images.max_bytes, allow_http=arguments.allow_http)
     pipeline = ImagePipeline(bounds, "compact", pixels_dtype, decode_limits=images, source_limits=sources)
-    limits = Limits(arguments.resolution, arguments.max_turns, arguments.visual_token_budget)
+    limits = Limits(arguments.resolution, arguments.max_turns, arguments.visual_token_budget, context_tokens(folder))
     sampling = SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
@@ -118,11 +118,18 @@ def _backend(
     from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
     from vtengine.model import load_model
 
-    model = load_model(folder, device=device, dtype=dtype)
     running = min(concurrency, MAX_RUNNING)
-    kv_bytes = _kv_bytes(model, running) if arguments.kv_gb is None else int(arguments.kv_gb * 2**30)
-    config = EngineConfig(max_running=running, kv_bytes=kv_bytes)
-    return EmbeddedEngine(model, tokenizer, config)
+    try:
+        model = load_model(folder, device=device, dtype=dtype)
+        kv_bytes = _kv_bytes(model, running) if arguments.kv_gb is None else int(arguments.kv_gb * 2**30)
+        return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=running, kv_bytes=max(1, kv_bytes)))
+    except RuntimeError as error:  # torch's word for memory that is not there
+        if "memory" not in str(error):
+            raise
+        fix = "lower --kv-gb, or use --dtype bfloat16"
+        raise UsageError(
+            f"the model and its keys and values do not fit into memory; {fix}: {one_line(error)}"
+        ) from None
 
 
 def _kv_bytes(model: Qwen2_5_VL, running: int) -> int:
@@ -164,16 +171,6 @@ def _profile(name: str | None, folder: Path) -> Profile:
         except (ValueError, OSError) as error:
             raise UsageError(f"--profile {name}: {one_line(error)}") from None
     return load_profile(folder if (folder / PROFILE_FILE).is_file() else DEFAULT_PROFILE)
-
-
-def _pixel_limits(folder: Path) -> PixelLimits:
-    """Those of the checkpoint's preprocessor_config.json, where it states them."""
-    from vtengine.vision.plan import PixelLimits
-
-    path = folder / "preprocessor_config.json"
-    config = read_json(path) if path.is_file() else {}
-    stated = {key: config[key] for key in ("min_pixels", "max_pixels") if isinstance(config.get(key), int)}
-    return PixelLimits(**stated)
 
 
 def _device(name: str) -> torch.device:
