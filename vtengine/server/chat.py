@@ -143,7 +143,10 @@ def raise_unanswerable(episode: Episode, job: Job, house: House) -> None:
 
 
 async def job_events(job: Job, keep_alive_s: float) -> AsyncIterator[Event | Episode | None]:
-    """The episode's events, None for a silence of keep_alive_s, the episode at last. Closing it cancels the episode."""
+    """The episode's events, None for a silence of keep_alive_s, the episode at last. Closing it cancels the episode.
+
+    Text that came while the reader was busy is one event, so a server that falls behind has less to send.
+    """
     queue: asyncio.Queue[Event | None] = asyncio.Queue()
     episode = asyncio.ensure_future(run_job(job, queue.put_nowait))
     episode.add_done_callback(lambda _: queue.put_nowait(None))
@@ -155,6 +158,13 @@ async def job_events(job: Job, keep_alive_s: float) -> AsyncIterator[Event | Epi
             except TimeoutError:
                 yield None
                 continue
+            while isinstance(event, TextDelta) and not queue.empty():
+                after = queue.get_nowait()
+                if isinstance(after, TextDelta):
+                    event = TextDelta(event.turn, event.text + after.text)
+                else:
+                    yield event
+                    event = after
             if event is None:
                 yield episode.result()
                 return
