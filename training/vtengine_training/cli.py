@@ -1,4 +1,4 @@
-"""`vtengine-train`: sft, grpo, judge-check, eval. Each reads a TOML file; `--set a.b=c` changes it, `--dry-run` only checks.
+"""`vtengine-train`: sft, grpo, judge-check, eval. Each reads a TOML file; `--set a.b=c` changes it, `--dry-run` checks.
 
 Imports nothing heavy until a command runs.
 """

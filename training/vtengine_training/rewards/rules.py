@@ -25,7 +25,7 @@ MAX_ANSWER = 1000
 MAX_ITEMS = 64
 
 _YES_NO = {"yes": True, "true": True, "no": False, "false": False}
-_OUTER = " .,;:!?\"'`()[]{}\u201c\u201d\u2018\u2019"
+_OUTER = " .,;:!?\"'`()\u201c\u201d\u2018\u2019"
 _BOXED = re.compile(r"\$?\\boxed\{(?P<inner>[^{}]*)\}\$?\.?")
 _LEAD = re.compile(r"(?:the )?(?:final |correct )?(?:answer|option|choice)(?: is:?|:) ?")
 _LETTER = re.compile(r"[(\[]?(?P<letter>[a-j])(?:[)\].:]|(?=$| ))(?P<rest>.*)")
@@ -168,7 +168,7 @@ def _choice(text: str, options: Mapping[str, str]) -> str | None:
         if normalise(plain) == normalise(option):
             return letter
     sole = _sole_letter(plain)
-    if sole is not None and (not options or sole in options):
+    if sole is not None and (sole in options or (not options and "a" <= sole <= "j")):
         return sole
     found = _LETTER.fullmatch(plain)
     if found is not None and found["letter"] in options:
@@ -178,7 +178,7 @@ def _choice(text: str, options: Mapping[str, str]) -> str | None:
 
 def _sole_letter(text: str) -> str | None:
     bare = text.strip(" ()[].:")
-    return bare if len(bare) == 1 and "a" <= bare <= "j" else None
+    return bare if len(bare) == 1 and bare.isalnum() else None
 
 
 def _options(question: str, given: Any) -> dict[str, str]:

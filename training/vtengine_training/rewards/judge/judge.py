@@ -31,6 +31,7 @@ class Judge:
         self.totals: Counter[str] = Counter()
         self.latency_s = 0.0
         self._endpoint: Endpoint | None = None
+        self._abandoned: list[Endpoint | None] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running: dict[str, asyncio.Task[bool | None]] = {}
         self._canaries = itertools.cycle(CANARIES)
@@ -116,6 +117,7 @@ class Judge:
     def _bind(self) -> None:
         loop = asyncio.get_running_loop()
         if self._endpoint is None or loop is not self._loop:
+            self._abandoned.append(self._endpoint)  # kept: its connections cannot be closed from another loop
             self._endpoint, self._loop = Endpoint(self.config), loop
             self._endpoint.counts = self.totals
             self._running.clear()

@@ -1,0 +1,49 @@
+"""Reward functions as a user would write them, good and bad."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+def half(episode, example):
+    return 0.5
+
+
+def right(episode, example) -> bool:
+    return episode.answer in example.answers
+
+
+async def later(episode, example) -> float:
+    await asyncio.sleep(0)
+    return 1.0
+
+
+def raises(episode, example):
+    raise ZeroDivisionError("oh")
+
+
+def nan(episode, example):
+    return float("nan")
+
+
+def infinite(episode, example):
+    return float("inf")
+
+
+def text(episode, example):
+    return "1"
+
+
+def nothing(episode, example):
+    return None
+
+
+def too_much(episode, example):
+    return 1.5
+
+
+def one_argument(episode):
+    return 1.0
+
+
+no_function = 3

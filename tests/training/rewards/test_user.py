@@ -1,0 +1,60 @@
+"""User rewards: one signature, loaded by dotted path; what goes wrong names the function."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from vtengine_training.rewards.base import RewardError
+from vtengine_training.rewards.rewarder import RewardConfig, Rewarder
+from vtengine_training.rewards.user import UserReward, load_function
+
+from tests.training.rewards.episodes import direct, example
+
+HERE = "tests.training.rewards.rewards_of_users"
+
+
+def score(name, answer="4"):
+    return asyncio.run(UserReward(f"{HERE}:{name}").score(direct(answer), example("4")))
+
+
+@pytest.mark.parametrize(("name", "accuracy"), [("half", 0.5), ("right", 1.0), ("later", 1.0)])
+def test_accuracy_is_theirs_and_format_is_ours(name, accuracy):
+    found = score(name)
+    assert (found.accuracy, found.format) == (accuracy, 0.5)
+
+
+def test_a_dot_instead_of_the_colon():
+    assert load_function(f"{HERE}.half")(None, None) == 0.5
+
+
+@pytest.mark.parametrize("name", ["raises", "nan", "infinite", "text", "nothing", "too_much"])
+def test_a_bad_value_names_function_and_example(name):
+    with pytest.raises(RewardError, match=rf"rewards_of_users:{name}, example 'e1'"):
+        score(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("half", "module:name"),
+        ("", "module:name"),
+        (":half", "module:name"),
+        ("no.such.module:half", "PYTHONPATH"),
+        (f"{HERE}:nowhere", "has no nowhere"),
+        (f"{HERE}:one_argument", "episode, example"),
+        (f"{HERE}:no_function", "episode, example"),
+    ],
+)
+def test_a_bad_path_is_refused_at_once(path, says):
+    with pytest.raises(ValueError, match=says):
+        load_function(path)
+
+
+def test_through_the_config():
+    rewarder = Rewarder(RewardConfig(accuracy="function", function=f"{HERE}:half"))
+    assert asyncio.run(rewarder.score(direct("4"), example("4"))).accuracy == 0.5
+    with pytest.raises(ValueError, match="function"):
+        RewardConfig(accuracy="function")
+    with pytest.raises(ValueError, match="function"):
+        RewardConfig(function=f"{HERE}:half")
