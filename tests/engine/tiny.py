@@ -10,6 +10,7 @@ from vtengine.model import ModelConfig, PackedCausal, Qwen2_5_VL, TextConfig, Vi
 
 PAD, VIDEO, STOP = 250, 251, 252
 VOCAB = 256
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Letters:
@@ -50,8 +51,11 @@ def tiny_model(seed=0):
 
 
 def image(seed, h=4, w=6, width=588):
-    pixels = torch.randn(h * w, width, generator=torch.Generator().manual_seed(seed))
-    return ImageInput(f"image-{seed}", (1, h, w), pixels)
+    """Random bytes, normalised as the processors do (so that they can also travel as a PNG)."""
+    pixels = torch.randint(256, (h * w, 3, 1, 196), generator=torch.Generator().manual_seed(seed)) / 255
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (CLIP_MEAN, CLIP_STD))
+    pixels = ((pixels - mean) / std).expand(-1, -1, 2 if width > 588 else 1, -1).reshape(h * w, -1)
+    return ImageInput(f"image-{seed}", (1, h, w), pixels[:, :width].contiguous())
 
 
 def prompt(seed, length, images=()):

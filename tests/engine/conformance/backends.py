@@ -1,6 +1,11 @@
-"""The backends that must conform. To join: a name and a function that makes one for a test."""
+"""The backends that must conform. To join: a name and a function that makes one for a test.
+
+With VTENGINE_CONFORMANCE=sglang_http or sglang_engine a real SGLang is what is tested: see tests/engine/sglang/real.py.
+"""
 
 from __future__ import annotations
+
+import os
 
 from tests.engine.tiny import PAD, Letters, tiny_model
 from vtengine.engine.scripted import ScriptedBackend
@@ -17,4 +22,20 @@ def embedded():
     return EmbeddedEngine(tiny_model(), Letters(), config)
 
 
-BACKENDS = {"scripted": scripted, "embedded": embedded}
+def sglang_fake():
+    """The HTTP backend and a server without a model."""
+    from tests.engine.sglang.backends import over_fake_server
+
+    return over_fake_server()
+
+
+def sglang_real():
+    from tests.engine.sglang.real import shared_backend
+
+    return shared_backend(REAL)
+
+
+REAL = os.environ.get("VTENGINE_CONFORMANCE", "")
+BACKENDS = {REAL: sglang_real} if REAL else {"scripted": scripted, "embedded": embedded, "sglang_fake": sglang_fake}
+SHARES_IN_FLIGHT = not REAL
+"""Requests that run at the same time share their prefix (SGLang: once one of them has been prefilled)."""

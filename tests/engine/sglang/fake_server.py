@@ -1,0 +1,223 @@
+"""A local server that speaks SGLang's /generate, with a perfect prefix cache and faults on demand. No model in it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from PIL import Image
+
+from tests.engine.tiny import PAD, VOCAB
+
+REPLY = tuple(b"abcdefghijklmnopqrstuvwxyz")
+
+
+class FakeSglang:
+    """`faults`: names, each used up by the request it strikes; a name in `always` strikes every one.
+
+    dies: the connection ends before the first token · dies_later: after it · silent: never answers · queue_full ·
+    refused · slow: 50 ms per token · garbage · update; always only: html · miscounts · wrong_ids · no_logprobs
+    """
+
+    def __init__(self, **info):
+        self.info = {"version": "0.5.17", "incremental_streaming_output": False} | info
+        self.model = {"model_path": "/models/tiny", "model_type": "qwen2_5_vl", "weight_version": "default"}
+        self.vocab, self.image_token, self.token_s = VOCAB, PAD, 0.0
+        self.faults, self.always, self.flush_refusals = [], set(), 0
+        self.requests, self.aborted, self.flushes, self.updates, self.headers = [], [], 0, [], []
+        self.lock, self.prefixes, self.stop = threading.Lock(), [], threading.Event()
+        handler = type("Handler", (_Handler,), {"fake": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.stop.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def strikes(self, fault):
+        with self.lock:
+            if fault in self.faults:
+                self.faults.remove(fault)
+                return True
+        return fault in self.always
+
+    def admit(self, keys):
+        """Cached tokens of a prompt; it is in the cache from now on."""
+        with self.lock:
+            cached = max((_common(keys, known) for known in self.prefixes), default=0)
+            self.prefixes.append(list(keys))
+        return min(cached, len(keys) - 1)
+
+
+def _common(a, b):
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    fake: FakeSglang
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, body, status=200):
+        data = json.dumps(body).encode() if not isinstance(body, bytes) else body
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        fake = self.fake
+        if "html" in fake.always:
+            return self.reply(b"<html>hello</html>")
+        pages = {"/model_info": fake.model, "/get_model_info": fake.model, "/server_info": fake.info, "/health": {}}
+        return self.reply(pages[self.path]) if self.path in pages else self.reply({"detail": "Not Found"}, 404)
+
+    def do_POST(self):
+        fake = self.fake
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        path = self.path.split("?")[0]
+        fake.headers.append(dict(self.headers))
+        if path == "/generate":
+            return self.generate(body)
+        if path == "/v1/tokenize":
+            return self.reply({"tokens": [fake.image_token], "count": 1})
+        if path == "/abort_request":
+            fake.aborted.append(body["rid"])
+            return self.reply(b"")
+        if path == "/flush_cache":
+            if fake.flush_refusals:
+                fake.flush_refusals -= 1
+                return self.reply(b"Flush cache failed.", 400)
+            fake.flushes += 1
+            fake.prefixes.clear()
+            return self.reply(b"Cache flushed.")
+        if path == "/update_weight_version":
+            fake.model["weight_version"] = body["new_version"]
+            return self.reply({"success": True})
+        if path == "/update_weights_from_disk":
+            fake.updates.append(body)
+            if fake.strikes("update"):
+                return self.reply({"success": False, "message": "out of memory"}, 400)
+            fake.model["weight_version"] = body["weight_version"]
+            return self.reply({"success": True, "message": "ok"})
+        return self.reply({"detail": "Not Found"}, 404)
+
+    def generate(self, body):
+        fake, params = self.fake, body["sampling_params"]
+        is_probe = "rid" not in body
+        if not is_probe:
+            fake.requests.append(body)
+            if fake.strikes("silent"):
+                fake.stop.wait(20)
+                return self.drop()
+            if fake.strikes("queue_full"):
+                return self.reply({"error": {"message": "The request queue is full."}}, 503)
+            if fake.strikes("refused"):
+                return self.reply({"error": {"message": "cannot load image"}}, 400)
+            if fake.strikes("dies"):
+                return self.drop()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if any(int(token_id) >= fake.vocab for token_id in params.get("logit_bias", {})):
+            self.event({"error": {"message": "logit_bias must has keys in [0, 255]", "code": 400}})
+        elif not is_probe:
+            try:
+                if not self.stream(body):
+                    return self.drop()
+            except OSError:
+                return self.drop()
+        self.piece(b"data: [DONE]\n\n")
+        self.piece(b"")
+        return None
+
+    def stream(self, body):
+        """False: the connection is to be cut."""
+        fake, params = self.fake, body["sampling_params"]
+        ids, keys = self.expand(body)
+        output = list(REPLY) * 8
+        stops = params["stop_token_ids"]
+        output = [*output[:8], stops[0]] if stops and params["max_new_tokens"] > 8 else output[: params["max_new_tokens"]]
+        cached = min(fake.admit([*keys, *output]), len(ids) - 1)
+        interval, later, slow = params["stream_interval"], fake.strikes("dies_later"), fake.strikes("slow")
+        sent = 0
+        for count in range(1, len(output) + 1):
+            time.sleep(0.05 if slow else fake.token_s)
+            last = count == len(output)
+            if not (last or count == 1 or count % interval == 0):
+                continue
+            aborted = body["rid"] in fake.aborted
+            meta = {"id": body["rid"], "prompt_tokens": len(ids), "cached_tokens": cached, "completion_tokens": count}
+            meta |= {"weight_version": fake.model["weight_version"], "finish_reason": None}
+            if last or aborted:
+                kind = "abort" if aborted else "stop" if stops and output[-1] == stops[0] else "length"
+                meta["finish_reason"] = {"type": kind}
+            begin = sent if fake.info["incremental_streaming_output"] else 0
+            meta["output_token_logprobs"] = [[-0.125, token, None] for token in output[begin:count]]
+            chunk = {"text": "", "output_ids": output[begin:count], "meta_info": meta}
+            if body["return_prompt_token_ids"]:
+                chunk["prompt_token_ids"] = ids
+            self.event(self.spoiled(chunk))
+            sent = count
+            if later:
+                return False
+            if aborted:
+                break
+        return True
+
+    def spoiled(self, chunk):
+        fake, meta = self.fake, chunk["meta_info"]
+        if "miscounts" in fake.always:
+            meta["prompt_tokens"] += 3
+        if "wrong_ids" in fake.always:
+            chunk["prompt_token_ids"] = [*chunk["prompt_token_ids"][:-1], 77]
+        if "no_logprobs" in fake.always:
+            del meta["output_token_logprobs"]
+        return chunk
+
+    def expand(self, body):
+        """Ids with every placeholder repeated, and the keys of the cache."""
+        ids, keys, images = [], [], iter(body.get("image_data") or [])
+        for token in body["input_ids"]:
+            if token != self.fake.image_token:
+                ids.append(token)
+                keys.append(token)
+                continue
+            url = next(images)
+            with Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1]))) as image:
+                count = (image.width // 28) * (image.height // 28)
+                content = hash(image.tobytes())
+            ids += [token] * count
+            keys += [(content, k) for k in range(count)]
+        return ids, keys
+
+    def event(self, data):
+        if self.fake.strikes("garbage"):
+            self.piece(b"data: {not json\n\n")
+        else:
+            self.piece(b"data: " + json.dumps(data).encode() + b"\n\n")
+
+    def piece(self, data):
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def drop(self):
+        self.close_connection = True
+        self.connection.close()

@@ -1,0 +1,288 @@
+"""`Backend` over SGLang: one translation and one reading of answers, two transports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtengine.engine.base import BackendFailed, Completion, Request, RequestRejected, TokenChunk
+from vtengine.engine.sglang import checks, translation
+from vtengine.engine.sglang.gate import Gate
+from vtengine.engine.sglang.pixels import PngCache
+from vtengine.engine.sglang.reply import ReplyReader, version_number
+from vtengine.engine.sglang.served import ServedModel
+from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts, Transport
+from vtengine.engine.sglang.weights import folder_of, touches_vision
+
+if TYPE_CHECKING:
+    import torch
+
+COUNTERS = (
+    *("requests", "prompt_tokens", "cached_tokens", "prefill_tokens", "generated_tokens", "images_encoded"),
+    *("retries", "failures"),
+)
+RETRY_PAUSE_S = 0.25
+FLUSH_TRIES = 40
+FLUSH_PAUSE_S = 0.25
+STALE_FEATURES = (
+    "SGLang keeps image features by content and does not drop them when the vision tower changes, so images it has "
+    "seen would be answered with the old features"
+)
+
+log = logging.getLogger(__name__)
+
+
+class SglangBackend:
+    """Use `SglangHttpBackend` or `SglangEngineBackend`. Belongs to one event loop.
+
+    attempts: times a request is sent while the connection is lost before its first token. deadline_s: longest time a
+    request may take, None for no limit. vision_cache_off: SGLang runs with SGLANG_VLM_CACHE_SIZE_MB=0, without which
+    new vision weights are refused. weights_dir: a folder that this process and SGLang both see, for weight updates
+    given as tensors (None: a temporary one of this machine).
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        model: ServedModel,
+        *,
+        attempts: int = 3,
+        deadline_s: float | None = 600.0,
+        vision_cache_off: bool = False,
+        weights_dir: Path | None = None,
+        png_cache_bytes: int = 256 << 20,
+    ) -> None:
+        if attempts < 1:
+            raise ValueError(f"attempts = {attempts}: must be >= 1")
+        if deadline_s is not None and deadline_s <= 0:
+            raise ValueError(f"deadline_s = {deadline_s}: must be > 0, or None")
+        self.model = model
+        self._transport = transport
+        self._attempts, self._deadline_s = attempts, deadline_s
+        self._vision_cache_off, self._weights_dir = vision_cache_off, weights_dir
+        self._pngs = PngCache(png_cache_bytes)
+        self._gate = Gate()
+        self._checking = asyncio.Lock()
+        self._facts: ServerFacts | None = None
+        self._version = 0
+        self._live: set[str] = set()
+        self._counters: Counter[str] = Counter()
+        self._background: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def check(self) -> ServerFacts:
+        """Asks SGLang what it is, once. Raises ServerUnsuitable (a ValueError) or BackendFailed (not there)."""
+        async with self._checking:
+            if self._facts is None:
+                facts = await self._transport.facts()
+                checks.check_facts(facts, self.model, self._transport.where, self._transport.takes_tensors)
+                await self._transport.check_model(self.model)
+                self._facts = facts
+                self._version = version_number(facts.weight_version)
+            return self._facts
+
+    async def generate(self, request: Request) -> Completion:
+        async with aclosing(self._run(request, streamed=False)) as chunks:
+            async for chunk in chunks:
+                if chunk.completion is not None:
+                    return chunk.completion
+        raise BackendFailed(f"request {request.request_id}: SGLang's answer ended without a completion")
+
+    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
+        async with aclosing(self._run(request, streamed=True)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
+        """source: a checkpoint folder that SGLang can read, or tensors by checkpoint name (a part is enough).
+
+        Waits until running requests are done, and empties the radix cache. Raises ValueError, and changes nothing, for
+        weights that do not fit, or vision weights while SGLang's feature cache is on; BackendFailed if SGLang fails.
+        """
+        if touches_vision(source) and not self._vision_cache_off:
+            raise ValueError(
+                f"load_weights: {STALE_FEATURES}. Start it with SGLANG_VLM_CACHE_SIZE_MB=0 in its environment and "
+                "create this backend with vision_cache_off=True, or send language weights only"
+            )
+        await self.check()
+        async with self._gate.closed():
+            await self._flush()
+            if isinstance(source, Mapping) and not source:
+                await self._transport.set_version(str(version))
+            else:
+                await self._update(source, version)
+            await self._flush()
+            self._version = version
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start, of this backend's requests only, and the gauges running and weight_version."""
+        figures = {name: float(self._counters[name]) for name in COUNTERS}
+        return figures | {"running": float(self._gate.running), "weight_version": float(self._version)}
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._background:
+            await asyncio.wait(self._background, timeout=5)
+        await self._transport.close()
+
+    async def _run(self, request: Request, streamed: bool) -> AsyncGenerator[TokenChunk, None]:
+        """One request from admission to its end, whichever way it ends."""
+        if self._closed:
+            raise BackendFailed("the backend is closed")
+        spans = translation.check(request, self.model)
+        if request.request_id in self._live:
+            raise RequestRejected("duplicate_request", f"request {request.request_id}: this id is being served already")
+        self._live.add(request.request_id)
+        try:
+            facts = await self.check()
+            payload = await self._payload(request, spans, streamed)
+            await self._gate.enter()
+            try:
+                async with aclosing(self._attempt(request, spans, payload, facts)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            except BackendFailed:
+                self._counters["failures"] += 1
+                raise
+            finally:
+                self._gate.leave()
+        finally:
+            self._live.discard(request.request_id)
+
+    async def _payload(self, request: Request, spans: list[translation.Span], streamed: bool) -> dict[str, Any]:
+        if self._transport.takes_tensors:
+            prompt = translation.with_tensors(request, self.model, spans)
+        elif request.images:
+            prompt = await asyncio.to_thread(translation.with_png, request, self.model, spans, self._pngs.data_url)
+        else:
+            prompt = translation.with_png(request, self.model, spans, self._pngs.data_url)
+        return prompt | translation.options(request, self.model, streamed)
+
+    async def _attempt(
+        self, request: Request, spans: list[translation.Span], payload: dict[str, Any], facts: ServerFacts
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """Sends until a first token came back; after that, a lost connection is a failure."""
+        until = None if self._deadline_s is None else time.monotonic() + self._deadline_s
+        for attempt in range(1, self._attempts + 1):
+            reader = ReplyReader(request, spans, facts.incremental, self._version)
+            try:
+                async with aclosing(self._once(request, reader, payload, until)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+                return
+            except ConnectionLost as error:
+                if reader.started or attempt == self._attempts:
+                    raise
+                log.warning("request %s: %s; attempt %d of %d", request.request_id, error, attempt + 1, self._attempts)
+                self._counters["retries"] += 1
+                await asyncio.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
+
+    async def _once(
+        self, request: Request, reader: ReplyReader, payload: dict[str, Any], until: float | None
+    ) -> AsyncGenerator[TokenChunk, None]:
+        """One sending. Aborts at SGLang what was not read to its end."""
+        rid, done = uuid.uuid4().hex, False
+        answer = self._transport.send(payload | {"rid": rid})
+        try:
+            while True:
+                remaining = None if until is None else max(until - time.monotonic(), 0.001)
+                try:
+                    async with asyncio.timeout(remaining):
+                        chunk = reader.push(await anext(answer))
+                except TimeoutError:
+                    message = f"request {request.request_id}: not done after {self._deadline_s} s (deadline_s)"
+                    raise BackendFailed(message) from None
+                except StopAsyncIteration:
+                    raise ConnectionLost(f"{self._transport.where}: the answer ended early") from None
+                if chunk is None:
+                    continue
+                if chunk.completion is not None:
+                    done = True
+                    self._count(chunk.completion)
+                yield chunk
+                if done:
+                    return
+        finally:
+            if not done:
+                self._later(self._transport.abort(rid))
+            await answer.aclose()  # type: ignore[attr-defined]
+
+    async def _update(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
+        with folder_of(source, self.model.config, self._weights_dir) as folder:
+            ok, message = await self._transport.update_from_disk(folder, str(version))
+        if not ok:
+            raise BackendFailed(f"{self._transport.where}: the weights were not loaded: {message}")
+
+    async def _flush(self) -> None:
+        """SGLang refuses to flush while a batch is in flight, and an update on top of one kills it."""
+        for _ in range(FLUSH_TRIES):
+            if await self._transport.flush():
+                return
+            await asyncio.sleep(FLUSH_PAUSE_S)
+        raise BackendFailed(f"{self._transport.where}: its cache cannot be emptied; somebody else's requests run there")
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _count(self, completion: Completion) -> None:
+        self._counters["requests"] += 1
+        self._counters["prompt_tokens"] += completion.prompt_tokens
+        self._counters["cached_tokens"] += completion.cached_tokens
+        self._counters["prefill_tokens"] += completion.prefill_tokens
+        self._counters["generated_tokens"] += len(completion.token_ids)
+        self._counters["images_encoded"] += sum(completion.images_encoded)
+
+
+class SglangHttpBackend(SglangBackend):
+    """A running SGLang server. model: what it serves, as `ServedModel` or the folder of the checkpoint.
+
+    connect_s: limit for the connection, read_s: longest silence of the server. Other options: `SglangBackend`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: ServedModel | str | Path,
+        *,
+        api_key: str | None = None,
+        connect_s: float = 10.0,
+        read_s: float = 300.0,
+        **options: Any,
+    ) -> None:
+        from vtengine.engine.sglang.http import HttpTransport
+
+        served = model if isinstance(model, ServedModel) else ServedModel.from_folder(model)
+        super().__init__(HttpTransport(url, api_key, connect_s, read_s), served, **options)
+
+
+class SglangEngineBackend(SglangBackend):
+    """SGLang in this process (its scheduler is a process of its own, and takes this one down when it dies).
+
+    arguments: of `sglang.Engine`, over those that we set. updatable: new weights will be loaded, so SGLang's feature
+    cache is off. Other options: `SglangBackend`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        updatable: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        from vtengine.engine.sglang.inprocess import EngineTransport
+
+        served = ServedModel.from_folder(folder)
+        transport = EngineTransport(Path(folder), device, dtype, updatable, dict(arguments or {}))
+        super().__init__(transport, served, vision_cache_off=updatable, **options)

@@ -1,0 +1,174 @@
+"""A running SGLang server (or sglang-router) over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtengine.engine.base import BackendFailed, RequestRejected
+from vtengine.engine.sglang.checks import wrong_model
+from vtengine.engine.sglang.reply import raise_for_status
+from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts, ServerUnsuitable
+
+if TYPE_CHECKING:
+    from vtengine.engine.sglang.served import ServedModel
+
+FLUSH_WAIT_S = 2.0
+
+
+class HttpTransport:
+    """connect_s: limit for the connection; read_s: longest silence between two pieces of an answer."""
+
+    takes_tensors = False
+
+    def __init__(self, url: str, api_key: str | None, connect_s: float, read_s: float) -> None:
+        try:
+            import httpx
+        except ImportError:
+            raise ValueError("--backend URL needs an HTTP client: pip install 'vtengine[sglang]'") from None
+        url = url.rstrip("/")
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"backend {url}: is no http:// or https:// address")
+        self._httpx = httpx
+        self.where = url
+        self._client = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(read_s, connect=connect_s, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,
+        )
+
+    async def facts(self) -> ServerFacts:
+        model, server = await self._json("GET", "/model_info"), await self._json("GET", "/server_info")
+        try:
+            return server_facts(server, model)
+        except KeyError as error:
+            raise ServerUnsuitable(f"{self.where}: is no SGLang server: /server_info has no {error}") from None
+
+    async def check_model(self, model: ServedModel) -> None:
+        """The server does not say what its vocabulary is, but it refuses a bias for an id that it does not have."""
+        found = await self._json("POST", "/v1/tokenize", {"prompt": "<|image_pad|>", "add_special_tokens": False})
+        if found.get("tokens") != [model.image_token_id]:
+            ids = found.get("tokens")
+            raise wrong_model(self.where, model, f"<|image_pad|> is {ids} there, ours is {model.image_token_id}")
+        if await self._has_id(model.vocab_size):
+            raise wrong_model(self.where, model, f"its vocabulary is larger than our {model.vocab_size}")
+        if not await self._has_id(model.vocab_size - 1):
+            raise wrong_model(self.where, model, f"its vocabulary is smaller than our {model.vocab_size}")
+
+    async def _has_id(self, token_id: int) -> bool:
+        sampling = {"max_new_tokens": 1, "temperature": 0, "logit_bias": {str(token_id): 0.0}}
+        try:
+            async for chunk in self.send({"input_ids": [0], "sampling_params": sampling, "stream": True}):
+                if "error" in chunk:
+                    return False
+        except RequestRejected:
+            return False
+        return True
+
+    async def send(self, payload: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            async with self._client.stream("POST", "/generate", json=payload) as response:
+                if response.status_code != 200:
+                    body = (await response.aread()).decode("utf-8", "replace")
+                    raise_for_status(self.where, response.status_code, _message(body))
+                async for line in response.aiter_lines():
+                    if not line:
+                        continue
+                    if line.removeprefix("data:").strip() == "[DONE]":
+                        return
+                    yield self._chunk(line)
+        except self._httpx.TimeoutException as error:
+            raise ConnectionLost(f"{self.where}: no answer in time ({type(error).__name__})") from None
+        except self._httpx.TransportError as error:
+            raise ConnectionLost(f"{self.where}: connection lost: {error or type(error).__name__}") from None
+        raise ConnectionLost(f"{self.where}: the answer broke off")
+
+    async def abort(self, rid: str) -> None:
+        try:
+            await self._client.post("/abort_request", json={"rid": rid}, timeout=5)
+        except self._httpx.HTTPError:
+            return  # nobody waits for the request any more, and a dead server runs nothing
+
+    async def flush(self) -> bool:
+        """The server waits a little for what still runs."""
+        response = await self._post("/flush_cache", {}, params={"timeout": FLUSH_WAIT_S})
+        if response.status_code in (401, 403):
+            raise_for_status(self.where, response.status_code, _message(response.text))
+        return bool(response.status_code == 200)
+
+    async def update_from_disk(self, folder: Path, version: str) -> tuple[bool, str]:
+        body = {"model_path": str(folder), "weight_version": version, "flush_cache": False}
+        response = await self._post("/update_weights_from_disk", body, timeout=None)
+        try:
+            answer = response.json()
+            return bool(answer["success"]), str(answer["message"])
+        except (ValueError, KeyError, TypeError):
+            return False, _message(response.text)
+
+    async def set_version(self, version: str) -> None:
+        await self._json("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _chunk(self, line: str) -> dict[str, Any]:
+        try:
+            chunk = json.loads(line.removeprefix("data:"))
+            if isinstance(chunk, dict):
+                return chunk
+        except ValueError:
+            pass
+        raise BackendFailed(f"{self.where}: answered with something that is no JSON of SGLang: {line[:120]!r}")
+
+    async def _post(self, path: str, body: dict[str, Any], **options: Any) -> Any:
+        try:
+            return await self._client.post(path, json=body, **options)
+        except self._httpx.HTTPError as error:
+            raise ConnectionLost(f"{self.where}{path}: {error or type(error).__name__}") from None
+
+    async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            response = await self._client.request(method, path, json=body)
+        except self._httpx.HTTPError as error:
+            message = f"{self.where}: no server answers there ({error or type(error).__name__}); is it running?"
+            raise ConnectionLost(message) from None
+        if response.status_code == 404:
+            raise ServerUnsuitable(f"{self.where}: is no SGLang server, or an old one: it has no {path}")
+        if response.status_code != 200:
+            raise_for_status(f"{self.where}{path}", response.status_code, _message(response.text))
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise ServerUnsuitable(f"{self.where}: is no SGLang server: {path} gives {response.text[:80]!r}")
+        return answer
+
+
+def server_facts(server: dict[str, Any], model: dict[str, Any]) -> ServerFacts:
+    """From /server_info and /model_info. Raises KeyError."""
+    return ServerFacts(
+        version=str(server["version"]),
+        model_path=str(model["model_path"]),
+        model_type=model.get("model_type"),
+        weight_version=str(model.get("weight_version", "default")),
+        incremental=bool(server.get("incremental_streaming_output")),
+        deterministic=bool(server.get("enable_deterministic_inference")),
+        skips_tokenizer=bool(server.get("skip_tokenizer_init")),
+        radix_cache=not server.get("disable_radix_cache"),
+        rl_on_policy_target=server.get("rl_on_policy_target"),
+    )
+
+
+def _message(body: str) -> str:
+    """The text of an error body, JSON or not."""
+    try:
+        data = json.loads(body)
+    except ValueError:
+        return body
+    error = data.get("error", data) if isinstance(data, dict) else data
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)

@@ -1,0 +1,122 @@
+"""SGLang's engine in this process: `sglang.Engine`, whose scheduler runs in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtengine.engine.base import BackendFailed, RequestRejected
+from vtengine.engine.sglang.checks import PINNED, check_version, wrong_model
+from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts
+
+if TYPE_CHECKING:
+    from vtengine.engine.sglang.served import ServedModel
+
+# Page sizes above 1 round a resumed prefix down. mm_preprocess_cache_size_mb stays off: with it, a repeated request was
+# seen to differ from a cold one.
+OURS: dict[str, Any] = {"enable_multimodal": True, "page_size": 1, "skip_server_warmup": True, "log_level": "error"}
+ON_CPU: dict[str, Any] = {
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_cuda_graph": True,
+    "mem_fraction_static": 0.3,
+}
+CPU_FLAG, FEATURE_CACHE_MB = "SGLANG_USE_CPU_ENGINE", "SGLANG_VLM_CACHE_SIZE_MB"
+
+
+def installed_version() -> str:
+    """Raises ValueError with the remedy where SGLang is missing or of another version."""
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        raise ValueError(
+            f"backend sglang: SGLang is not installed here: pip install sglang=={PINNED} (on a machine without a GPU: "
+            "make sglang-venv), or give the address of a running server"
+        ) from None
+    check_version(found, "backend sglang")
+    return found
+
+
+class EngineTransport:
+    """updatable: image features are not kept, because they would outlive an update of the vision tower."""
+
+    takes_tensors = True
+
+    def __init__(self, folder: Path, device: str, dtype: str, updatable: bool, arguments: dict[str, Any]) -> None:
+        self.where = "sglang engine"
+        self._version = installed_version()
+        kind = device.split(":")[0]
+        if kind == "cpu":
+            os.environ[CPU_FLAG] = "1"
+        if updatable:
+            os.environ[FEATURE_CACHE_MB] = "0"  # read by the scheduler's process, which inherits it
+        settings = {"model_path": str(folder), "device": kind, "dtype": dtype} | OURS
+        if ":" in device:
+            settings["base_gpu_id"] = int(device.split(":")[1])
+        settings |= (ON_CPU if kind == "cpu" else {}) | arguments
+        import sglang
+
+        self._engine = sglang.Engine(**settings)
+        self._settings = settings
+
+    async def facts(self) -> ServerFacts:
+        config = self._manager.model_config.hf_config
+        return ServerFacts(
+            version=self._version,
+            model_path=str(self._settings["model_path"]),
+            model_type=getattr(config, "model_type", None),
+            weight_version="default",
+            incremental=bool(self._settings.get("incremental_streaming_output")),
+            deterministic=bool(self._settings.get("enable_deterministic_inference")),
+            radix_cache=not self._settings.get("disable_radix_cache"),
+            rl_on_policy_target=self._settings.get("rl_on_policy_target"),
+        )
+
+    async def check_model(self, model: ServedModel) -> None:
+        config = self._manager.model_config
+        theirs = (config.vocab_size, config.hf_config.image_token_id)
+        if theirs != (model.vocab_size, model.image_token_id):
+            raise wrong_model(self.where, model, f"vocabulary and image id are {theirs} there")
+
+    async def send(self, payload: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        known = {name: value for name, value in payload.items() if name != "return_prompt_token_ids"}
+        try:
+            async for chunk in await self._engine.async_generate(**known):
+                yield chunk
+        except ValueError as error:
+            raise RequestRejected("refused_by_server", f"{self.where}: {error}") from None
+        except (BackendFailed, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            raise ConnectionLost(f"{self.where}: {type(error).__name__}: {error}") from error
+
+    async def abort(self, rid: str) -> None:
+        self._manager.abort_request(rid=rid)
+
+    async def flush(self) -> bool:
+        return bool((await self._manager.flush_cache()).success)
+
+    async def update_from_disk(self, folder: Path, version: str) -> tuple[bool, str]:
+        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+
+        update = UpdateWeightFromDiskReqInput(model_path=str(folder), weight_version=version, flush_cache=False)
+        ok, message, *_ = await self._manager.update_weights_from_disk(update, None)
+        return bool(ok), str(message)
+
+    async def set_version(self, version: str) -> None:
+        self._manager.record_config_updates("vtengine", weight_version=version)
+
+    async def close(self) -> None:
+        """Ends the scheduler's process; blocks for its seconds."""
+        self._engine.shutdown()
+
+    @property
+    def _manager(self) -> Any:
+        """Not public API of SGLang, like flush_cache and update_weights_from_disk on it: the public calls of these
+        block the event loop that generation runs on."""
+        return self._engine.tokenizer_manager

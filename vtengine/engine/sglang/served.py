@@ -1,0 +1,55 @@
+"""What we believe about the model that SGLang serves: ids, vocabulary, pixel limits of its image processor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtengine.model import ModelConfig
+
+PATCH_PIXELS = 14 * 14
+DEFAULT_MIN_PIXELS = 56 * 56
+DEFAULT_MAX_PIXELS = 28 * 28 * 16384
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """name: how it is called in messages (its folder). Pixel limits are those of the checkpoint's image processor.
+
+    An image outside of them would be resized by SGLang; that matters only where images travel as PNG.
+    """
+
+    name: str
+    vocab_size: int
+    image_token_id: int
+    video_token_id: int
+    min_pixels: int = DEFAULT_MIN_PIXELS
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    patch_dim: int = 1176
+    config: ModelConfig | None = None
+
+    @staticmethod
+    def from_folder(folder: str | Path) -> ServedModel:
+        """Reads config.json and, where it is there, preprocessor_config.json. Raises ValueError."""
+        folder = Path(folder)
+        config = ModelConfig.from_json(folder / "config.json")
+        low, high = _pixel_limits(folder / "preprocessor_config.json")
+        ids = (config.text.vocab_size, config.image_token_id, config.video_token_id)
+        return ServedModel(str(folder), *ids, low, high, config.vision.patch_dim, config)
+
+    @property
+    def compact_dim(self) -> int:
+        """Values per patch without the temporal copy."""
+        return self.patch_dim // 2
+
+
+def _pixel_limits(path: Path) -> tuple[int, int]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    size = data.get("size") or {}
+    low = data.get("min_pixels") or size.get("shortest_edge") or DEFAULT_MIN_PIXELS
+    high = data.get("max_pixels") or size.get("longest_edge") or DEFAULT_MAX_PIXELS
+    return int(low), int(high)
