@@ -44,6 +44,15 @@ def read_all(connection: socket.socket) -> bytes:
     return data
 
 
+def without_sizes(body: bytes) -> bytes:
+    """The data of a chunked body."""
+    data = b""
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        data, body = data + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    return data
+
+
 def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
     give_up_s = time.monotonic() + timeout_s
     while not condition():
@@ -57,9 +66,10 @@ def test_bytes_of_the_stream(serve: Serve) -> None:
     header, _, body = raw.partition(b"\r\n\r\n")
     assert b"content-type: text/event-stream" in header and b"cache-control: no-cache" in header
     assert raw.isascii()
-    lines = [line for line in body.split(b"\r\n") if line.startswith(b"data: ")]  # between the sizes of the chunks
-    events = [json.loads(line[6:]) for line in lines if line.strip() != b"data: [DONE]"]
-    assert lines[-1].strip() == b"data: [DONE]"
+    *events, end, nothing = without_sizes(body).split(b"\n\n")
+    assert (end, nothing) == (b"data: [DONE]", b"")
+    assert all(event.startswith(b"data: ") for event in events)
+    events = [json.loads(event[6:]) for event in events]
     assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == odd
 
 

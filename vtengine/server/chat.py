@@ -59,8 +59,9 @@ class ChatExchange(Response):
             message = f"not finished within {self.house.limits.request_timeout_s:g} s"
             await self._refuse(ApiError(504, "deadline", message, kind=BROKEN), receive, reply)
         except ClientGone:
-            scope["vtengine.status"] = GONE
-            self.house.metrics.cancelled.inc()
+            if not reply.ended:
+                scope["vtengine.status"] = GONE
+                self.house.metrics.cancelled.inc()
         except asyncio.CancelledError:
             self.has_body = True  # nobody waits for the rest of it any more
             await self._refuse(ApiError(503, "shutting_down", "the server is stopping", kind=BROKEN), receive, reply)
@@ -69,9 +70,11 @@ class ChatExchange(Response):
             await self._refuse(ApiError(500, "internal_error", "an internal error", kind=BROKEN), receive, reply)
 
     async def _refuse(self, error: ApiError, receive: Receive, reply: Reply) -> None:
+        if reply.ended:
+            return
         if reply.started:
-            await reply.event(error.body())
-            await reply.end_events()
+            reply.add_event(error.body())
+            await reply.send_events(is_last=True)
             return
         if not self.has_body:
             await discard_body(receive, 2 * self.house.limits.max_body_bytes)
@@ -98,12 +101,11 @@ class ChatExchange(Response):
     async def _run(self, job: Job, reply: Reply) -> None:
         async with self.house.gate.running():
             if job.streams:
-                episode = await _Stream(self.house, job, reply, self.request_id).run()
-            else:
-                episode = await run_job(job)
-                raise_unanswerable(episode, job, self.house)
-                await reply.whole(200, self._completion(episode, job))
-        self.house.metrics.count(episode)
+                await _Stream(self.house, job, reply, self.request_id).run()
+                return
+            episode = await run_job(job)
+            note_episode(episode, job, self.house)
+            await reply.whole(200, self._completion(episode, job))
 
     def _completion(self, episode: Episode, job: Job) -> Json:
         reasoning, content = whole_reply(episode)
@@ -133,19 +135,18 @@ async def run_job(job: Job, on_event: OnEvent | None = None) -> Episode:
     return await run_episode(job.question, backend, *parts, on_event=on_event)
 
 
-def raise_unanswerable(episode: Episode, job: Job, house: House) -> None:
-    """ApiError for an episode that gives no completion; it is counted as an episode all the same."""
-    if episode.status not in ("rejected", "failed") or is_spent(episode):
-        return
-    assert episode.error is not None
+def note_episode(episode: Episode, job: Job, house: House) -> None:
+    """Counts it. Raises ApiError if it gives no completion."""
     house.metrics.count(episode)
-    raise episode_error(episode.status, episode.error, job.image_param, house.limits.retry_after_s)
+    if episode.status in ("rejected", "failed") and not is_spent(episode):
+        assert episode.error is not None
+        raise episode_error(episode.status, episode.error, job.image_param, house.limits.retry_after_s)
 
 
-async def job_events(job: Job, keep_alive_s: float) -> AsyncIterator[Event | Episode | None]:
-    """The episode's events, None for a silence of keep_alive_s, the episode at last. Closing it cancels the episode.
+async def job_events(job: Job, keep_alive_s: float) -> AsyncIterator[list[Event | Episode]]:
+    """What has happened since the last look, nothing for a silence of keep_alive_s; the episode comes last.
 
-    Text that came while the reader was busy is one event, so a server that falls behind has less to send.
+    Closing it cancels the episode.
     """
     queue: asyncio.Queue[Event | None] = asyncio.Queue()
     episode = asyncio.ensure_future(run_job(job, queue.put_nowait))
@@ -156,22 +157,28 @@ async def job_events(job: Job, keep_alive_s: float) -> AsyncIterator[Event | Epi
                 async with asyncio.timeout(keep_alive_s):
                     event = await queue.get()
             except TimeoutError:
-                yield None
+                yield []
                 continue
-            while isinstance(event, TextDelta) and not queue.empty():
-                after = queue.get_nowait()
-                if isinstance(after, TextDelta):
-                    event = TextDelta(event.turn, event.text + after.text)
-                else:
-                    yield event
-                    event = after
+            batch: list[Event | Episode] = []
+            while event is not None:
+                _append(batch, event)
+                if queue.empty():
+                    break
+                event = queue.get_nowait()
             if event is None:
-                yield episode.result()
+                yield [*batch, episode.result()]
                 return
-            yield event
+            yield batch
     finally:
         episode.cancel()
         await asyncio.gather(episode, return_exceptions=True)
+
+
+def _append(batch: list[Event | Episode], event: Event) -> None:
+    """Text joins the text before it, so that a server that falls behind has less to send."""
+    if isinstance(event, TextDelta) and batch and isinstance(batch[-1], TextDelta):
+        event = TextDelta(event.turn, batch.pop().text + event.text)  # type: ignore[union-attr]
+    batch.append(event)
 
 
 class _Stream:
@@ -192,45 +199,44 @@ class _Stream:
         self.has_content = self.has_reasoning = False
         self.breaks = False  # a turn has begun whose reasoning is to be set off from that before it
 
-    async def run(self) -> Episode:
-        async with aclosing(job_events(self.job, self.house.limits.keep_alive_s)) as events:  # type: ignore[type-var]
-            async for event in events:
-                if isinstance(event, Episode):
-                    return await self._end(event)
-                if event is not None:
-                    await self._event(event)
+    async def run(self) -> None:
+        async with aclosing(job_events(self.job, self.house.limits.keep_alive_s)) as batches:  # type: ignore[type-var]
+            async for batch in batches:
+                for event in batch:
+                    self._read(event)
+                if batch:
+                    await self.reply.send_events(is_last=isinstance(batch[-1], Episode))
                 elif self.reply.started:
-                    await self.reply.comment()
-        raise AssertionError("unreachable")
+                    await self.reply.send_comment()
 
-    async def _event(self, event: Event) -> None:
+    def _read(self, event: Event | Episode) -> None:
+        """Adds what the event means to the chunks that are to be sent."""
         if isinstance(event, Asked):
-            if not self.reply.started:
-                await self.reply.start_events()
-                await self._delta({"role": "assistant", "content": ""})
+            if event.turn == 0:
+                self._delta({"role": "assistant", "content": ""})
             self.splitter, self.breaks = ReplySplitter(), self.has_reasoning
-            await self._asked(event)
+            self._asked(event)
         elif isinstance(event, TextDelta):
             for channel, text in self.splitter.push(event.text):
-                await self._text(channel, text)
+                self._text(channel, text)
+        elif isinstance(event, Replied):
+            self._replied(event)
         else:
-            await self._replied(event)
+            self._end(event)
 
-    async def _asked(self, event: Asked) -> None:
+    def _asked(self, event: Asked) -> None:
         view = shown_view(self.turns, event.turn, self.job.setting.limits)
         views = [view_account(view, image.width, image.height, image.visual_tokens) for image in event.images]
         started = {"event": "turn_started", "turn": event.turn + 1, "prompt_tokens": event.prompt_tokens}
-        await self._delta({}, {**started, "views": views})
+        self._delta({}, {**started, "views": views})
 
-    async def _replied(self, event: Replied) -> None:
+    def _replied(self, event: Replied) -> None:
         self.turns.append(event.record)
         for channel, text in self.splitter.flush():
-            await self._text(channel, text)
-        await self._delta(
-            {}, {"event": "turn_finished", **turn_account(self.turns, event.turn, self.job.setting.limits)}
-        )
+            self._text(channel, text)
+        self._delta({}, {"event": "turn_finished", **turn_account(self.turns, event.turn, self.job.setting.limits)})
 
-    async def _text(self, channel: str, text: str) -> None:
+    def _text(self, channel: str, text: str) -> None:
         if channel == "content" and self.job.stops:
             text = self.cutter.push(text)
         if not text:
@@ -239,24 +245,23 @@ class _Stream:
             self.has_content = True
         else:
             text, self.breaks, self.has_reasoning = TURN_BREAK * self.breaks + text, False, True
-        await self._delta({channel: text})
+        self._delta({channel: text})
 
-    async def _end(self, episode: Episode) -> Episode:
-        raise_unanswerable(episode, self.job, self.house)
+    def _end(self, episode: Episode) -> None:
+        """Raises ApiError for an episode that gives no completion; where nothing was sent yet, that is the status."""
+        note_episode(episode, self.job, self.house)
         if not self.has_content and not self.cutter.done and (plain := plain_answer(episode)):
-            await self._text("content", plain)
+            self._text("content", plain)
         if rest := self.cutter.flush():
-            await self._delta({"content": rest})
-        await self._delta({}, account(episode, self.job.setting.limits), finish_reason(episode))
+            self._delta({"content": rest})
+        self._delta({}, account(episode, self.job.setting.limits), finish_reason(episode))
         if self.job.with_usage:
-            await self.reply.event({**self.frame, "choices": [], "usage": usage(episode.turns)})
-        await self.reply.end_events()
-        return episode
+            self.reply.add_event({**self.frame, "choices": [], "usage": usage(episode.turns)})
 
-    async def _delta(self, delta: Json, extension: Json | None = None, finish: str | None = None) -> None:
+    def _delta(self, delta: Json, extension: Json | None = None, finish: str | None = None) -> None:
         chunk = {**self.frame, "choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
         if self.job.with_usage:
             chunk["usage"] = None
         if extension is not None:
             chunk["vtengine"] = extension
-        await self.reply.event(chunk)
+        self.reply.add_event(chunk)

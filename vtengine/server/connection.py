@@ -81,44 +81,44 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class Reply:
-    """Sends one response. `started`: the status is on its way and cannot be changed any more."""
+    """Sends one response. `started`: the status is on its way and cannot be changed any more. `ended`: all is sent."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.started = False
+        self._events = bytearray()
+        self.started = self.ended = False
 
     async def whole(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         data = encode_json(body)
         more = {"content-length": str(len(data)), **(headers or {})}
         await self._start(status, {"content-type": "application/json", **more})
         await self._send({"type": "http.response.body", "body": data})
+        self.ended = True
 
-    async def start_events(self) -> None:
-        await self._start(
-            200, {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
-        )
+    def add_event(self, data: Any) -> None:
+        """Keeps it for the next send_events: a call of the operating system costs more than an event."""
+        self._events += b"data: " + encode_json(data) + b"\n\n"
 
-    async def event(self, data: Any) -> None:
-        await self._chunk(b"data: " + encode_json(data) + b"\n\n")
+    async def send_events(self, is_last: bool = False) -> None:
+        """Sends what was added; the first time the status too, the last time the mark of the end."""
+        if not self.started:
+            await self._start(
+                200, {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+            )
+        data = bytes(self._events) + (b"data: [DONE]\n\n" if is_last else b"")
+        self._events.clear()
+        if data:
+            await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+        self.ended = is_last
 
-    async def comment(self) -> None:
+    async def send_comment(self) -> None:
         """Keeps proxies from closing a silent connection."""
-        await self._chunk(b": keep-alive\n\n")
-
-    async def end_events(self) -> None:
-        await self._chunk(b"data: [DONE]\n\n")
-        await self.end()
-
-    async def end(self) -> None:
-        await self._send({"type": "http.response.body", "body": b""})
+        await self._send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         self.started = True
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
-
-    async def _chunk(self, data: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 def encode_json(value: Any) -> bytes:
