@@ -39,10 +39,11 @@ def test_a_torn_tail_is_cut_and_writing_goes_on(tmp_path: Path, tail: bytes) -> 
     assert path.read_bytes() == whole + b'{"id": 3}\n'
 
 
-def test_a_foreign_file_is_not_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["first\nsecond\n", "one\n", "one"])
+def test_a_foreign_file_is_not_cut(tmp_path: Path, text: str) -> None:
     path = tmp_path / "notes.txt"
-    path.write_text("first\nsecond\n")
-    with pytest.raises(UsageError, match="line 1 is no row"):
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"notes\.txt: .* file"):
         list(complete_rows(path))
 
 

@@ -20,6 +20,10 @@ from vtengine.cli.scoring import is_correct
         ("-3", ["-3.0"]),
         ("\N{FULLWIDTH DIGIT FOUR}", ["4"]),
         ("...", ["..."]),
+        ("-0.0", ["0"]),
+        ("+007", ["7"]),
+        ("\N{ARABIC-INDIC DIGIT THREE}", ["3"]),
+        ("1" * 5000 + ".50", ["1" * 5000 + ".5"]),
     ],
 )
 def test_right(answer: str, accepted: list[str]) -> None:
@@ -37,6 +41,9 @@ def test_right(answer: str, accepted: list[str]) -> None:
         ("yes no", ["yes"]),
         ("x", []),
         ("1,25", ["125"]),
+        ("1" * 40 + "2", ["1" * 40 + "3"]),
+        ("1" * 90 + "2", ["1" * 90 + "3"]),
+        ("0.0", ["0.00001"]),
     ],
 )
 def test_wrong(answer: str | None, accepted: list[str]) -> None:

@@ -24,17 +24,17 @@ def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
     Raises UsageError for a broken line before the last: such a file was not written by `vtengine generate`.
     """
-    offset, torn = 0, 0
+    from vtengine.rollout.records import whole_rows
+
+    end = 0
+    try:
+        for row, end in whole_rows(path):
+            yield row, end
+    except ValueError as error:
+        raise UsageError(f"--resume {one_line(error)}; is it a file of `vtengine generate`?") from None
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if torn:
-                raise UsageError(f"--resume {path}: line {torn} is no row of `vtengine generate`; is it another file?")
-            row = _parse(raw)
-            if row is None:
-                torn = number
-                continue
-            offset += len(raw)
-            yield row, offset
+        if end == 0 and file.read(1) not in (b"", b"{", b"\0"):  # not even the beginning of a row
+            raise UsageError(f"--resume {path}: holds no row of `vtengine generate`; is it another file?")
 
 
 class OutputFile:
@@ -93,14 +93,6 @@ class OutputFile:
         except OSError as error:
             hint = "free some space, then run the same command with --resume"
             raise CliError(f"{self.path}: writing failed: {error.strerror}; {hint}") from None
-
-
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(raw) if raw.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def previous_path(path: Path) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
 
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)(?P<unit>[$€£¥]?)(?P<digits>\d{1,3}(?:,\d{3})+|\d+)(?P<fraction>\.\d+)?(?P<percent>%?)"
@@ -30,11 +29,14 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold().strip()
     number = _NUMBER.fullmatch(text.strip(_OUTER)) if text.strip(_OUTER) else None
     if number is not None:
-        plain = number["sign"] + number["digits"].replace(",", "") + (number["fraction"] or "")
-        try:
-            value = Decimal(plain[:64]).normalize()
-        except InvalidOperation:
-            return text
-        return f"{number['unit']}{value:f}{number['percent']}"
+        whole = _ascii(number["digits"].replace(",", "")).lstrip("0") or "0"
+        fraction = _ascii(number["fraction"] or "").rstrip("0").rstrip(".")
+        sign = "-" if number["sign"] == "-" and whole + fraction != "0" else ""
+        return f"{number['unit']}{sign}{whole}{fraction}{number['percent']}"
     words = " ".join(text.split())
     return words.strip(_OUTER) or words
+
+
+def _ascii(digits: str) -> str:
+    """Decimal digits of any script as 0 to 9; exact at any length."""
+    return "".join(char if char == "." else str(unicodedata.decimal(char)) for char in digits)

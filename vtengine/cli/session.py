@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ SETTINGS = (
     *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "max_new_tokens"),
     *("temperature", "top_p", "top_k", "seed", "n", "dtype", "image_root", "allow_http"),
 )
+SERVERS = ("http://", "https://")
+API_KEY = "VTENGINE_BACKEND_API_KEY"  # in the environment: the key of the server behind --backend URL
 SCRIPTED = "scripted:"  # followed by a JSON file of replies: runs without a model, for tests
 
 
@@ -58,6 +61,7 @@ async def open_session(
     except OSError as error:
         raise UsageError(f"--model {arguments.model}: cannot be read: {one_line(error)}") from None
     try:
+        await _check_server(setting.backend, arguments.backend)
         await _prefill_shared_prompt(setting)
         yield setting
     finally:
@@ -69,9 +73,15 @@ def check_backend(name: str) -> None:
     """Raises UsageError for a backend that is not there."""
     if name == "embedded" or name.startswith(SCRIPTED):
         return
-    if name == "sglang" or "://" in name:
-        raise UsageError(f"--backend {name}: not available in this version; use --backend embedded")
-    raise UsageError(f"--backend {name}: unknown; use embedded")
+    if name == "sglang":
+        from vtengine.engine.sglang.inprocess import installed_version
+
+        try:
+            installed_version()
+        except ValueError as error:
+            raise UsageError(f"--backend sglang: {one_line(error)}") from None
+    elif not name.startswith(SERVERS):
+        raise UsageError(f"--backend {name}: unknown; use embedded, sglang or the http://host:port of a server")
 
 
 def _build(
@@ -90,7 +100,8 @@ def _build(
     tokenizer = Tokenizer.load(folder)
     device, dtype = _device(arguments.device), _dtype(arguments)
     backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency)
-    pixels_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    over_http = arguments.backend.startswith(SERVERS)  # bytes are told from float32 pixels, not from bfloat16
+    pixels_dtype = dtype if dtype == torch.bfloat16 and not over_http else torch.float32
     bounds, images = pixel_limits(folder), decode_limits or DecodeLimits()
     sources = SourceLimits(max_bytes=images.max_bytes, allow_http=arguments.allow_http)
     pipeline = ImagePipeline(bounds, "compact", pixels_dtype, decode_limits=images, source_limits=sources)
@@ -130,6 +141,32 @@ def _backend(
         raise UsageError(
             f"the model and its keys and values do not fit into memory; {fix}: {one_line(error)}"
         ) from None
+
+
+def _sglang(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Backend:
+    from vtengine.engine.sglang import SglangEngineBackend, SglangHttpBackend
+
+    try:
+        if name != "sglang":
+            return SglangHttpBackend(name, folder, api_key=os.environ.get(API_KEY))
+        return SglangEngineBackend(folder, device=str(device), dtype=str(dtype).removeprefix("torch."))
+    except ValueError as error:
+        raise UsageError(f"--backend {name}: {one_line(error)}") from None
+
+
+async def _check_server(backend: Backend, name: str) -> None:
+    """Is SGLang there, and does it serve this model? Other backends have nothing to be asked."""
+    from vtengine.engine.base import BackendFailed
+
+    check = getattr(backend, "check", None)
+    if check is None:
+        return
+    try:
+        await check()
+    except BackendFailed as error:
+        raise CliError(f"--backend {name}: {one_line(error)}") from None
+    except ValueError as error:
+        raise UsageError(f"--backend {name}: {one_line(error)}") from None
 
 
 def _kv_bytes(model: Qwen2_5_VL, running: int) -> int:

@@ -86,7 +86,7 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
 
 def read_rows(path: Path) -> Iterator[Row]:
     """The whole rows of a file; a torn last line is left out. Raises ValueError for a broken line before the last."""
-    for row, _ in _whole_rows(path):
+    for row, _ in whole_rows(path):
         yield row
 
 
@@ -103,7 +103,7 @@ def find_resume(path: Path) -> Resume:
     done: set[RowKey] = set()
     end = 0
     if path.exists():
-        for row, offset in _whole_rows(path):
+        for row, offset in whole_rows(path):
             if "id" not in row or "sample" not in row:
                 raise ValueError(f"{path}: a row without id or sample; this is not a file of episodes")
             done.add((row["id"], row["sample"]))
@@ -145,7 +145,7 @@ class RowWriter:
         self.close()
 
 
-def _whole_rows(path: Path) -> Iterator[tuple[Row, int]]:
+def whole_rows(path: Path) -> Iterator[tuple[Row, int]]:
     """(row, offset of its end) for every line that ends in a newline; the last such line may be broken too."""
     end = 0
     broken: int | None = None
