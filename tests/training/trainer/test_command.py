@@ -92,12 +92,13 @@ def test_no_spread_ends_the_run_with_its_own_status(command, tmp_path, capsys, m
     assert "2 steps in a row had no group with spread" in said and "zero_spread" in said
 
 
-def test_a_finished_run_has_nothing_to_do(command, monkeypatch, capsys) -> None:
+def test_a_finished_run_has_nothing_to_do(command, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     arguments = command("once", "toy_reward:low_bytes", "steps=1")
     assert main(arguments) == 0
     assert main(arguments) == 0
     assert "going on from step 1" in capsys.readouterr().err
+    assert (tmp_path / "once" / "model" / "model.safetensors").is_file()
 
 
 def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, monkeypatch, capsys) -> None:

@@ -56,3 +56,26 @@ def test_learning_rate_zero_changes_nothing(make_config) -> None:
     asyncio.run(train(one, lambda figures: None))
     assert one.parts.learner.version == 2
     assert all(torch.equal(before[name], p) for name, p in one.parts.model.named_parameters())
+
+
+def test_sixteen_bits_over_float32_masters(make_config) -> None:
+    one, rows = run(make_config(steps=2, dtype="bfloat16", peak_tflops=1.0))
+    assert one.parts.model.dtype == torch.bfloat16
+    assert all(weight.dtype == torch.float32 for weight in one.parts.learner.optimizer.master.values())
+    assert rows[-1]["updates/skipped"] == 0
+    assert rows[-1]["mismatch/abs_diff"] < 0.05
+    assert 0 < rows[-1]["mfu"] < 1
+
+
+def test_validation_is_greedy_and_leaves_training_alone(make_config, tiny_data, tmp_path) -> None:
+    validation = {"every": 2, "files": [str(tiny_data)]}
+    alone = {"concurrency": 1}
+    plain = make_config(rollout=alone)
+    validated = make_config(rollout=alone, validation=validation, output=str(tmp_path / "validated"))
+    runs = [run(config) for config in (plain, validated)]
+    first, second = (one.parts.model.state_dict() for one, _ in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rows = runs[1][1]
+    assert [("val/reward/accuracy" in row) for row in rows] == [False, True, True]
+    assert rows[1]["val/questions"] == 5
+    assert not any(name.startswith("val/") for row in runs[0][1] for name in row)

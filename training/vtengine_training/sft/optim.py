@@ -70,7 +70,8 @@ class MasterAdamW:
             with torch.no_grad():
                 weight.copy_(saved)
                 self.live[name].copy_(saved)
-            state = {k: tensors[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors}
+            found = {k: tensors.get(f"{k}.{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
+            state = {k: value.to(weight.device) for k, value in found.items() if value is not None}
             if state:
                 state["step"] = state["step"].reshape(())
                 self.adam.state[weight] = state

@@ -37,6 +37,7 @@ def run_grpo(arguments: argparse.Namespace) -> int:
         print("\n".join(f"# {line}" if line else "#" for line in plan(config)))
         return 0
     from vtengine_training.trainer.loop import Run
+    from vtengine_training.trainer.parts import export_model
     from vtengine_training.trainer.step import TrainingDiverged
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
@@ -55,7 +56,8 @@ def run_grpo(arguments: argparse.Namespace) -> int:
     if run.step < config.steps:
         print(f"{output}: stopped and saved at step {run.step} of {config.steps}", file=sys.stderr)
         return EXIT_STOPPED
-    print(f"{run.checkpoints / 'latest'}: names the last checkpoint; its model/ loads anywhere", file=sys.stderr)
+    export_model(run.parts.model, run.parts.folder, output / "model")
+    print(f"{output / 'model'}: the model; {output / 'metrics.jsonl'}: how it got there", file=sys.stderr)
     return 0
 
 

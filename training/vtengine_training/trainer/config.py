@@ -33,6 +33,23 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Greedy episodes every so many steps (0 = never), and after the last one: `val/*` in the metrics.
+
+    files: JSONL, as for training. Or `glance`: generated questions of the validation split.
+    """
+
+    every: int = 0
+    files: tuple[str, ...] = ()
+    glance: GlanceData | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "every")
+        if self.every and bool(self.files) == (self.glance is not None):
+            raise ValueError("files: name JSONL files, or give a [validation.glance] section, and not both")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """One step's rollouts: `prompts` groups of `n` siblings.
 
@@ -142,6 +159,7 @@ class GrpoConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps")

@@ -28,6 +28,7 @@ from vtengine_training.trainer.cost import ModelCost
 from vtengine_training.trainer.parts import build_parts, export_model, weights_fingerprint
 from vtengine_training.trainer.step import TrainingDiverged
 from vtengine_training.trainer.trajectory import pack_groups, unpack_groups
+from vtengine_training.trainer.validate import validate
 
 log = logging.getLogger(__name__)
 Figures = dict[str, float]
@@ -67,6 +68,9 @@ class Run:
         await announce(self.parts.engine, self.parts.learner.version)
         while self.step < self.config.steps and not self.stop_requested:
             figures = await self.advance()
+            every = self.config.validation.every
+            if every and (self.step % every == 0 or self.step == self.config.steps):
+                figures |= await self.validate()
             report(figures)  # before the save: a kill in between must not lose the row of a saved step
             for alarm in self.alarms.check(figures):
                 log.warning("step %d: %s", self.step, alarm)
@@ -102,6 +106,17 @@ class Run:
         }
         self.seconds_saving = 0.0
         return figures | self._speed(figures)
+
+    async def validate(self) -> Figures:
+        """Greedy episodes on the held-out questions, with the current weights."""
+        began = time.perf_counter()
+        assert self.parts.validation is not None
+        concurrency = self.config.rollout.concurrency
+        found = await validate(
+            self.parts.collector.setting, self.parts.validation, self.parts.rewarder.function, concurrency
+        )
+        await announce(self.parts.engine, self.parts.learner.version)  # what it cached must not depend on validation
+        return found | {"time/validate": time.perf_counter() - began}
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0): linear warm-up, then constant."""

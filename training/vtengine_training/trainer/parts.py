@@ -45,6 +45,7 @@ class Parts:
     engine: EmbeddedEngine
     pipeline: ImagePipeline
     dataset: Dataset
+    validation: Dataset | None
     rewarder: Rewarder
     collector: Collector
     learner: Learner
@@ -57,6 +58,7 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     dataset = read_dataset(data_files(config))
+    validation = read_dataset(validation_files(config)) if config.validation.every else None
     tokenizer = Tokenizer.load(folder)
     dtype = getattr(torch, config.dtype)
     model = load_model(folder, device, dtype)
@@ -77,7 +79,7 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
     sampler = Sampler(len(dataset), config.data.seed)
     kind = config.loss.objective.advantage
     collector = Collector(setting, dataset, sampler, rewarder, rollout, kind, config.seed)
-    return Parts(folder, model, setting.backend, setting.pipeline, dataset, rewarder, collector, learner)
+    return Parts(folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner)
 
 
 def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Setting:
@@ -117,22 +119,27 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def data_files(config: GrpoConfig) -> Sequence[Path]:
-    """The JSONL files; generated questions are written first, where they are not there yet."""
-    if config.data.glance is None:
-        return [Path(name) for name in config.data.files]
-    folder = glance_folder(config, config.data.glance)
+def data_files(config: GrpoConfig) -> list[Path]:
+    """The training JSONL; generated questions are written first, where they are not there yet."""
+    return _files(config, config.data.files, config.data.glance, "train")
+
+
+def validation_files(config: GrpoConfig) -> list[Path]:
+    """The same of the validation questions."""
+    return _files(config, config.validation.files, config.validation.glance, "validation")
+
+
+def _files(config: GrpoConfig, files: Sequence[str], glance: GlanceData | None, split: str) -> list[Path]:
+    if glance is None:
+        return [Path(name) for name in files]
+    # Seed and count are in the name, so that another config gets other questions.
+    folder = Path(config.output) / f"questions-{split}-{glance.seed}-{glance.count}"
     if not (folder / "questions.jsonl").is_file():
         making = folder.with_name(f".{folder.name}.part")
         shutil.rmtree(making, ignore_errors=True)
-        write_questions(making, "train", config.data.glance.seed, config.data.glance.count, balanced=False)
+        write_questions(making, split, glance.seed, glance.count, balanced=False)
         making.replace(folder)
     return [folder / "questions.jsonl"]
-
-
-def glance_folder(config: GrpoConfig, data: GlanceData) -> Path:
-    """Where generated questions lie: seed and count are in the name, so that another config gets others."""
-    return Path(config.output) / f"questions-{data.seed}-{data.count}"
 
 
 def export_model(model: Qwen2_5_VL, source: Path, folder: Path) -> None:
