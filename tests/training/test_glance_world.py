@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from vtengine_training.glance import KINDS, SPLITS, Scene, guess, make_scene
+from vtengine_training.glance.pages import make_page
 from vtengine_training.glance.scene import COLOURS, LOW_READABLE, LOW_UNREADABLE, Query
-from vtengine_training.glance.supervision import IGNORE, KEYS, SIZES, patch_labels
+from vtengine_training.glance.supervision import IGNORE, KEYS, SIZES, answer_tokens, patch_labels
 from vtengine_training.glance.views import LIMITS, patches, plans, query_needs_high
 
 SCENES = [make_scene("validation", 5, index) for index in range(210)]
@@ -93,7 +94,7 @@ def test_drawing_answers_can_be_read_off_the_marks() -> None:
 def test_everything_lies_inside_the_picture_and_glyphs_do_not_overlap() -> None:
     for scene in SCENES:
         height, width = scene.image.shape[:2]
-        assert 100 <= height <= 224 and 100 <= width <= 280
+        assert 100 <= height <= 230 and 100 <= width <= 286
         taken = np.zeros((height, width), bool)
         for glyph in scene.glyphs:
             assert glyph.x >= 0 and glyph.x + glyph.w <= width and glyph.y >= 0 and glyph.y + glyph.h <= height
@@ -122,6 +123,27 @@ def test_dense_labels_name_every_legible_glyph() -> None:
         keys = {glyph.key for glyph in scene.glyphs}
         assert keys <= set(KEYS)
         assert {KEYS.index(key) + 1 for key in keys} <= set(labels[:, 1].tolist())  # the high view shows all
+
+
+def test_answers_are_located_where_they_are_legible() -> None:
+    for scene in SCENES:
+        low, high = plans(scene)
+        for plan in (low, high):
+            labels = patch_labels(scene, plan).stack()
+            for query in scene.queries:
+                shown = answer_tokens(scene, plan, labels, query)
+                if plan is high or (not query_needs_high(scene, query) and query.mark < 0):
+                    assert all(len(tokens) for tokens in shown), (scene.kind, query)
+                assert all(0 <= token < plan.visual_tokens for tokens in shown for token in tokens)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_pages_are_dense_and_ask_nothing(number: int) -> None:
+    page = make_page(0, number)
+    assert not page.queries and len(page.glyphs) >= 40
+    labels = patch_labels(page, plans(page)[page.image.shape[0] < 200]).stack()
+    assert (labels[:, 0] > 0).sum() >= 40 and (labels[:, 1] <= 0).all()
+    assert np.array_equal(page.image, make_page(0, number).image)
 
 
 @pytest.mark.parametrize("scene", SCENES[:40], ids=lambda scene: scene.kind)

@@ -28,7 +28,7 @@ SHAPE = ShapeConfig(
 def small(output: Path, **changes: object) -> SftConfig:
     phases = (
         PhaseConfig("vision", steps=1, scenes=2, questions=0, warmup=1, low_share=1.0),
-        PhaseConfig("talk", steps=2, scenes=2, questions=2, warmup=1),
+        PhaseConfig("talk", steps=2, scenes=2, questions=2, warmup=1, pages=1, look_weight=0.3),
     )
     config = SftConfig(
         output=str(output), shape=SHAPE, data=DataConfig(workers=0), phases=phases,
@@ -74,6 +74,15 @@ def test_training_learns_the_format(tmp_path: Path) -> None:
     Run(small(tmp_path, phases=phases, bfloat16=False)).train(figures.append)  # type: ignore[arg-type]
     losses = [row["language_loss"] for row in figures if "language_loss" in row]
     assert losses[-1] < losses[0] * 0.8
+
+
+def test_a_head_learns_where_to_look(tmp_path: Path) -> None:
+    shape = replace(SHAPE, text_layers=3)
+    phases = (PhaseConfig("talk", steps=30, scenes=3, learning_rate=3e-3, warmup=2, look_weight=1.0),)
+    figures: list[dict[str, float]] = []
+    Run(small(tmp_path, shape=shape, phases=phases, bfloat16=False)).train(figures.append)  # type: ignore[arg-type]
+    looks = [row["look"] for row in figures if "look" in row]
+    assert max(looks[-5:]) > looks[0]
 
 
 def test_evaluation_counts_by_kind(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def label(rng: np.random.Generator) -> Scene:
     canvas = Canvas(rng, width, height, paper)
     x, y = place(rng, width, wide, 28), place(rng, height, 84, 28)
     canvas.draw.rounded_rectangle((x + 2, y + 2, x + wide - 3, y + 81), 8, fill=tag, outline=ink)
-    lower = y + (28 if rng.random() < 0.5 else 56)
+    lower = y + 56
     for text, scale, top, key in ((word, scales[0], y, "word"), (code, scales[1], lower, "code")):
         content, left = len(text) * CELL[scale], x + (14 if scale == "small" else 0)
         canvas.write(text, left + place(rng, wide - 28, content, CELL[scale]), top, scale, ink, key)
@@ -78,7 +78,8 @@ def receipt(rng: np.random.Generator) -> Scene:
     count = int(rng.integers(2, 5 if scale == "small" else 4))
     items = [ITEMS[int(i)] for i in rng.permutation(len(ITEMS))[:count]]
     gap = 1 if scale == "large" else int(rng.integers(1, 3))
-    wide, tall = (3 + gap + 4) * cell, count * 28
+    pitch = 2 * cell
+    wide, tall = (3 + gap + 4) * cell, count * pitch
     width, height = pick_side(rng, wide, 280), pick_side(rng, tall, 168)
     paper, ink = pick_colours(rng)
     canvas = Canvas(rng, width, height, paper)
@@ -86,8 +87,8 @@ def receipt(rng: np.random.Generator) -> Scene:
     queries = []
     for row, item in enumerate(items):
         price = f"{digits(rng, 1)}.{digits(rng, 2)}"
-        canvas.write(item, x, y + 28 * row, scale, ink, "item")
-        canvas.write(price, x + (3 + gap) * cell, y + 28 * row, scale, ink, item)
+        canvas.write(item, x, y + pitch * row, scale, ink, "item")
+        canvas.write(price, x + (3 + gap) * cell, y + pitch * row, scale, ink, item)
         queries.append(Query(f"Price of {item}?", price, "d.dd", item, canvas.cap(scale)))
     return Scene("receipt", canvas.finish(), tuple(canvas.glyphs), tuple(canvas.marks), tuple(queries))
 
@@ -98,7 +99,8 @@ def table(rng: np.random.Generator) -> Scene:
     cell = CELL[scale]
     columns = int(rng.integers(2, 4)) if scale == "small" else 2
     rows = int(rng.integers(2, 5 if scale == "small" else 4))
-    wide, tall = (1 + 3 * columns) * cell, (rows + 1) * 28
+    pitch = 2 * cell
+    wide, tall = (1 + 3 * columns) * cell, (rows + 1) * pitch
     width, height = pick_side(rng, wide, 280), pick_side(rng, tall, 224)
     paper, ink = pick_colours(rng)
     canvas = Canvas(rng, width, height, paper)
@@ -106,12 +108,12 @@ def table(rng: np.random.Generator) -> Scene:
     if rng.random() < 0.5:
         line = tuple((p + i) // 2 for p, i in zip(paper, ink, strict=True))
         for row in range(1, rows + 1):
-            canvas.draw.line((x, y + 28 * row, x + wide, y + 28 * row), fill=line)
+            canvas.draw.line((x, y + pitch * row - 1, x + wide, y + pitch * row - 1), fill=line)
     for column in range(columns):
         canvas.write(TABLE_COLUMNS[column], x + (2 + 3 * column) * cell, y, scale, ink, "head")
     queries = []
     for row in range(rows):
-        top = y + 28 * (row + 1)
+        top = y + pitch * (row + 1)
         canvas.write(TABLE_ROWS[row], x, top, scale, ink, "head")
         for column in range(columns):
             value, key = digits(rng, 2), TABLE_ROWS[row] + TABLE_COLUMNS[column]

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from vtengine_training.glance import documents, graphics
+from vtengine_training.glance.ink import LARGE_CAPS
 from vtengine_training.glance.scene import DIGITS, KINDS, LETTERS, Query, Scene
 
 SPLITS = ("train", "validation", "test")
@@ -44,17 +45,28 @@ def make_scene(split: str, seed: int, index: int, kind: str | None = None) -> Sc
     if kind is not None and kind not in MAKERS:
         raise ValueError(f"kind: {kind!r} is unknown; use one of {', '.join(KINDS)}")
     scene = MAKERS[kind or drawn](rng)
-    return _crop(rng, scene) if rng.random() < ODD_SIZES else scene
+    return _odd_size(rng, scene) if rng.random() < ODD_SIZES else scene
 
 
-def _crop(rng: np.random.Generator, scene: Scene) -> Scene:
-    """Cut up to 6 px off the right and the lower edge where nothing is drawn."""
+def _odd_size(rng: np.random.Generator, scene: Scene) -> Scene:
+    """Up to 6 px off or on at the right and the lower edge: the views are a little larger or smaller than drawn.
+
+    Large type may only grow and small type only shrink, or it would no longer be clear whether the low view suffices.
+    """
     height, width = scene.image.shape[:2]
-    right = max([g.x + g.w for g in scene.glyphs] + [m.x + m.w for m in scene.marks])
-    lower = max([g.y + g.h for g in scene.glyphs] + [m.y + m.h for m in scene.marks])
-    width -= int(rng.integers(0, max(1, min(6, width - right - 1) + 1)))
-    height -= int(rng.integers(0, max(1, min(6, height - lower - 1) + 1)))
-    return replace(scene, image=np.ascontiguousarray(scene.image[:height, :width]))
+    caps = {query.cap for query in scene.queries if query.cap is not None}
+    if caps and max(caps) < LARGE_CAPS[0]:
+        more = rng.integers(0, 7, 2)
+        image = np.pad(scene.image, ((0, int(more[0])), (0, int(more[1])), (0, 0)), mode="edge")
+    elif not caps or min(caps) >= LARGE_CAPS[0]:
+        right = max([g.x + g.w for g in scene.glyphs] + [m.x + m.w for m in scene.marks])
+        lower = max([g.y + g.h for g in scene.glyphs] + [m.y + m.h for m in scene.marks])
+        width -= int(rng.integers(0, max(1, min(6, width - right - 1) + 1)))
+        height -= int(rng.integers(0, max(1, min(6, height - lower - 1) + 1)))
+        image = scene.image[:height, :width]
+    else:
+        image = scene.image
+    return replace(scene, image=np.ascontiguousarray(image))
 
 
 def guess(rng: np.random.Generator, query: Query) -> str:

@@ -19,7 +19,7 @@ from vtengine_training.glance.scene import Glyph, Mark
 Colour = tuple[int, ...]
 """Red, green, blue."""
 CELL = {"small": 14, "large": 28}
-SMALL_CAP = 7
+SMALL_CAP = 8
 LARGE_CAPS = (16, 17, 18, 19)
 FONTS = (
     "DejaVuSans.ttf",

@@ -30,6 +30,9 @@ BARS = "ABCDE"
 TABLE_ROWS = "ABCD"
 TABLE_COLUMNS = "123"
 
+NO_FIELD = "?"
+"""Key of glyphs that belong to no field anyone asks for: dense labels skip their key and slot."""
+
 LOW_READABLE = 8.0
 """Cap height in low-view pixels from which a glyph counts as answerable in the low view."""
 LOW_UNREADABLE = 4.0

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from vtengine.vision.plan import PATCH, ViewPlan
-from vtengine_training.glance.scene import BARS, CHARS, COLOURS, ITEMS, SHAPES, TABLE_COLUMNS, TABLE_ROWS, Query, Scene
+from vtengine_training.glance.scene import (
+    BARS,
+    CHARS,
+    COLOURS,
+    ITEMS,
+    NO_FIELD,
+    SHAPES,
+    TABLE_COLUMNS,
+    TABLE_ROWS,
+    Query,
+    Scene,
+)
 
 IGNORE = -100
 LEGIBLE = 5.0
@@ -75,8 +86,9 @@ def patch_labels(scene: Scene, plan: ViewPlan) -> PatchLabels:
             best[r, c] = area
             named = legible and is_sure
             grids["char"][r, c] = _CHAR[glyph.char] if named else IGNORE
-            grids["key"][r, c] = _KEY[glyph.key] if named else IGNORE
-            grids["slot"][r, c] = glyph.slot + 1 if named else IGNORE
+            in_field = named and glyph.key != NO_FIELD
+            grids["key"][r, c] = _KEY[glyph.key] if in_field else IGNORE
+            grids["slot"][r, c] = glyph.slot + 1 if in_field else IGNORE
     return PatchLabels(**{name: _merge_order(grid) for name, grid in grids.items()})
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from vtengine.model.positions import mrope_positions
 from vtengine.vision.plan import ViewPlan
 from vtengine_training.glance import Query, Scene, guess, make_scene
+from vtengine_training.glance.pages import make_page
 from vtengine_training.glance.supervision import answer_tokens, patch_labels
 from vtengine_training.glance.views import patches, plans, query_needs_high
 from vtengine_training.sft.config import DataConfig, PhaseConfig
@@ -125,6 +126,9 @@ def make_batch(renderer: Renderer, image_token: int, data: DataConfig, phase: Ph
                     packer.view(scene, name)
             continue
         _add_questions(packer, rng, renderer, scene, data, phase)
+    for index in range(phase.pages):
+        page = make_page(data.seed, step * 4096 + index)
+        packer.view(page, "high" if page.image.shape[0] < 200 else "low")
     return packer.batch()
 
 

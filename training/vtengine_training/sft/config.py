@@ -87,7 +87,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """One stretch of training. questions = 0 trains the vision tower alone, on the dense labels.
+    """One stretch of training. questions = 0 trains the vision tower alone, on the dense labels. pages: pictures full
+    of random characters that join each batch, for the dense labels only.
 
     low_share, high_share: direct prompts; the rest is adaptive. (Vision only: low_share = scenes also shown low.)
     aux_weight: of the dense loss; look_weight: of the loss on where the answer's tokens look. horizon: length of the
@@ -99,6 +100,7 @@ class PhaseConfig:
     steps: int = 1000
     scenes: int = 32
     questions: int = 2
+    pages: int = 0
     learning_rate: float = 1e-3
     final_rate: float = 1e-4
     warmup: int = 50
@@ -113,6 +115,7 @@ class PhaseConfig:
         for name in ("steps", "scenes", "warmup"):
             _least(name, getattr(self, name), 1)
         _least("questions", self.questions, 0)
+        _least("pages", self.pages, 0)
         for name in ("low_share", "high_share", "guess_share"):
             _share(name, getattr(self, name))
         if self.questions and self.low_share + self.high_share > 1:
