@@ -113,7 +113,11 @@ class Running:
         assert not self.thread.is_alive()
 
 
-def make_setting(backend: Backend, tokenizer: Tokenizer, profile: str = "glance", **limits: Any) -> Setting:
+def make_setting(
+    backend: Backend, tokenizer: Tokenizer, profile: str = "glance", http: bool = False, **limits: Any
+) -> Setting:
+    sources = SourceLimits(1 << 20, allow_http=http, allow_private_hosts=http)
+    bounds = {"decode_limits": DecodeLimits(max_pixels=500_000), "source_limits": sources}
     pipeline = ImagePipeline(
         layout="compact",
         num_workers=1,

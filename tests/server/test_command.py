@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -55,6 +56,13 @@ class Process:
             assert self.popen.poll() is None and time.monotonic() < give_up_s, self.log
             time.sleep(0.02)
         return found[1]
+
+    def wait_until_running(self) -> None:
+        """Returns once an episode is at work."""
+        give_up_s = time.monotonic() + 20
+        while "vtengine_requests_running 1.0" not in get(self.url + "/metrics")[1]:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.02)
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=2, timeout=60)
@@ -129,10 +137,7 @@ def test_a_signal_lets_running_requests_finish(
 
     thread = threading.Thread(target=run)
     thread.start()
-    give_up_s = time.monotonic() + 20
-    while "vtengine_requests_running 1.0" not in get(server.url + "/metrics")[1]:
-        assert time.monotonic() < give_up_s
-        time.sleep(0.02)
+    server.wait_until_running()
     server.popen.send_signal(signal.SIGTERM)
     thread.join(timeout=30)
     assert server.finish() == 0
@@ -152,10 +157,7 @@ def test_what_outlasts_the_drain_is_told(process: Callable[..., Process], script
 
     thread = threading.Thread(target=run)
     thread.start()
-    give_up_s = time.monotonic() + 20
-    while "vtengine_requests_running 1.0" not in get(server.url + "/metrics")[1]:
-        assert time.monotonic() < give_up_s
-        time.sleep(0.02)
+    server.wait_until_running()
     server.popen.send_signal(signal.SIGTERM)
     thread.join(timeout=30)
     assert server.finish() == 0
@@ -226,3 +228,23 @@ def test_every_limit_is_documented() -> None:
     assert {name: float(value) * units[unit] for name, value, unit in rows} == fields
     help_text = " ".join(build_parser()._subparsers._group_actions[0].choices["serve"].epilog.split())  # type: ignore
     assert all(name in help_text for name in fields)
+
+
+def test_a_second_signal_does_not_wait(process: Callable[..., Process], scripted: Callable[..., list[str]]) -> None:
+    server = process(*scripted(delay_s=8.0), "--set", "drain_s=60")
+    client = server.client().with_options(max_retries=0)
+
+    def run() -> None:
+        with contextlib.suppress(openai.APIError):
+            client.chat.completions.create(model="tiny", messages=ask())  # type: ignore[arg-type]
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    server.wait_until_running()
+    started_s = time.monotonic()
+    server.popen.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.finish() == 0
+    assert time.monotonic() - started_s < 6
+    thread.join()

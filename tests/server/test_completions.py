@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -208,6 +212,20 @@ def test_a_model_without_the_protocol_still_answers(serve: Serve, stream: bool) 
 def test_formats(serve: Serve, form: str) -> None:
     url = data_url(picture(form=form), f"image/{form.lower()}")
     assert create(serve([ANSWER]), messages=ask(url=url)).choices[0].message.content == "a red ball"
+
+
+def test_images_are_fetched_where_that_is_allowed(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "ball.png").write_bytes(picture())
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as images:
+        threading.Thread(target=images.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{images.server_address[1]}"
+        server = serve([ANSWER], http=True)
+        assert create(server, messages=ask(url=f"{address}/ball.png")).choices[0].message.content == "a red ball"
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(server, messages=ask(url=f"{address}/absent.png"))
+        assert caught.value.param == "messages[0].content[0].image_url.url"
+        images.shutdown()
 
 
 def test_models(serve: Serve) -> None:
