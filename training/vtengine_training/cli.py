@@ -90,7 +90,7 @@ def _grpo(arguments: argparse.Namespace) -> int:
 
 
 def _judge_check(arguments: argparse.Namespace) -> int:
-    from vtengine_training.rewards.judge.command import run_judge_check
+    from vtengine_training.judge_check import run_judge_check
 
     return run_judge_check(arguments)
 

@@ -99,6 +99,8 @@ class Server:
                 pass
 
         class Quiet(ThreadingHTTPServer):
+            request_queue_size = 128
+
             def handle_error(self, request: object, client_address: object) -> None:
                 """Clients that hang up are part of the play."""
 

@@ -96,8 +96,9 @@ async def scores(server, mode):
         await judge.close()
 
 
-@pytest.mark.parametrize("mode", ["judge", "rules+judge"])
-@pytest.mark.parametrize("act", [naive, echo, echo_after_thought])
+@pytest.mark.parametrize(
+    ("act", "mode"), [(naive, "judge"), (naive, "rules+judge"), (echo, "judge"), (echo_after_thought, "judge")]
+)
 def test_none_passes_a_judge(act, mode):
     pytest.importorskip("openai")
     with serving(act) as server:

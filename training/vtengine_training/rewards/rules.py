@@ -208,7 +208,7 @@ def _items(text: str) -> list[Hashable] | None:
     """The items in comparable form: (base value, dimension) for a quantity, else normal text."""
     parts = _json_list(text)
     if parts is None:
-        split = _SEPARATORS.split(text.strip().strip("[](){}"))
+        split = _SEPARATORS.split(_unbracket(text.strip()))
         parts = [part for piece in split for part in _more_parts(piece) if part.strip()]
     if not parts or len(parts) > MAX_ITEMS:
         return None
@@ -217,6 +217,11 @@ def _items(text: str) -> list[Hashable] | None:
         found: Quantity | None = parse_quantity(part)
         items.append(normalise(part) if found is None else (found.base_value, found.dimension))
     return items
+
+
+def _unbracket(text: str) -> str:
+    """Without one pair of brackets around the whole."""
+    return text[1:-1] if len(text) > 2 and text[0] + text[-1] in ("[]", "()", "{}") else text
 
 
 def _more_parts(piece: str) -> list[str]:

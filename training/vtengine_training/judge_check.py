@@ -7,24 +7,21 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from vtengine.config import build, read_data, to_toml
 from vtengine_training.rewards.judge.check import Outcome, all_probes, try_probes
 from vtengine_training.rewards.judge.config import JudgeConfig
 from vtengine_training.rewards.judge.judge import Judge
+from vtengine_training.rewards.rewarder import RewardConfig
+from vtengine_training.trainer.config import GrpoConfig
 
 EXIT_UNFIT = 1
 
 
 def run_judge_check(arguments: argparse.Namespace) -> int:
-    """The command. Reads `[reward.judge]` of any training config. 0 = every verdict was right, else 1."""
-    data = read_data(arguments.config, arguments.overrides)
-    section = data.get("reward", {})
-    section = section.get("judge") if isinstance(section, dict) else None
-    if not isinstance(section, dict):
-        raise ValueError(f"{arguments.config}: has no section [reward.judge]; see docs/rewards.md")
-    config = build(JudgeConfig, section, "reward.judge.")
-    config.require_model()
+    """The command. 0 = every verdict was right, else 1."""
+    config = judge_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
         return 0
@@ -36,6 +33,20 @@ def run_judge_check(arguments: argparse.Namespace) -> int:
     tokens = f"{figures.get('prompt_tokens', 0):.0f} + {figures.get('completion_tokens', 0):.0f} tokens"
     print(f"{figures.get('requests', 0):.0f} requests, {tokens}, cost {judge.cost:.4f}", file=sys.stderr)
     return 0 if all(outcome.is_right for outcome in outcomes) else EXIT_UNFIT
+
+
+def judge_config(path: Path, overrides: Sequence[str]) -> JudgeConfig:
+    """`[reward.judge]` of a file that holds only `[reward]`, or of a whole training config. Raises ValueError."""
+    data = read_data(path, overrides)
+    section = data.get("reward")
+    if not isinstance(section, dict) or not isinstance(section.get("judge"), dict):
+        raise ValueError(f"{path}: has no section [reward.judge]; see docs/rewards.md")
+    if set(data) == {"reward"}:
+        config = build(RewardConfig, section, "reward.").judge
+    else:
+        config = build(GrpoConfig, data).reward.judge
+    config.require_model()
+    return config
 
 
 async def _ask(judge: Judge) -> list[Outcome]:
