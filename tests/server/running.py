@@ -117,13 +117,8 @@ def make_setting(
     backend: Backend, tokenizer: Tokenizer, profile: str = "glance", http: bool = False, **limits: Any
 ) -> Setting:
     sources = SourceLimits(1 << 20, allow_http=http, allow_private_hosts=http)
-    bounds = {"decode_limits": DecodeLimits(max_pixels=500_000), "source_limits": sources}
-    pipeline = ImagePipeline(
-        layout="compact",
-        num_workers=1,
-        decode_limits=DecodeLimits(max_pixels=500_000),
-        source_limits=SourceLimits(1 << 20),
-    )
+    pixels = DecodeLimits(max_pixels=500_000)
+    pipeline = ImagePipeline(layout="compact", num_workers=1, decode_limits=pixels, source_limits=sources)
     sampling = SamplingParams(max_new_tokens=512)
     return Setting(backend, pipeline, tokenizer, load_profile(profile), Limits(**limits), sampling)
 
