@@ -149,3 +149,39 @@ def test_concurrency_changes_nothing(collector) -> None:
     for a, b in zip(collect(one).groups, collect(many).groups, strict=True):
         assert (a.draw, a.example) == (b.draw, b.example)
         assert [t.token_ids.tolist() for t in a.trajectories] == [t.token_ids.tolist() for t in b.trajectories]
+
+
+def test_a_slow_judge_does_not_hold_up_the_engine(collector) -> None:
+    """One episode at a time in the engine, and yet several verdicts under way; groups are as without the wait."""
+    active, most = 0, 0
+
+    class Slow(LowBytes):
+        async def score(self, episode, example):
+            nonlocal active, most
+            active += 1
+            most = max(most, active)
+            await asyncio.sleep(0.2)
+            active -= 1
+            return await super().score(episode, example)
+
+    slow, fast = collector(Slow(), rollout={"concurrency": 1}), collector(rollout={"concurrency": 1})
+    for a, b in zip(collect(slow).groups, collect(fast).groups, strict=True):
+        assert [t.token_ids.tolist() for t in a.trajectories] == [t.token_ids.tolist() for t in b.trajectories]
+        assert [t.advantage for t in a.trajectories] == [t.advantage for t in b.trajectories]
+    assert most > 1
+
+
+def test_cancelling_a_step_leaves_nothing_running(collector) -> None:
+    class Never:
+        async def score(self, episode, example):
+            await asyncio.sleep(1000)
+
+    async def cancelled(one) -> set[asyncio.Task]:
+        task = asyncio.create_task(one.collect(1))
+        await asyncio.sleep(0.5)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await asyncio.sleep(0)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(cancelled(collector(Never()))) == set()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vtengine.rollout.episode import Episode
 from vtengine.rollout.group import Setting, in_order, run_sample
@@ -34,6 +36,19 @@ class Scored:
     example: int
     episode: Episode
     score: Score | None
+
+
+@dataclass(frozen=True, eq=False)
+class Played:
+    """One sample whose verdict is on its way."""
+
+    draw: int
+    example: int
+    episode: Episode
+    verdict: asyncio.Task[Score | None]
+
+    async def scored(self) -> Scored:
+        return Scored(self.draw, self.example, self.episode, await self.verdict)
 
 
 @dataclass
@@ -64,6 +79,7 @@ class Collector:
         self.config, self.kind, self.seed = config, kind, seed
         self.leftover: list[Group] = []
         self._complained: set[str] = set()
+        self._scoring: list[asyncio.Task[Score | None]] = []
 
     async def collect(self, step: int, keep_rows: bool = False) -> Collected:
         """At most config.prompts groups with spread; fewer when max_refill draws did not give more."""
@@ -90,22 +106,34 @@ class Collector:
             jobs += [self._job(draw, example, index) for index in range(self.config.n)]
         groups: list[Group] = []
         siblings: list[Scored] = []
-        async for scored in in_order(jobs, self.config.concurrency):
-            siblings.append(scored)
-            if len(siblings) == self.config.n:
-                group = self._group(siblings, step, done, keep_rows)
-                groups += [] if group is None else [group]
-                siblings = []
+        try:
+            async with aclosing(
+                cast("AsyncGenerator[Played, None]", in_order(jobs, self.config.concurrency))
+            ) as results:
+                async for played in results:
+                    siblings.append(await played.scored())
+                    if len(siblings) == self.config.n:
+                        group = self._group(siblings, step, done, keep_rows)
+                        groups += [] if group is None else [group]
+                        siblings = []
+        finally:
+            for task in self._scoring:
+                task.cancel()
+            self._scoring.clear()
         return groups
 
-    def _job(self, draw: int, example: int, index: int) -> Callable[[], Awaitable[Scored]]:
-        async def run() -> Scored:
+    def _job(self, draw: int, example: int, index: int) -> Callable[[], Awaitable[Played]]:
+        """Plays one episode. Its place in the engine is free while a judge thinks about it."""
+
+        async def run() -> Played:
             one = self.dataset.examples[example]
             sampling = replace(self.setting.sampling, seed=derive_seed(self.seed, "draw", draw))
             setting = replace(self.setting, sampling=sampling)
             question = Question(one.id, one.image, one.question, one.root, one.fields)
             sample = await run_sample(setting, question, index)
-            return Scored(draw, example, sample.episode, await self._score(sample.episode, one))
+            verdict = asyncio.create_task(self._score(sample.episode, one))
+            self._scoring.append(verdict)
+            return Played(draw, example, sample.episode, verdict)
 
         return run
 
