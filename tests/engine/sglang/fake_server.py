@@ -95,8 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         fake.headers.append(dict(self.headers))
         if path == "/generate":
             return self.generate(body)
-        if path == "/v1/tokenize":
-            return self.reply({"tokens": [fake.image_token], "count": 1})
+        if path == "/v1/detokenize":
+            return self.reply({"text": "<|image_pad|>" if body["tokens"] == [fake.image_token] else "x"})
         if path == "/abort_request":
             fake.aborted.append(body["rid"])
             return self.reply(b"")
@@ -154,7 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
         ids, keys = self.expand(body)
         output = list(REPLY) * 8
         stops = params["stop_token_ids"]
-        output = [*output[:8], stops[0]] if stops and params["max_new_tokens"] > 8 else output[: params["max_new_tokens"]]
+        output = (
+            [*output[:8], stops[0]] if stops and params["max_new_tokens"] > 8 else output[: params["max_new_tokens"]]
+        )
         cached = min(fake.admit([*keys, *output]), len(ids) - 1)
         interval, later, slow = params["stream_interval"], fake.strikes("dies_later"), fake.strikes("slow")
         sent = 0

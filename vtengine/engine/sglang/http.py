@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
 
 FLUSH_WAIT_S = 2.0
+IMAGE_PAD = "<|image_pad|>"
 
 
 class HttpTransport:
@@ -50,10 +51,10 @@ class HttpTransport:
 
     async def check_model(self, model: ServedModel) -> None:
         """The server does not say what its vocabulary is, but it refuses a bias for an id that it does not have."""
-        found = await self._json("POST", "/v1/tokenize", {"prompt": "<|image_pad|>", "add_special_tokens": False})
-        if found.get("tokens") != [model.image_token_id]:
-            ids = found.get("tokens")
-            raise wrong_model(self.where, model, f"<|image_pad|> is {ids} there, ours is {model.image_token_id}")
+        image_id = {"tokens": [model.image_token_id], "skip_special_tokens": False}
+        text = (await self._json("POST", "/v1/detokenize", image_id)).get("text")
+        if text != IMAGE_PAD:
+            raise wrong_model(self.where, model, f"id {model.image_token_id} is {text!r} there, not {IMAGE_PAD}")
         if await self._has_id(model.vocab_size):
             raise wrong_model(self.where, model, f"its vocabulary is larger than our {model.vocab_size}")
         if not await self._has_id(model.vocab_size - 1):
@@ -84,7 +85,7 @@ class HttpTransport:
         except self._httpx.TimeoutException as error:
             raise ConnectionLost(f"{self.where}: no answer in time ({type(error).__name__})") from None
         except self._httpx.TransportError as error:
-            raise ConnectionLost(f"{self.where}: connection lost: {error or type(error).__name__}") from None
+            raise ConnectionLost(f"{self.where}: connection lost: {str(error) or type(error).__name__}") from None
         raise ConnectionLost(f"{self.where}: the answer broke off")
 
     async def abort(self, rid: str) -> None:
@@ -128,13 +129,13 @@ class HttpTransport:
         try:
             return await self._client.post(path, json=body, **options)
         except self._httpx.HTTPError as error:
-            raise ConnectionLost(f"{self.where}{path}: {error or type(error).__name__}") from None
+            raise ConnectionLost(f"{self.where}{path}: {str(error) or type(error).__name__}") from None
 
     async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
             response = await self._client.request(method, path, json=body)
         except self._httpx.HTTPError as error:
-            message = f"{self.where}: no server answers there ({error or type(error).__name__}); is it running?"
+            message = f"{self.where}: no server answers there ({str(error) or type(error).__name__}); is it running?"
             raise ConnectionLost(message) from None
         if response.status_code == 404:
             raise ServerUnsuitable(f"{self.where}: is no SGLang server, or an old one: it has no {path}")

@@ -70,7 +70,7 @@ class EngineTransport:
             version=self._version,
             model_path=str(self._settings["model_path"]),
             model_type=getattr(config, "model_type", None),
-            weight_version="default",
+            weight_version=str(self._manager.config_value("weight_version")),
             incremental=bool(self._settings.get("incremental_streaming_output")),
             deterministic=bool(self._settings.get("enable_deterministic_inference")),
             radix_cache=not self._settings.get("disable_radix_cache"),
