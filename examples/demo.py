@@ -50,4 +50,7 @@ def demo(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 2 or sys.argv[-1].startswith("-"):
+        print(__doc__)
+        sys.exit(0 if "--help" in sys.argv or "-h" in sys.argv else 2)
     sys.exit(demo(Path(sys.argv[1]) if len(sys.argv) > 1 else EXAMPLES.parent / "out" / "demo"))

@@ -42,3 +42,12 @@ def test_demo(tmp_path: Path) -> None:
     assert (tmp_path / "answers.html").stat().st_size > 100_000
     for turn in (turn for row in rows for turn in row["turns"][1:]):
         assert turn["cached_tokens"] > 0 and all(image["encoded"] for image in turn["images"])
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--fast"], 2), (["a", "b"], 2)])
+def test_odd_arguments_of_the_demo_print_its_use(tmp_path: Path, arguments: list[str], status: int) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    command = [sys.executable, REPO / "examples/demo.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status and "make demo" in done.stdout
+    assert not list(tmp_path.iterdir())
