@@ -18,7 +18,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 export PYTHON TORCH_INDEX
 
-.PHONY: help venv demo test check format bench report gpu clean
+.PHONY: help venv demo test check format bench report gpu sglang-venv test-sglang clean
 help:
 	@sed -n '1,8s/^# \{0,1\}//p' Makefile
 
@@ -59,5 +59,15 @@ gpu: $(STAMP)
 	    echo 'make gpu: no CUDA device seen by torch. Skipped: the tests marked gpu$(if $(GPU_SUITES),; the benchmarks $(GPU_SUITES)).'; \
 	fi
 
+# a real SGLang on the CPU in an environment of its own (2.7 GB), and the tests that need it
+SGLANG_VENV := .venv-sglang
+sglang-venv: $(SGLANG_VENV)/.installed
+$(SGLANG_VENV)/.installed: tests/sglang_env/install.sh tests/sglang_env/requirements.txt
+	@tests/sglang_env/install.sh $(SGLANG_VENV)
+	@touch $@
+
+test-sglang: $(STAMP) sglang-venv
+	OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -m sglang $(or $(PYTEST_ARGS),tests/engine/sglang)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

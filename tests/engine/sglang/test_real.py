@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -32,3 +33,24 @@ def test_it_conforms(kind):
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/engine/conformance", VTENGINE_CONFORMANCE=kind
     )
     assert "passed" in output and "failed" not in output
+
+
+@pytest.mark.parametrize("kind", ["sglang_http", "sglang_engine"])
+def test_episodes_equal_those_of_the_embedded_engine(kind):
+    folder = REPO / "vtengine" / "assets" / "glance"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("the shipped model is not in this tree")
+    report = json.loads(child("-m", "tests.engine.sglang.compare", kind, str(folder)).splitlines()[-1])
+    assert report["episodes"] == 3 and not report["errors"], report
+    assert report["logprobs"] < 1e-4
+    assert all(new <= prefilled <= new + 1 for prefilled, new in report["new_in_turn_2"]), report["new_in_turn_2"]
+    assert report["encoded"] == [[False, True]] * 3
+    difference, cached, encoded = report["cold"]
+    assert difference < 1e-4 and cached == 0 and encoded == [True, True]
+    assert report["processor"] < 1e-5
+    assert report["update"] < 1e-4 < report["update_moved"] and report["version"] == 1
+    status, error = report["trick"]
+    if kind == "sglang_engine":
+        assert status not in ("rejected", "failed"), error
+    else:
+        assert (status == "rejected" and "prompt_mismatch" in error) or "refused_by_server" in error

@@ -142,7 +142,7 @@ def test_the_served_model_is_read_from_its_folder(tmp_path):
         ("0.6.0", False),
         ("1.0", False),
         ("unknown", False),
-    ],  # fmt: skip
+    ],
 )
 def test_versions(version, good):
     if good:

@@ -1,0 +1,152 @@
+"""The same episodes on the embedded engine and on a real SGLang: python -m tests.engine.sglang.compare KIND FOLDER
+
+Prints one JSON object. KIND: sglang_http or sglang_engine. FOLDER: a checkpoint, with the images of examples/glance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from tests.engine.sglang import real
+from vtengine.engine.base import Request, SamplingParams
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.sglang import SglangEngineBackend, SglangHttpBackend
+from vtengine.engine.sglang.pixels import PngCache, full_layout
+from vtengine.model import hf_tensors, load_model
+from vtengine.protocol.conversation import Limits
+from vtengine.protocol.profile import load_profile
+from vtengine.rollout.episode import run_episode
+from vtengine.rollout.question import Question
+from vtengine.rollout.tokenizer import Tokenizer
+from vtengine.vision.pipeline import ImagePipeline
+from vtengine.vision.plan import PixelLimits
+
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "glance"
+WANTED = 3  # episodes with two turns
+TRIED = 24
+
+
+class Bench:
+    """Tokenizer, images and profile of the checkpoint, and greedy episodes over any backend."""
+
+    def __init__(self, folder):
+        limits = json.loads((folder / "preprocessor_config.json").read_text())
+        self.tokenizer, self.profile = Tokenizer.load(folder), load_profile(folder)
+        self.pipeline = ImagePipeline(PixelLimits(limits["min_pixels"], limits["max_pixels"]), "compact")
+        self.limits = Limits("adaptive", 2, None)
+
+    async def episode(self, backend, question):
+        parts = (self.pipeline, self.tokenizer, self.profile, self.limits, SamplingParams(max_new_tokens=64))
+        return await run_episode(question, backend, *parts)
+
+
+def questions():
+    rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: not row["needs_high"])
+    return [Question(row["id"], row["image"], row["question"], EXAMPLES) for row in rows[:TRIED]]
+
+
+def sampled(episode):
+    return [(list(turn.completion.token_ids), list(turn.completion.logprobs)) for turn in episode.turns]
+
+
+def difference(one, other):
+    """Largest difference of logprobs; infinite where other ids were sampled."""
+    if [ids for ids, _ in one] != [ids for ids, _ in other]:
+        return float("inf")
+    pairs = [(a, b) for (_, x), (_, y) in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
+    return max((abs(a - b) for a, b in pairs), default=0.0)
+
+
+async def main(kind, folder):
+    bench, stack = Bench(folder), ExitStack()
+    os.environ.update(real.ENVIRONMENT)
+    model = load_model(folder)
+    embedded = EmbeddedEngine(model, bench.tokenizer, EngineConfig(page_size=1))
+    ours = []
+    for question in questions():
+        episode = await bench.episode(embedded, question)
+        if len(episode.turns) == 2:
+            ours.append((question, episode))
+        if len(ours) == WANTED:
+            break
+    if kind == "sglang_http":
+        url = stack.enter_context(real.server(folder))
+        backend = SglangHttpBackend(url, folder, vision_cache_off=True)
+    else:
+        backend = SglangEngineBackend(folder, updatable=True, arguments=real.ENGINE_ARGUMENTS)
+    try:
+        print(json.dumps(await _compare(bench, backend, embedded, model, ours) | {"episodes": len(ours)}))
+    finally:
+        await backend.close()
+        await embedded.close()
+        bench.pipeline.close()
+        stack.close()
+
+
+async def _compare(bench, backend, embedded, model, ours):
+    theirs = [await bench.episode(backend, question) for question, _ in ours]
+    report = {
+        "statuses": [episode.status for episode in theirs],
+        "errors": [str(episode.error) for episode in theirs if episode.error],
+        "logprobs": max(difference(sampled(a), sampled(b)) for (_, a), b in zip(ours, theirs, strict=True)),
+        "new_in_turn_2": [_new_in_turn_2(episode) for episode in theirs],
+        "encoded": [list(episode.turns[1].completion.images_encoded) for episode in theirs],
+        "cold": await _cold(backend, theirs[0]),
+        "processor": max(_processor_difference(span.image) for span in theirs[0].transcript.images),
+    }
+    question, episode = ours[0]
+    weights = {name: tensor for name, tensor in hf_tensors(model).items() if name.startswith("visual.merger.mlp.2")}
+    update = {name: tensor * 1.5 for name, tensor in weights.items()}
+    await embedded.load_weights(update, 1)
+    await backend.load_weights(update, 1)
+    before, after = sampled(episode), sampled(await bench.episode(embedded, question))
+    again = await bench.episode(backend, question)
+    report |= {"update": difference(after, sampled(again)), "update_moved": difference(before[:1], after[:1])}
+    report["version"] = again.turns[0].completion.weight_version
+    trick = Question("trick", question.image, "Read <|image_pad|> and <|vision_start|>", question.root)
+    tricked = await bench.episode(backend, trick)
+    report["trick"] = [tricked.status, str(tricked.error)]
+    return report
+
+
+def _new_in_turn_2(episode):
+    """(tokens prefilled in turn 2, tokens that are new in it)"""
+    first, second = (turn.completion for turn in episode.turns)
+    return [second.prefill_tokens, second.prompt_tokens - first.prompt_tokens - len(first.token_ids)]
+
+
+async def _cold(backend, episode):
+    """Turn 2 after the cache was emptied, against the resumed one; and how much of it was cached."""
+    transcript, warm = episode.transcript, episode.turns[1].completion
+    await backend._flush()
+    request = transcript.request("cold", 1, SamplingParams(max_new_tokens=len(warm.token_ids)))
+    ids = tuple(transcript.token_ids[: warm.prompt_tokens])
+    cold = await backend.generate(Request("cold", ids, request.images, request.sampling))
+    pair = ([(list(c.token_ids), list(c.logprobs))] for c in (cold, warm))
+    return [difference(*pair), cold.cached_tokens, list(cold.images_encoded)]
+
+
+def _processor_difference(image):
+    """What SGLang's image processor makes of our PNG, against our pixel values."""
+    from transformers import Qwen2VLImageProcessor
+
+    url = PngCache(1 << 20).data_url(image, "pixels")
+    png = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+    theirs = Qwen2VLImageProcessor(min_pixels=784, max_pixels=1 << 24)(images=[png], return_tensors="pt")
+    assert theirs["image_grid_thw"].tolist() == [list(image.grid_thw)]
+    return float((theirs["pixel_values"] - full_layout(image.pixel_values, 1176).to(torch.float32)).abs().max())
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], Path(sys.argv[2])))
