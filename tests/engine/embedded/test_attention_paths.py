@@ -13,16 +13,18 @@ from vtengine_kernels.prefix_attention import native, triton
 
 from tests.engine.tiny import Letters, cold_greedy, image, prompt, request, tiny_model
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, attention
+from vtengine.engine.embedded.decode_graphs import DecodeGraphs
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def answers_are_cold(model, count=5, new=6):
+def answers_are_cold(model, count=5, new=6, prepare=lambda engine: None):
     """Siblings, a second turn and different lengths, at once; returns the number of checked requests."""
     picture = image(1)
 
     async def serve():
         engine = EmbeddedEngine(model, Letters(), EngineConfig(page_size=4, num_pages=200, max_batch_tokens=64))
+        prepare(engine)
         try:
             asks = [request(f"r{k}", prompt(k, 5 + 4 * k), max_new_tokens=new) for k in range(count)]
             asks += [request(f"s{k}", prompt(9, 17, [picture]), [picture], max_new_tokens=new) for k in range(2)]
@@ -53,9 +55,29 @@ def test_with_gathered_pages(monkeypatch):
     assert answers_are_cold(tiny_model()) == 8
 
 
+def test_with_padded_decode_batches_as_graphs_have_them():
+    sizes = []
+
+    def prepare(engine):
+        graphs = DecodeGraphs(engine.model, engine.runner.cache, engine.config.max_running, capture=False)
+        forward = graphs._forward
+        graphs._forward = lambda size: sizes.append(size) or forward(size)
+        engine.runner.graphs = graphs
+
+    assert answers_are_cold(tiny_model(), prepare=prepare) == 8
+    assert set(sizes) <= {1, 2, 4, 8} and max(sizes) == 8 and min(sizes) == 1
+
+
 @pytest.mark.gpu
 def test_on_the_gpu():
-    assert answers_are_cold(tiny_model().cuda()) == 8
+    captured = []
+    assert answers_are_cold(tiny_model().cuda(), prepare=lambda engine: captured.append(engine.runner.graphs)) == 8
+    assert captured[0]._replays
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_without_graphs():
+    assert answers_are_cold(tiny_model().cuda(), prepare=lambda engine: setattr(engine.runner, "graphs", None)) == 8
 
 
 @pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))

@@ -23,9 +23,10 @@ SHORT_ROW_TOKENS = 16
 
 
 class KVCache:
-    """Keys and values of all layers: per layer two tensors [P, page_size, Hkv, D].
+    """Keys and values of all layers: per layer two tensors [num_pages + 1, page_size, Hkv, D].
 
-    They start as zeros: what a masked key holds is multiplied by a weight of 0, which a NaN survives.
+    The last page, `spare_page`, belongs to no sequence: rows that only fill up a batch write there. All start as
+    zeros: what a masked key holds is multiplied by a weight of 0, which a NaN survives.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class KVCache:
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self.page_size = page_size
-        self.shape = (num_pages, page_size, num_kv_heads, head_dim)
+        self.spare_page = num_pages
+        self.shape = (num_pages + 1, page_size, num_kv_heads, head_dim)
         self.keys = [torch.zeros(self.shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(self.shape, dtype=dtype, device=device) for _ in range(num_layers)]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtengine.engine.embedded.attention import KVCache, PagedAttention, RowLayout, Scratch, gather_slots
+from vtengine.engine.embedded.decode_graphs import DecodeGraphs
 from vtengine.engine.embedded.sampler import SamplingPlan, sample
 from vtengine.engine.embedded.vision_cache import FeatureKey, VisionCache
 
@@ -38,6 +39,7 @@ class Runner:
         self._tables = np.zeros((max_running, 64), dtype=np.int64)
         self._owners: list[tuple[Sequence | None, int]] = [(None, 0)] * max_running
         self._scratch = Scratch()
+        self.graphs = DecodeGraphs.of(model, cache, max_running)
         self._plan: tuple[tuple[int, ...], SamplingPlan] | None = None
 
     @torch.inference_mode()
@@ -45,11 +47,15 @@ class Runner:
         """Computes the rows; returns a sampled id and its logprob for each row that samples, in order."""
         layout = self._layout(rows)
         slots = torch.from_numpy(gather_slots(layout, self.cache.page_size)).to(self.model.device)
-        attention = PagedAttention(self.cache, layout, slots, self._scratch)
         token_ids, positions = self._inputs(rows)
-        embeds = self.model.embed(token_ids, self._features(rows))
+        features, sampled = self._features(rows), self._sampled_tokens(rows, layout)
+        if self.graphs is not None and features is None and self.graphs.takes(layout):
+            hidden = self.graphs.run(token_ids, positions, slots, layout)
+            hidden = hidden if sampled is None else hidden.index_select(0, sampled)
+        else:
+            attention = PagedAttention(self.cache, layout, slots, self._scratch)
+            hidden = self.model.decode(self.model.embed(token_ids, features), positions, attention, sampled)
         sequences = [row.sequence for row in rows if row.samples]
-        hidden = self.model.decode(embeds, positions, attention, self._sampled_tokens(rows, layout))
         return self._sample(sequences, hidden) if sequences else ([], [])
 
     def _layout(self, rows: list[Row]) -> RowLayout:
