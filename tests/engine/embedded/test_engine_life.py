@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.engine.harness import MODEL, TOLERANCE, assert_cold, mixed_requests, run, serve, settle
-from tests.engine.tiny import PAD, Letters, image, prompt, request, tiny_model
+from tests.engine.tiny import PAD, VOCAB, Letters, image, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import ModelLoadError, hf_tensors, save_model
@@ -67,6 +67,8 @@ def test_requests_that_can_never_fit_are_rejected_with_the_figures():
         (request("a", (1,), stop=("",)), "invalid_sampling"),
         (request("a", (1,), logit_bias={999: 1.0}), "invalid_sampling"),
         (request("a", (1,), logit_bias={1: float("nan")}), "invalid_sampling"),
+        (request("a", (1,), logit_bias={1: 1e39}), "invalid_sampling"),
+        (request("a", (1,), logit_bias=dict.fromkeys(range(VOCAB), float("-inf"))), "invalid_sampling"),
         (request("a", (PAD, 1, *[PAD] * 5), [image(1)]), "image_tokens_mismatch"),
         (request("a", (1, *[PAD] * 6), [image(1, width=500)]), "image_shape"),
     ],

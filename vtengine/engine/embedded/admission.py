@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vtengine.engine.embedded.pages import PagePool
     from vtengine.model import ModelConfig
 
+MAX_LOGIT_BIAS = 1e4
+"""Far beyond any logit, and far within float16."""
+
 
 def prepare(request: Request, model: ModelConfig, pool: PagePool) -> Sequence:
     """A sequence ready to be submitted. Raises RequestRejected with the field, the figures and what to do.
@@ -57,9 +60,14 @@ def _check_sampling(request: Request, vocab_size: int) -> None:
     if any(not stop for stop in sampling.stop):
         raise RequestRejected("invalid_sampling", "sampling.stop has an empty string; leave it out")
     for token_id, value in sampling.logit_bias.items():
-        if not 0 <= token_id < vocab_size or math.isnan(value) or value == math.inf:
-            message = f"sampling.logit_bias[{token_id}] = {value}: ids are 0..{vocab_size - 1}, values finite or -inf"
+        if not 0 <= token_id < vocab_size or not (value == -math.inf or abs(value) <= MAX_LOGIT_BIAS):
+            message = (
+                f"sampling.logit_bias[{token_id}] = {value}: ids are 0..{vocab_size - 1}, values are -inf or within "
+                f"{MAX_LOGIT_BIAS:g} of 0"
+            )
             raise RequestRejected("invalid_sampling", message)
+    if sum(value == -math.inf for value in sampling.logit_bias.values()) >= vocab_size:
+        raise RequestRejected("invalid_sampling", "sampling.logit_bias bans every id; leave at least one")
 
 
 def _check_images(request: Request, model: ModelConfig) -> None:
