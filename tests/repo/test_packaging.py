@@ -19,6 +19,7 @@ SKIPPED = {".git", ".venv", "build", "dist", "out", "runs", "__pycache__", "test
 
 @dataclass(frozen=True)
 class Installed:
+    tree: Path
     wheel: Path
     folder: Path
 
@@ -31,21 +32,29 @@ class Installed:
         )
 
 
-def call(*command: object, cwd: Path | None = None) -> None:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+def call(*command: object, **environment: str) -> None:
+    done = subprocess.run(
+        [str(part) for part in command], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def installed(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return install(repo_root, tmp_path_factory.mktemp("packaging"))
+
+
+@pytest.fixture(scope="module")
+def without_compiler(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return install(repo_root, tmp_path_factory.mktemp("no-compiler"), CC="false", CXX="false")
+
+
+def install(repo_root: Path, root: Path, **environment: str) -> Installed:
     """The wheel of a copy of the tree, in an environment that sees this one's dependencies but not its vtengine."""
-    if shutil.which("gcc") is None and shutil.which("cc") is None:
-        print("no compiler: the wheel is built without the extension")
-    root = tmp_path_factory.mktemp("packaging")
     copy = root / "tree"
     shutil.copytree(repo_root, copy, ignore=lambda _folder, names: (SKIPPED & set(names)) | unwanted(names))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    call(*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", root / "dist", copy)
+    call(*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", root / "dist", copy, **environment)
     (wheel,) = (root / "dist").glob("vtengine-*.whl")
 
     fresh = root / "fresh"
@@ -55,7 +64,7 @@ def installed(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Inst
     # Plain path entries: the nested .pth files of this environment (its editable vtengine) are not read.
     dependencies = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n", encoding="utf-8")
-    return Installed(wheel, fresh)
+    return Installed(copy, wheel, fresh)
 
 
 def unwanted(names: list[str]) -> set[str]:
@@ -68,15 +77,15 @@ def test_wheel_holds_the_three_packages_and_nothing_else(installed: Installed) -
     assert {root for root in roots if not root.endswith(".dist-info")} == PACKAGES
 
 
-def test_wheel_holds_every_data_file(installed: Installed, repo_root: Path) -> None:
+def test_wheel_holds_every_data_file(installed: Installed) -> None:
     with zipfile.ZipFile(installed.wheel) as archive:
         held = set(archive.namelist())
     folders = {"": "vtengine", "kernels": "vtengine_kernels", "training": "vtengine_training"}
     wanted = {
-        str(path.relative_to(repo_root / base))
+        str(path.relative_to(installed.tree / base))
         for base, package in folders.items()
-        for path in (repo_root / base / package).rglob("*")
-        if path.is_file() and not SKIPPED & set(path.parts) and not unwanted([path.name]) and path.name[0] != "."
+        for path in (installed.tree / base / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not unwanted([path.name]) and path.name[0] != "."
     }
     assert wanted - held == set()
 
@@ -112,3 +121,11 @@ def test_version_is_that_of_the_metadata(installed: Installed) -> None:
 def test_doctor_runs_from_the_wheel(installed: Installed) -> None:
     done = installed.run("vtengine", "doctor")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_a_compiler_it_installs_and_says_what_is_slower(without_compiler: Installed) -> None:
+    with zipfile.ZipFile(without_compiler.wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    done = without_compiler.run("vtengine", "doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "slower" in done.stdout and "g++" in done.stdout, done.stdout
