@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """`count` generated questions of one split and seed, asked at each of `resolutions`, greedily.
+    """`count` generated questions of one split and seed, asked at each of `resolutions`; temperature 0 is greedy.
 
     model: a checkpoint folder, or `glance` for the shipped one. results: a JSON file.
     """
@@ -20,6 +20,7 @@ class EvalConfig:
     resolutions: tuple[Literal["low", "high", "adaptive"], ...] = ("low", "high", "adaptive")
     concurrency: int = 32
     max_new_tokens: int = 64
+    temperature: float = 0.0
     threads: int = 1
     results: str = "benchmarks/results/glance_sft.json"
 
@@ -27,5 +28,7 @@ class EvalConfig:
         for name in ("count", "concurrency", "max_new_tokens", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature = {self.temperature}: must be 0 (greedy) or more")
         if not self.resolutions:
             raise ValueError("resolutions = []: name at least one of low, high, adaptive")

@@ -53,7 +53,9 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int], None]) -> Row:
             results[resolution] = summary(found) | {"seconds": round(time.perf_counter() - began, 1)}
     return {
         "suite": "glance_eval",
-        "config": {key: getattr(config, key) for key in ("model", "split", "seed", "count", "max_new_tokens")},
+        "config": {
+            key: getattr(config, key) for key in ("model", "split", "seed", "count", "max_new_tokens", "temperature")
+        },
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "machine": {"processor": platform.machine(), "threads": config.threads},
         "results": results,
@@ -67,6 +69,8 @@ async def _ask_all(
     engine = EmbeddedEngine(load_model(folder), tokenizer, EngineConfig(kv_bytes=1 << 28))
     sampling = SamplingParams(
         max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
         stop_token_ids=tokenizer.stop_ids,
         logit_bias={token: float("-inf") for token in tokenizer.banned_ids},
     )
