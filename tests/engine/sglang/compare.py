@@ -82,7 +82,7 @@ async def main(kind, folder):
             break
     if kind == "sglang_http":
         url = stack.enter_context(real.server(folder))
-        backend = SglangHttpBackend(url, folder, vision_cache_off=True)
+        backend = SglangHttpBackend(url, folder, vision_cache_off=True, deadline_s=120)
     else:
         backend = SglangEngineBackend(folder, updatable=True, arguments=real.ENGINE_ARGUMENTS)
     try:

@@ -53,4 +53,4 @@ def test_episodes_equal_those_of_the_embedded_engine(kind):
     if kind == "sglang_engine":
         assert status not in ("rejected", "failed"), error
     else:
-        assert (status == "rejected" and "prompt_mismatch" in error) or "refused_by_server" in error
+        assert status == "rejected" and "text_spells_marker" in error

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,23 @@ def test_a_view_that_the_server_would_resize_is_refused_over_http():
     with pytest.raises(RequestRejected, match=r"84 x 56 = 4704 pixels.*6000.*preprocessor_config\.json") as error:
         translation.with_png(ask, small, translation.check(ask, small), lambda *_: "")
     assert error.value.code == "image_outside_server_limits"
+
+
+@pytest.mark.parametrize("marker", ["<|image_pad|>", "<|video_pad|>"])
+def test_a_text_that_spells_a_marker_is_refused_over_http(marker):
+    def decode(ids):
+        return "".join("<|image_pad|>" if i == PAD else chr(i) for i in ids)
+
+    model = replace(TINY, decode=decode)
+    for text, refused in ((marker, True), ("<image_pad>", False)):
+        ask = request("a", (253, *[PAD] * 6, 254, *map(ord, text)), [image(1)])
+        spans = translation.check(ask, model)
+        if refused:
+            with pytest.raises(RequestRejected, match="spells") as error:
+                translation.with_png(ask, model, spans, lambda *_: "")
+            assert error.value.code == "text_spells_marker"
+        else:
+            translation.with_png(ask, model, spans, lambda *_: "")
 
 
 def test_the_served_model_is_read_from_its_folder(tmp_path):

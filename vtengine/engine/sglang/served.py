@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tokenizers import Tokenizer
 
 from vtengine.model import ModelConfig
 
@@ -17,7 +20,8 @@ DEFAULT_MAX_PIXELS = 28 * 28 * 16384
 class ServedModel:
     """name: how it is called in messages (its folder). Pixel limits are those of the checkpoint's image processor.
 
-    An image outside of them would be resized by SGLang; that matters only where images travel as PNG.
+    An image outside of them would be resized by SGLang; that matters only where images travel as PNG, and so does
+    `decode` (ids to text with special tokens), without which a text that spells a marker is not noticed.
     """
 
     name: str
@@ -28,6 +32,7 @@ class ServedModel:
     max_pixels: int = DEFAULT_MAX_PIXELS
     patch_dim: int = 1176
     config: ModelConfig | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
 
     @staticmethod
     def from_folder(folder: str | Path) -> ServedModel:
@@ -36,12 +41,23 @@ class ServedModel:
         config = ModelConfig.from_json(folder / "config.json")
         low, high = _pixel_limits(folder / "preprocessor_config.json")
         ids = (config.text.vocab_size, config.image_token_id, config.video_token_id)
-        return ServedModel(str(folder), *ids, low, high, config.vision.patch_dim, config)
+        decode = _decoder(folder / "tokenizer.json")
+        return ServedModel(str(folder), *ids, low, high, config.vision.patch_dim, config, decode)
 
     @property
     def compact_dim(self) -> int:
         """Values per patch without the temporal copy."""
         return self.patch_dim // 2
+
+
+def _decoder(path: Path) -> Callable[[Sequence[int]], str] | None:
+    if not path.is_file():
+        return None
+    try:
+        encoder = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from None
+    return lambda token_ids: encoder.decode(list(token_ids), skip_special_tokens=False)
 
 
 def _pixel_limits(path: Path) -> tuple[int, int]:

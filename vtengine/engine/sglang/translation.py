@@ -70,7 +70,10 @@ def with_png(request: Request, model: ServedModel, spans: list[Span], encode: En
     for start, end in spans:
         ids += request.token_ids[begin : start + 1]
         begin = end
-    payload: dict[str, Any] = {"input_ids": [*ids, *request.token_ids[begin:]]}
+    ids += request.token_ids[begin:]
+    payload: dict[str, Any] = {"input_ids": ids}
+    if request.images and model.decode is not None:
+        _check_text(request, model.decode(ids))
     for index, image in enumerate(request.images):
         pixels = image.height * image.width
         if not model.min_pixels <= pixels <= model.max_pixels:
@@ -117,6 +120,17 @@ def sampling_params(sampling: SamplingParams, model: ServedModel, streamed: bool
     if sampling.stop:
         params["stop"] = list(sampling.stop)
     return params
+
+
+def _check_text(request: Request, text: str) -> None:
+    """SGLang looks for images in the decoded text; one placeholder too many, and 0.5.17 never answers."""
+    spelled = text.count("<|image_pad|>") - len(request.images) + text.count("<|video_pad|>")
+    if spelled:
+        message = (
+            "its text spells <|image_pad|> or <|video_pad|>, which SGLang over HTTP takes for an image; leave that "
+            "out, or use --backend sglang (in-process)"
+        )
+        raise _rejected(request, "text_spells_marker", message)
 
 
 def _check_sampling(request: Request, vocab_size: int) -> None:
