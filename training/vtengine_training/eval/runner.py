@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import platform
 import tempfile
 import time
 from collections import defaultdict
@@ -25,6 +24,7 @@ from vtengine.rollout.question import Question
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
 from vtengine_training.eval.config import EvalConfig
+from vtengine_training.eval.stamp import stamp
 from vtengine_training.glance.export import write_questions
 from vtengine_training.glance.views import LIMITS
 
@@ -46,18 +46,19 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int], None]) -> Row:
     torch.set_num_threads(config.threads)
     with tempfile.TemporaryDirectory() as place:
         rows = write_questions(Path(place), config.split, config.seed, config.count, balanced=False)
-        results = {}
+        results: dict[str, Row] = {}
         for resolution in config.resolutions:
             began = time.perf_counter()
             found = asyncio.run(_ask_all(config, folder, Path(place), rows, resolution, progress))
             results[resolution] = summary(found) | {"seconds": round(time.perf_counter() - began, 1)}
     return {
-        "suite": "glance_eval",
+        "suite": Path(config.results).stem,
+        "stamp": stamp(Path(__file__).parent),
+        "quick": False,
+        "rows": flat_rows(results),
         "config": {
             key: getattr(config, key) for key in ("model", "split", "seed", "count", "max_new_tokens", "temperature")
         },
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "machine": {"processor": platform.machine(), "threads": config.threads},
         "results": results,
     }
 
@@ -122,6 +123,21 @@ def summary(rows: list[Row]) -> Row:
         "visual_tokens": sum(row["visual_tokens"] for row in rows),
         "visual_tokens_full": sum(row["visual_tokens_full"] for row in rows),
     }
+
+
+def flat_rows(results: dict[str, Row]) -> list[Row]:
+    """One row per resolution and group of questions, for tables."""
+    return [
+        {
+            "resolution": resolution,
+            "group": group,
+            "questions": found["questions"][group],
+            "right": right,
+            "upscaled": found["upscaled"].get(group),
+        }
+        for resolution, found in results.items()
+        for group, right in found["accuracy"].items()
+    ]
 
 
 def _share(rows: list[Row], key: str) -> float:
