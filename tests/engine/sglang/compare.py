@@ -37,16 +37,21 @@ TRIED = 24
 
 
 class Bench:
-    """Tokenizer, images and profile of the checkpoint, and greedy episodes over any backend."""
+    """Tokenizer, images and profile of the checkpoint; greedy episodes over any backend, with a second turn."""
 
     def __init__(self, folder):
         limits = json.loads((folder / "preprocessor_config.json").read_text())
         self.tokenizer, self.profile = Tokenizer.load(folder), load_profile(folder)
         self.pipeline = ImagePipeline(PixelLimits(limits["min_pixels"], limits["max_pixels"]), "compact")
         self.limits = Limits("adaptive", 2, None)
+        # Without the ids that open an answer the model has to call the tool, whatever its policy is.
+        answer, plain = (self.tokenizer.encode_untrusted(text) for text in ("</think><answer>", "</think>"))
+        opening = set(answer) - set(plain)
+        self.bias = dict.fromkeys(opening, -20.0)
 
     async def episode(self, backend, question):
-        parts = (self.pipeline, self.tokenizer, self.profile, self.limits, SamplingParams(max_new_tokens=64))
+        sampling = SamplingParams(max_new_tokens=64, logit_bias=self.bias)
+        parts = (self.pipeline, self.tokenizer, self.profile, self.limits, sampling)
         return await run_episode(question, backend, *parts)
 
 
@@ -97,12 +102,11 @@ async def main(kind, folder):
 async def _compare(bench, backend, embedded, model, ours):
     theirs = [await bench.episode(backend, question) for question, _ in ours]
     report = {
-        "statuses": [episode.status for episode in theirs],
-        "errors": [str(episode.error) for episode in theirs if episode.error],
+        "statuses": [[episode.status for episode in group] for group in ([own for _, own in ours], theirs)],
         "logprobs": max(difference(sampled(a), sampled(b)) for (_, a), b in zip(ours, theirs, strict=True)),
         "new_in_turn_2": [_new_in_turn_2(episode) for episode in theirs],
         "encoded": [list(episode.turns[1].completion.images_encoded) for episode in theirs],
-        "cold": await _cold(backend, theirs[0]),
+        "cold": await _cold(bench, backend, theirs[0]),
         "processor": max(_processor_difference(span.image) for span in theirs[0].transcript.images),
     }
     question, episode = ours[0]
@@ -126,11 +130,11 @@ def _new_in_turn_2(episode):
     return [second.prefill_tokens, second.prompt_tokens - first.prompt_tokens - len(first.token_ids)]
 
 
-async def _cold(backend, episode):
+async def _cold(bench, backend, episode):
     """Turn 2 after the cache was emptied, against the resumed one; and how much of it was cached."""
     transcript, warm = episode.transcript, episode.turns[1].completion
     await backend._flush()
-    request = transcript.request("cold", 1, SamplingParams(max_new_tokens=len(warm.token_ids)))
+    request = transcript.request("cold", 1, SamplingParams(max_new_tokens=len(warm.token_ids), logit_bias=bench.bias))
     ids = tuple(transcript.token_ids[: warm.prompt_tokens])
     cold = await backend.generate(Request("cold", ids, request.images, request.sampling))
     pair = ([(list(c.token_ids), list(c.logprobs))] for c in (cold, warm))
