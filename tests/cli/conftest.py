@@ -125,7 +125,7 @@ class Process:
 
     def wait_for_rows(self, path: Path, count: int) -> None:
         """Returns once `count` rows are in the file."""
-        give_up_s = time.monotonic() + 60
+        give_up_s = time.monotonic() + 150
         while not path.exists() or path.read_bytes().count(b"\n") < count:
             assert self.popen.poll() is None, self.popen.communicate()
             assert time.monotonic() < give_up_s

@@ -51,7 +51,7 @@ class Process:
             self.log += line
 
     def _wait_for(self, pattern: str) -> str:
-        give_up_s = time.monotonic() + 60
+        give_up_s = time.monotonic() + 150
         while not (found := re.search(pattern, self.log)):
             assert self.popen.poll() is None and time.monotonic() < give_up_s, self.log
             time.sleep(0.02)
@@ -59,7 +59,7 @@ class Process:
 
     def wait_until_running(self) -> None:
         """Returns once an episode is at work."""
-        give_up_s = time.monotonic() + 20
+        give_up_s = time.monotonic() + 60
         while "vtengine_requests_running 1.0" not in get(self.url + "/metrics")[1]:
             assert time.monotonic() < give_up_s
             time.sleep(0.02)
