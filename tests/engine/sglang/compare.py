@@ -111,12 +111,12 @@ async def _compare(bench, backend, embedded, model, ours):
     }
     question, episode = ours[0]
     weights = {name: tensor for name, tensor in hf_tensors(model).items() if name.startswith("visual.merger.mlp.2")}
-    update = {name: tensor * 1.5 for name, tensor in weights.items()}
+    update = {name: tensor * -3.0 for name, tensor in weights.items()}
     await embedded.load_weights(update, 1)
     await backend.load_weights(update, 1)
     before, after = sampled(episode), sampled(await bench.episode(embedded, question))
     again = await bench.episode(backend, question)
-    report |= {"update": difference(after, sampled(again)), "update_moved": difference(before[:1], after[:1])}
+    report |= {"update": difference(after, sampled(again)), "update_moved": difference(before, after)}
     report["version"] = again.turns[0].completion.weight_version
     trick = Question("trick", question.image, "Read <|image_pad|> and <|vision_start|>", question.root)
     tricked = await bench.episode(backend, trick)
