@@ -11,18 +11,21 @@ import pytest
 import torch
 from PIL import Image
 from vtengine_training.eval.config import EvalConfig
-from vtengine_training.eval.runner import SHIPPED, _ask_all, evaluate, model_folder, summary
+from vtengine_training.eval.runner import _ask_all, evaluate, model_folder, summary
 from vtengine_training.glance import KINDS, make_scene
 from vtengine_training.glance.views import LIMITS, patches, plans
 from vtengine_training.sft.loss import normalise
 
+from vtengine.cli.models import shipped_model
 from vtengine.model import PackedCausal, load_model, mrope_positions
 from vtengine.protocol.profile import load_profile
 
+SHIPPED, COLD_START = shipped_model("glance"), shipped_model("glance-sft")
 EXAMPLES = Path(__file__).parents[2] / "examples" / "glance"
 ROWS = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
 needs_model = pytest.mark.skipif(
-    not (SHIPPED / "config.json").is_file(), reason="this source tree has no shipped model"
+    not all((folder / "config.json").is_file() for folder in (SHIPPED, COLD_START)),
+    reason="this source tree has no shipped models",
 )
 
 
@@ -42,10 +45,11 @@ def test_questions_are_what_the_generator_makes(row: dict[str, str]) -> None:
 
 
 @needs_model
-def test_the_checkpoint_is_small_and_whole() -> None:
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 25e6
-    assert load_profile(SHIPPED).name == "glance"
-    limits = json.loads((SHIPPED / "preprocessor_config.json").read_text())
+@pytest.mark.parametrize("folder", [SHIPPED, COLD_START], ids=lambda folder: folder.name)
+def test_the_checkpoint_is_small_and_whole(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25e6
+    assert load_profile(folder).name == "glance"
+    limits = json.loads((folder / "preprocessor_config.json").read_text())
     assert (limits["min_pixels"], limits["max_pixels"]) == (LIMITS.min_pixels, LIMITS.max_pixels)
 
 
@@ -79,11 +83,20 @@ def test_transformers_loads_it_and_agrees() -> None:
 
 @needs_model
 @pytest.mark.parametrize(("resolution", "least"), [("high", 0.7), ("low", 0.25)])
-def test_it_answers_the_shipped_questions(resolution: str, least: float) -> None:
-    found = asyncio.run(_ask_all(EvalConfig(), SHIPPED, EXAMPLES, ROWS, resolution, lambda *_: None))
+def test_the_cold_start_answers_the_shipped_questions(resolution: str, least: float) -> None:
+    found = asyncio.run(_ask_all(EvalConfig(), COLD_START, EXAMPLES, ROWS, resolution, lambda *_: None))
     result = summary(found)
     assert result["format_valid"] >= 0.98
     assert result["accuracy"]["all"] >= least
+
+
+@needs_model
+def test_the_shipped_model_looks_again_when_it_must() -> None:
+    found = asyncio.run(_ask_all(EvalConfig(), SHIPPED, EXAMPLES, ROWS, "adaptive", lambda *_: None))
+    needing, enough = ([row["upscaled"] for row in found if row["needs_high"] is need] for need in (True, False))
+    assert sum(needing) / len(needing) >= 0.8
+    assert sum(enough) / len(enough) <= 0.3
+    assert summary(found)["accuracy"]["all"] >= 0.7
 
 
 @needs_model

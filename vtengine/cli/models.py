@@ -11,21 +11,22 @@ from typing import Any
 from vtengine.cli.errors import UsageError, one_line
 from vtengine.vision.plan import PixelLimits
 
-SHIPPED_NAME = "glance"
+SHIPPED_NAMES = ("glance", "glance-sft")
+"""The model taught when to look again, and the cold start that it came from."""
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ("*.json", "*.safetensors", "*.toml", "*.txt", "*.jinja")
 
 
-def shipped_model() -> Path:
-    """Folder of the model that comes with the package (it may be absent in a source tree without it)."""
-    return Path(__file__).resolve().parents[1] / "assets" / SHIPPED_NAME
+def shipped_model(name: str = SHIPPED_NAMES[0]) -> Path:
+    """Folder of a model that comes with the package (it may be absent in a source tree without it)."""
+    return Path(__file__).resolve().parents[1] / "assets" / name
 
 
 def find_model(name: str) -> Path:
     """The folder of a checkpoint; a Hugging Face id is downloaded into its cache. Raises UsageError with the remedy."""
     folder = Path(name)
-    if name == SHIPPED_NAME and not folder.is_dir():
-        folder = shipped_model()
+    if name in SHIPPED_NAMES and not folder.is_dir():
+        folder = shipped_model(name)
         if not folder.is_dir():
             raise UsageError(f"--model {name}: the shipped model is not in this installation ({folder})")
     elif not folder.exists():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-import vtengine
+from vtengine.cli.models import SHIPPED_NAMES, shipped_model
 from vtengine.engine.base import SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import load_model
@@ -29,12 +29,11 @@ from vtengine_training.glance.export import write_questions
 from vtengine_training.glance.views import LIMITS
 
 Row = dict[str, Any]
-SHIPPED = Path(vtengine.__file__).parent / "assets" / "glance"
 
 
 def model_folder(name: str) -> Path:
     """The checkpoint folder a config names. Raises ValueError if it is none."""
-    folder = SHIPPED if name == "glance" else Path(name)
+    folder = shipped_model(name) if name in SHIPPED_NAMES else Path(name)
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: {folder} holds no config.json; train one with `vtengine-train sft`, or name another")
     return folder
