@@ -18,8 +18,6 @@ from typing import Any
 from vtengine.cli import main
 
 EXAMPLES = Path(__file__).resolve().parent
-# The shipped model asks for the high view in about half of the cases, needed or not: greedy, it would hardly ever ask.
-SAMPLING = ["--temperature", "1", "--seed", "0"]
 
 
 def questions(folder: str, *, scored: bool) -> list[dict[str, Any]]:
@@ -43,8 +41,7 @@ def demo(folder: Path) -> int:
     answers.unlink(missing_ok=True)
     started_s = time.monotonic()
     print(f"{len(rows)} questions: {asked}\n")
-    run = ["generate", str(asked), "-o", str(answers), "--model", "glance", "--image-root", str(EXAMPLES)]
-    status = main([*run, *SAMPLING])
+    status = main(["generate", str(asked), "-o", str(answers), "--model", "glance", "--image-root", str(EXAMPLES)])
     if status == 0:
         status = main(["view", str(answers), "-o", str(page), "--title", "vtengine demo"])
     if status == 0:
