@@ -29,6 +29,13 @@ from vtengine_training.glance.export import write_questions
 from vtengine_training.glance.views import LIMITS
 
 Row = dict[str, Any]
+ALL_COLUMNS = {
+    "resolution": "Resolution",
+    "questions": "Questions",
+    "right": "Right",
+    "upscaled": "Looked again",
+    "visual_ratio": "Visual tokens against always-high",
+}
 
 
 def model_folder(name: str) -> Path:
@@ -55,6 +62,7 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int], None]) -> Row:
         "stamp": stamp(Path(__file__).parent),
         "quick": False,
         "rows": flat_rows(results),
+        "tables": {f"{Path(config.results).stem}-all": {"columns": ALL_COLUMNS, "where": {"group": "all"}}},
         "config": {
             key: getattr(config, key) for key in ("model", "split", "seed", "count", "max_new_tokens", "temperature")
         },
@@ -133,6 +141,7 @@ def flat_rows(results: dict[str, Row]) -> list[Row]:
             "questions": found["questions"][group],
             "right": right,
             "upscaled": found["upscaled"].get(group),
+            "visual_ratio": found["visual_tokens"] / found["visual_tokens_full"] if group == "all" else None,
         }
         for resolution, found in results.items()
         for group, right in found["accuracy"].items()
