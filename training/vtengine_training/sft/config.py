@@ -132,9 +132,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """The whole file."""
+    """The whole file. init: the checkpoint to begin with, a folder or a shipped name; empty = random weights."""
 
     output: str = "runs/glance-sft"
+    init: str = ""
     profile: str = "glance"
     seed: int = 0
     threads: int = 1

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vtengine.model import Qwen2_5_VL, save_model
-from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, load_profile
+from vtengine.model import Qwen2_5_VL, load_model, save_model
+from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
+from vtengine_training.eval.runner import model_folder
 from vtengine_training.glance.views import LIMITS
 from vtengine_training.sft.batch import Batch, make_batch
 from vtengine_training.sft.config import PhaseConfig, SftConfig
@@ -40,12 +42,30 @@ class Teaching:
     @staticmethod
     def build(config: SftConfig) -> Teaching:
         profile = load_profile(config.profile)
-        tokenizer = train_tokenizer(profile)
+        tokenizer = make_tokenizer(config, profile)
         return Teaching(config, Renderer(tokenizer, profile), token_ids(tokenizer)["<|image_pad|>"])
 
     def batch(self, step: int) -> Batch:
         phase, _ = phase_at(self.config, step)
         return make_batch(self.renderer, self.image_token, self.config.data, phase, step)
+
+
+def make_tokenizer(config: SftConfig, profile: Profile) -> Tokenizer:
+    """That of the checkpoint the run begins with, or a new one made for the profile."""
+    if config.init:
+        return Tokenizer.from_file(str(model_folder(config.init) / "tokenizer.json"))
+    return train_tokenizer(profile)
+
+
+def make_model(config: SftConfig, tokenizer: Tokenizer) -> Qwen2_5_VL:
+    """The checkpoint the run begins with, or random weights. Raises ValueError if the checkpoint has another shape."""
+    wanted = config.shape.model(tokenizer.get_vocab_size(), token_ids(tokenizer))
+    if not config.init:
+        return Qwen2_5_VL.build(wanted, config.seed)
+    model = load_model(model_folder(config.init), torch.device("cpu"), torch.float32)
+    if (model.config.vision, model.config.text) != (wanted.vision, wanted.text):
+        raise ValueError(f"init = {config.init!r}: its config.json differs from [shape]; make [shape] the same")
+    return model
 
 
 def phase_at(config: SftConfig, step: int) -> tuple[PhaseConfig, int]:
@@ -97,10 +117,9 @@ class Run:
         self.config = config
         self.folder = Path(config.output)
         self.profile = load_profile(config.profile)
-        self.tokenizer = train_tokenizer(self.profile)
-        ids = token_ids(self.tokenizer)
-        model_config = config.shape.model(self.tokenizer.get_vocab_size(), ids)
-        self.model = Qwen2_5_VL.build(model_config, config.seed)
+        self.tokenizer = make_tokenizer(config, self.profile)
+        self.model = make_model(config, self.tokenizer)
+        model_config = self.model.config
         self.head = DenseHead(model_config.text.hidden_size, config.seed)
         named = [(f"model.{n}", p) for n, p in self.model.named_parameters()]
         named += [(f"head.{n}", p) for n, p in self.head.named_parameters()]
