@@ -68,6 +68,17 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         Run(small(tmp_path, shape=replace(SHAPE, text_inner=96))).resume()
 
 
+def test_a_run_can_begin_with_a_checkpoint(tmp_path: Path) -> None:
+    first = Run(small(tmp_path / "first"))
+    first.export(tmp_path / "model")
+    again = Run(small(tmp_path / "again", init=str(tmp_path / "model"), seed=5, bfloat16=False))
+    assert again.tokenizer.to_str() == first.tokenizer.to_str()
+    for name, weight in again.model.state_dict().items():
+        assert torch.equal(weight, first.model.state_dict()[name].float()), name
+    with pytest.raises(ValueError, match="init"):
+        Run(small(tmp_path / "other", init=str(tmp_path / "model"), shape=replace(SHAPE, text_inner=96)))
+
+
 def test_training_learns_the_format(tmp_path: Path) -> None:
     phases = (PhaseConfig("talk", steps=12, scenes=4, learning_rate=3e-3, warmup=2),)
     figures: list[dict[str, float]] = []

@@ -91,8 +91,7 @@ class PhaseConfig:
     of random characters that join each batch, for the dense labels only.
 
     low_share, high_share: direct prompts; the rest is adaptive. (Vision only: low_share = scenes also shown low.)
-    aux_weight: of the dense loss; look_weight: of the loss on where the answer's tokens look. horizon: length of the
-    cosine where it is not `steps`, for a phase that is cut short.
+    aux_weight: of the dense loss; look_weight: of the loss on where the answer's tokens look.
     guess_share: of the questions asked where they cannot be answered, those that keep a random answer.
     """
 
@@ -106,7 +105,6 @@ class PhaseConfig:
     warmup: int = 50
     aux_weight: float = 0.3
     look_weight: float = 0.0
-    horizon: int = 0
     low_share: float = 0.15
     high_share: float = 0.35
     guess_share: float = 1.0

@@ -17,7 +17,7 @@ def learning_rate(phase: PhaseConfig, step: int) -> float:
     """Rate at step `step` (from 0) of a phase: linear warm-up, then a cosine down to `final_rate`."""
     if step < phase.warmup:
         return phase.learning_rate * (step + 1) / phase.warmup
-    done = (step - phase.warmup) / max(1, (phase.horizon or phase.steps) - phase.warmup)
+    done = (step - phase.warmup) / max(1, phase.steps - phase.warmup)
     return phase.final_rate + (phase.learning_rate - phase.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
