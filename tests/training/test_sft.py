@@ -115,7 +115,7 @@ def test_phases_and_rates() -> None:
     assert learning_rate(phase, 100) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("glance_sft*.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("glance_*sft.toml")), ids=lambda p: p.name)
 def test_shipped_configs_load(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert load_config(SftConfig, path).total_steps > 100
     assert main(["sft", str(path), "--dry-run", "--set", "seed=4"]) == 0
