@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from vtengine.cli import main
+from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig, save_model
+from vtengine.rollout.tokenizer import Tokenizer as OurTokenizer
 
 REPO = Path(__file__).resolve().parents[2]
 SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
@@ -51,6 +54,36 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text("{}")
     (folder / "profile.toml").write_bytes((REPO / "vtengine/protocol/profiles/glance.toml").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a tiny random model in it."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = OurTokenizer.load(folder)
+    ids = {
+        name: tokenizer.special_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
+    text = TextConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        mrope_section=(2, 3, 3),
+    )
+    vision = VisionConfig(
+        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+    )
+    config = ModelConfig(
+        vision, text, tie_word_embeddings=True, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+        eos_token_id=tokenizer.turn_end_id, bos_token_id=None, dtype="float32",
+    )  # fmt: skip
+    save_model(Qwen2_5_VL.build(config, 0), folder)
     return folder
 
 

@@ -126,6 +126,8 @@ def _backend(
 ) -> Backend:
     if arguments.backend.startswith(SCRIPTED):
         return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
+    if arguments.backend != "embedded":
+        return _sglang(arguments.backend, folder, device, dtype)
     from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
     from vtengine.model import load_model
 

@@ -1,0 +1,41 @@
+"""`--backend http://...`: the command reaches the server that it names, and no other engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.sglang.fake_server import FakeSglang
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def fake(checkpoint: Path) -> Iterator[FakeSglang]:
+    server = FakeSglang()
+    config = json.loads((checkpoint / "config.json").read_text())
+    server.vocab, server.image_token = config["vocab_size"], config["image_token_id"]
+    yield server
+    server.close()
+
+
+def test_generate_over_a_server(
+    fake: FakeSglang, checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path
+) -> None:
+    line = ["generate", questions(4), "-o", tmp_path / "out.jsonl", "--model", checkpoint, "--backend", fake.url]
+    done = vtengine(*line, "--max-new-tokens", "6")
+    assert done.status == 0, done.err
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert [row["turns"][0]["completion_tokens"] for row in rows] == [6] * 4
+    assert len(fake.requests) == 1 + 4, "the shared prompt, and one request for each question"
+    assert sum(len(sent.get("image_data", [])) for sent in fake.requests) == 4
+
+
+def test_a_server_that_is_not_there(checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path) -> None:
+    line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", "--model", checkpoint]
+    done = vtengine(*line, "--backend", "http://127.0.0.1:9")
+    assert done.status == 1 and done.err.count("\n") == 1 and "is it running" in done.err
