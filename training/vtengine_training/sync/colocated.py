@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from vtengine.engine.base import Backend
 
 
-async def announce(backend: Backend, version: int) -> None:
-    """Tells the engine that the parameters it reads have changed in place: no tensor is copied.
+@dataclass(frozen=True, eq=False)
+class SharedParameters:
+    """A `Publisher` for an engine that reads the learner's own parameters: no tensor is copied.
 
     An update without tensors: the engine waits until nothing runs, drops the radix tree and the visual features, and
     stamps `version` on what it samples from then on.
     """
-    await backend.load_weights({}, version)
+
+    backend: Backend
+
+    async def publish(self, version: int) -> None:
+        await self.backend.load_weights({}, version)

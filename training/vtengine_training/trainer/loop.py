@@ -19,7 +19,6 @@ from vtengine.rollout.records import Row, RowWriter
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.rewards.rewarder import Rewarder
-from vtengine_training.sync.colocated import announce
 from vtengine_training.trainer.alarms import Alarms
 from vtengine_training.trainer.checkpoint import CheckpointError, find_latest, write_checkpoint
 from vtengine_training.trainer.collect import Collected
@@ -65,7 +64,7 @@ class Run:
         """
         saved = self.step
         await self.parts.rewarder.start()
-        await announce(self.parts.engine, self.parts.learner.version)
+        await self.parts.publisher.publish(self.parts.learner.version)
         while self.step < self.config.steps and not self.stop_requested:
             figures = await self.advance()
             every = self.config.validation.every
@@ -92,7 +91,7 @@ class Run:
         rate = self.rate(self.step)
         figures |= parts.learner.learn(collected.groups, rate) if collected.groups else {"lr": rate}
         finished = time.perf_counter()
-        await announce(parts.engine, parts.learner.version)
+        await parts.publisher.publish(parts.learner.version)
         self.step += 1
         self._count_empty(collected)
         if dumps:
@@ -115,7 +114,7 @@ class Run:
         found = await validate(
             self.parts.collector.setting, self.parts.validation, self.parts.rewarder.function, concurrency
         )
-        await announce(self.parts.engine, self.parts.learner.version)  # what it cached must not depend on validation
+        await self.parts.publisher.publish(self.parts.learner.version)  # what it cached must not depend on validation
         return found | {"time/validate": time.perf_counter() - began}
 
     def rate(self, step: int) -> float:

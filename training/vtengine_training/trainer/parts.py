@@ -25,6 +25,8 @@ from vtengine_training.eval.runner import model_folder
 from vtengine_training.glance.export import write_questions
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.sft.optim import MasterAdamW
+from vtengine_training.sync.base import Publisher
+from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.collect import Collector
 from vtengine_training.trainer.config import GlanceData, GrpoConfig
 from vtengine_training.trainer.cost import MIB
@@ -49,6 +51,7 @@ class Parts:
     rewarder: Rewarder
     collector: Collector
     learner: Learner
+    publisher: Publisher
 
 
 def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
@@ -79,7 +82,10 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
     sampler = Sampler(len(dataset), config.data.seed)
     kind = config.loss.objective.advantage
     collector = Collector(setting, dataset, sampler, rewarder, rollout, kind, config.seed)
-    return Parts(folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner)
+    publisher = SharedParameters(setting.backend)
+    return Parts(
+        folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher
+    )
 
 
 def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Setting:
