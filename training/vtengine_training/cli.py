@@ -1,6 +1,6 @@
-"""`vtengine-train`: sft, grpo, judge-check, eval. Each reads a TOML file; `--set a.b=c` changes it, `--dry-run` checks.
+"""`vtengine-train`: sft, grpo, eval, curate, judge-check, sweep.
 
-Imports nothing heavy until a command runs.
+Each reads a TOML file; `--set a.b=c` changes it, `--dry-run` checks it. Imports nothing heavy until a command runs.
 """
 
 from __future__ import annotations
@@ -8,22 +8,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    parser = argparse.ArgumentParser(prog="vtengine-train", description="train and evaluate vtengine models")
+    parser = argparse.ArgumentParser(
+        prog="vtengine-train",
+        description="train and evaluate vtengine models",
+        epilog=_examples("vtengine-train COMMAND --help", "vtengine-train grpo configs/glance_grpo.toml --dry-run"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, text in (
-        ("sft", _sft, "supervised cold start: from nothing to a model that answers in the protocol's format"),
-        ("grpo", _grpo, "reinforcement learning: teach a model when to ask for the high view"),
-        ("judge-check", _judge_check, "ask the judge of a config known pairs and hostile answers: is it fit for use?"),
-        ("eval", _eval, "ask generated questions at each resolution, and write what came out as JSON"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
+    for name, (run, text, examples) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_examples(*(f"vtengine-train {name} {rest}" for rest in examples)),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument("config", type=Path, metavar="CONFIG.toml")
         command.add_argument(
             "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a value of the file"
@@ -36,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0 done, 1 stopped, 2 bad usage, 130 interrupted.
 
-    `grpo` also: 4 diverged, 75 stopped by SIGTERM after saving.
+    `grpo` also: 4 diverged, 75 stopped by SIGTERM after saving. `sweep` also: 3 some run failed, 75 as `grpo`.
     """
     arguments = build_parser().parse_args(argv)
     try:
@@ -117,6 +123,66 @@ def _eval(arguments: argparse.Namespace) -> int:
         print(f"{name}: {parts}; format {found['format_valid']:.3f}; upscaled {found['upscaled']['all']:.3f}")
     print(f"results: {config.results}", file=sys.stderr)
     return 0
+
+
+def _curate(arguments: argparse.Namespace) -> int:
+    from vtengine_training.curate.command import run_curate
+
+    return run_curate(arguments)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from vtengine_training.sweep.command import run_sweep
+
+    return run_sweep(arguments)
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {
+    "sft": (
+        _sft,
+        "supervised cold start: from nothing to a model that answers in the protocol's format",
+        ("configs/glance_sft.toml", "configs/glance_sft.toml --set output=runs/mine --dry-run"),
+    ),
+    "grpo": (
+        _grpo,
+        "reinforcement learning: teach a model when to ask for the high view",
+        (
+            "configs/glance_grpo.toml --dry-run      # the resolved file, the plan, memory and cost",
+            "configs/glance_grpo.toml                # again: goes on where it stopped",
+            "my.toml --set rollout.n=16 --set loss.algorithm=dapo --set data.files='[\"train.parquet\"]'",
+        ),
+    ),
+    "eval": (
+        _eval,
+        "ask generated questions at each resolution, and write what came out as JSON",
+        ("configs/glance_eval.toml", "configs/glance_eval.toml --set model=runs/glance-grpo/model"),
+    ),
+    "curate": (
+        _curate,
+        "label questions by what the model answers at each view: low_is_enough, needs_high or neither",
+        (
+            "configs/glance_curate.toml              # again: goes on where it stopped",
+            "my.toml --set backend=http://127.0.0.1:30000 --set concurrency=256",
+        ),
+    ),
+    "judge-check": (
+        _judge_check,
+        "ask the judge of a config known pairs and hostile answers: is it fit for use?",
+        ("configs/example_judge-check.toml",),
+    ),
+    "sweep": (
+        _sweep,
+        "run one training configuration with some of its keys varied; sum up and draw what came out",
+        (
+            "configs/glance_penalty_sweep.toml --dry-run      # the runs and their steps",
+            "configs/glance_penalty_sweep.toml --set jobs=2   # again: does what is not done",
+        ),
+    ),
+}
+
+
+def _examples(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _note(figures: dict[str, Any]) -> str:

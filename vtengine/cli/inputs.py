@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -20,6 +20,7 @@ RESERVED_KEYS = frozenset(
 )
 
 RowId = str | int
+Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class _Reject(Exception):
         self.code = code
 
 
-def read_inputs(path: Path) -> Iterator[InputRow | RejectedRow]:
+def read_inputs(path: Path, change: Change | None = None) -> Iterator[InputRow | RejectedRow]:
     """Rows of a JSONL file, in order; blank lines are skipped. The first row with an id keeps it.
 
+    change: applied to each object before it is checked, for files with other names for the same things.
     Raises OSError when the file cannot be opened or read; nothing that a line holds raises.
     """
     seen: set[str] = set()
@@ -63,7 +65,7 @@ def read_inputs(path: Path) -> Iterator[InputRow | RejectedRow]:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if complete and not raw.strip():
                 continue
-            row = _parse_line(number, raw, complete)
+            row = _parse_line(number, raw, complete, change)
             if isinstance(row, InputRow) and str(row.id) in seen:
                 message = f"id {str(row.id)[:80]!r} is already used by an earlier row; ids must differ"
                 row = RejectedRow(number, row.id, "id_duplicate", message, row.carried)
@@ -81,16 +83,19 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
         yield raw.rstrip(b"\r\n"), complete
 
 
-def _parse_line(number: int, raw: bytes, complete: bool) -> InputRow | RejectedRow:
-    row_id: RowId = f"line-{number}"
-    carried: dict[str, Any] = {}
+def _parse_line(number: int, raw: bytes, complete: bool, change: Change | None) -> InputRow | RejectedRow:
     try:
         record = _load(raw, complete)
-        if _is_id(record.get("id")):
-            row_id = record["id"]
-        carried = {
-            key: value for key, value in record.items() if key not in RESERVED_KEYS and key not in ("id", "answer")
-        }
+    except _Reject as error:
+        return RejectedRow(number, f"line-{number}", error.code, str(error))
+    return check_record(number, record if change is None else change(record))
+
+
+def check_record(number: int, record: dict[str, Any]) -> InputRow | RejectedRow:
+    """The `number`-th row (1-based) of any source, checked as a line of JSONL is."""
+    row_id: RowId = record["id"] if _is_id(record.get("id")) else f"line-{number}"
+    carried = {key: value for key, value in record.items() if key not in RESERVED_KEYS and key not in ("id", "answer")}
+    try:
         return _check_record(number, row_id, record, carried)
     except _Reject as error:
         if error.code == "text_not_unicode":

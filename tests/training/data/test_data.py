@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vtengine_training.data.examples import read_dataset
 from vtengine_training.data.sampler import Sampler
@@ -60,6 +60,7 @@ def test_fingerprint_follows_content_and_order_not_place(tmp_path) -> None:
     )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 9), st.integers(0, 3), st.integers(0, 40), st.integers(0, 40))
 def test_stopping_changes_nothing(size, seed, before, after) -> None:
     whole = Sampler(size, seed)

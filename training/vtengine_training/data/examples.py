@@ -1,16 +1,31 @@
-"""Examples from JSONL, checked like the input of `vtengine generate`; what cannot be used is counted, not replaced."""
+"""Examples from files, checked like the input of `vtengine generate`; what cannot be used is counted, not replaced."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
+from vtengine.cli.inputs import InputRow, RejectedRow, check_record, read_inputs
+from vtengine_training.data.columns import BadImage, check_columns, plain, rename
+from vtengine_training.data.config import SourceConfig
+from vtengine_training.data.images import ImageStore
+from vtengine_training.data.tables import (
+    is_saved_dataset,
+    parquet_columns,
+    parquet_files,
+    parquet_records,
+    saved_columns,
+    saved_records,
+)
+
+SourceRow = tuple[InputRow | RejectedRow, Path]
+"""A row, and the folder its image path is relative to."""
 
 
 @dataclass(frozen=True)
@@ -40,30 +55,66 @@ class Dataset:
         return len(self.examples)
 
 
-def read_dataset(files: Sequence[Path], needs_answer: bool = True) -> Dataset:
+def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, images: Path | None = None) -> Dataset:
     """Reads the files one after another; ids become text and must differ between them.
 
-    Raises ValueError if nothing usable is left; OSError as the files do.
+    source: columns, texts to remove and max_rows. images: the folder that encoded images of tables are unpacked to;
+    None: tables are refused. Raises ValueError if nothing usable is left; OSError as the files do.
     """
+    source = source or SourceConfig()
     examples: list[Example] = []
     rejected: Counter[str] = Counter()
     seen: set[str] = set()
-    for path in files:
-        for row in read_inputs(path):
-            if isinstance(row, RejectedRow):
-                rejected[row.code] += 1
-            elif needs_answer and not row.answers:
-                rejected["answer_missing"] += 1
-            elif (name := _name(path, row, len(files))) in seen:
-                rejected["id_duplicate"] += 1
-            else:
-                seen.add(name)
-                fields = {key: value for key, value in row.carried.items() if key not in ("image", "question")}
-                examples.append(Example(name, row.image, row.question, row.answers, path.parent, fields))
+    rows = ((path, row) for path in files for row in _rows(path, source, images))
+    for path, (row, root) in islice(rows, source.max_rows):
+        if isinstance(row, RejectedRow):
+            rejected[row.code] += 1
+        elif not row.answers:
+            rejected["answer_missing"] += 1
+        elif (name := _name(path, row, len(files))) in seen:
+            rejected["id_duplicate"] += 1
+        else:
+            seen.add(name)
+            fields = {key: value for key, value in row.carried.items() if key not in ("image", "question")}
+            examples.append(Example(name, row.image, row.question, row.answers, root, fields))
     if not examples:
         counts = ", ".join(f"{code} {count}" for code, count in rejected.items()) or "the files are empty"
         raise ValueError(f"data.files: no usable example ({counts}); every row needs image, question and answer")
     return Dataset(tuple(examples), dict(rejected), fingerprint(examples))
+
+
+def _rows(path: Path, source: SourceConfig, images: Path | None) -> Iterator[SourceRow]:
+    """The rows of a file or folder, by what it is."""
+    if path.suffix != ".parquet" and not path.is_dir():
+        for row in read_inputs(path, lambda record: rename(record, source.columns, source.remove)):
+            yield row, path.parent
+        return
+    if images is None:
+        raise ValueError(f"{path}: only JSONL can be read here")
+    store = ImageStore(images)
+    if is_saved_dataset(path):
+        check_columns(source.columns, saved_columns(path), path)
+        yield from _checked(saved_records(path), path, source, store)
+        return
+    shards = parquet_files(path)
+    if not shards:
+        raise ValueError(f"{path}: the folder holds neither a saved dataset nor parquet files")
+    for shard in shards:
+        check_columns(source.columns, parquet_columns(shard), shard)
+    records = (record for shard in shards for record in parquet_records(shard))
+    yield from _checked(records, path if path.is_dir() else path.parent, source, store)
+
+
+def _checked(
+    records: Iterator[dict[str, Any]], folder: Path, source: SourceConfig, store: ImageStore
+) -> Iterator[SourceRow]:
+    for number, record in enumerate(records, start=1):
+        try:
+            row, stored = plain(rename(record, source.columns, source.remove), store)
+        except BadImage as error:
+            yield RejectedRow(number, f"line-{number}", error.code, str(error)), folder
+            continue
+        yield check_record(number, row), store.folder if stored else folder
 
 
 def _name(path: Path, row: InputRow, num_files: int) -> str:

@@ -6,53 +6,33 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vtengine_training.data.config import DataConfig, SourceConfig
 from vtengine_training.grpo.config import LossConfig
 from vtengine_training.rewards.rewarder import RewardConfig
 from vtengine_training.sft.config import OptimizerConfig
 
 
 @dataclass(frozen=True)
-class GlanceData:
-    """Questions of the generated world, written below the output folder when they are not there yet."""
-
-    seed: int = 2
-    count: int = 4000
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """files: JSONL with image, question, answer. Or `glance`: generated questions. seed: of the order."""
-
-    files: tuple[str, ...] = ()
-    glance: GlanceData | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if bool(self.files) == (self.glance is not None):
-            raise ValueError("files: name JSONL files, or give a [data.glance] section, and not both")
-
-
-@dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(SourceConfig):
     """Greedy episodes every so many steps (0 = never), and after the last one: `val/*` in the metrics.
 
-    files: JSONL, as for training. Or `glance`: generated questions of the validation split.
+    Examples as for training; `glance` draws from the validation split.
     """
 
     every: int = 0
-    files: tuple[str, ...] = ()
-    glance: GlanceData | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _at_least(self, 0, "every")
-        if self.every and bool(self.files) == (self.glance is not None):
-            raise ValueError("files: name JSONL files, or give a [validation.glance] section, and not both")
+        if self.every:
+            self.require_source("validation")
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
     """One step's rollouts: `prompts` groups of `n` siblings.
 
+    resolution: adaptive, or the one view that is always shown: low or high (with max_turns = 1).
     concurrency: episodes in the engine at a time. max_refill: prompts drawn for one step, as a multiple of `prompts`,
     before the step goes on with fewer. oversample: groups drawn at once, as a multiple of those still missing; what is
     left over is kept for the next step, for at most max_stale steps.
@@ -67,6 +47,7 @@ class RolloutConfig:
     top_k: int = 0
     max_new_tokens: int = 512
     max_turns: int = 2
+    resolution: Literal["adaptive", "low", "high"] = "adaptive"
     max_context_tokens: int | None = None
     concurrency: int = 64
     max_refill: float = 4.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +18,16 @@ from vtengine.rollout.group import Setting
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
 from vtengine.vision.plan import PixelLimits
-from vtengine_training.data.examples import Dataset, read_dataset
+from vtengine_training.data.examples import Dataset
+from vtengine_training.data.load import load_examples
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.eval.runner import model_folder
-from vtengine_training.glance.export import write_questions
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.sync.base import Publisher
 from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.collect import Collector
-from vtengine_training.trainer.config import GlanceData, GrpoConfig
+from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB
 from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.step import Learner
@@ -60,8 +59,9 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
     device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    dataset = read_dataset(data_files(config))
-    validation = read_dataset(validation_files(config)) if config.validation.every else None
+    place = data_folder(config)
+    dataset = load_examples(config.data, place, "train", config.data.seed)
+    validation = load_examples(config.validation, place, "validation") if config.validation.every else None
     tokenizer = Tokenizer.load(folder)
     dtype = getattr(torch, config.dtype)
     model = load_model(folder, device, dtype)
@@ -103,7 +103,7 @@ def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer
     pipeline = ImagePipeline(pixel_limits(folder, config.max_pixels), "compact", pixels, cache_bytes=cache_bytes)
     own = folder if (folder / PROFILE_FILE).is_file() else "vtengine"
     profile = load_profile(config.profile or own)
-    limits = Limits("adaptive", rollout.max_turns, max_context_tokens=rollout.max_context_tokens)
+    limits = Limits(rollout.resolution, rollout.max_turns, max_context_tokens=rollout.max_context_tokens)
     sampling = SamplingParams(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, seed=config.seed)
     return Setting(engine, pipeline, tokenizer, profile, limits, sampling)
 
@@ -125,27 +125,9 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def data_files(config: GrpoConfig) -> list[Path]:
-    """The training JSONL; generated questions are written first, where they are not there yet."""
-    return _files(config, config.data.files, config.data.glance, "train")
-
-
-def validation_files(config: GrpoConfig) -> list[Path]:
-    """The same of the validation questions."""
-    return _files(config, config.validation.files, config.validation.glance, "validation")
-
-
-def _files(config: GrpoConfig, files: Sequence[str], glance: GlanceData | None, split: str) -> list[Path]:
-    if glance is None:
-        return [Path(name) for name in files]
-    # Seed and count are in the name, so that another config gets other questions.
-    folder = Path(config.output) / f"questions-{split}-{glance.seed}-{glance.count}"
-    if not (folder / "questions.jsonl").is_file():
-        making = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(making, ignore_errors=True)
-        write_questions(making, split, glance.seed, glance.count, balanced=False)
-        making.replace(folder)
-    return [folder / "questions.jsonl"]
+def data_folder(config: GrpoConfig) -> Path:
+    """Where generated questions and unpacked images go."""
+    return Path(config.data.folder or Path(config.output) / "data")
 
 
 def export_model(model: Qwen2_5_VL, source: Path, folder: Path) -> None:

@@ -1,0 +1,144 @@
+"""Curation: labels, resuming, rows that can be trained on, bad rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from vtengine_training.cli import main
+from vtengine_training.curate.label import label
+from vtengine_training.curate.summary import summary
+from vtengine_training.data.config import DataConfig
+from vtengine_training.data.load import load_examples
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (8, 8, "low_is_enough"),
+        (7, 8, "neither"),
+        (8, 7, "neither"),
+        (2, 8, "needs_high"),
+        (0, 6, "needs_high"),
+        (0, 5, "neither"),
+        (3, 8, "neither"),
+        (0, 0, "neither"),
+        (8, 0, "neither"),
+    ],
+)
+def test_the_rule_of_the_paper(low, high, expected) -> None:
+    assert label(low, high, rollouts=8, margin=6) == expected
+
+
+@pytest.fixture
+def curate(tiny_folder, tiny_data, tmp_path, monkeypatch):
+    """curate(folder name, *overrides): runs the command; returns (status, rows)."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    config = tmp_path / "curate.toml"
+    config.write_text(
+        f'model = "{tiny_folder}"\nprofile = "glance"\nrollouts = 2\nmargin = 2\nmax_new_tokens = 4\nthreads = 1\n'
+        f'concurrency = 4\ndevice = "cpu"\noutput = "to be set"\n'
+        f'[data]\nfiles = ["{tiny_data}"]\n[reward]\naccuracy = "function"\nfunction = "toy_answers:by_id"\n'
+    )
+
+    def run(name: str, *overrides: str) -> tuple[int, list[dict]]:
+        settings = [f"output={tmp_path / name}", *overrides]
+        status = main(["curate", str(config), *(word for one in settings for word in ("--set", one))])
+        path = tmp_path / name / "curated.jsonl"
+        return status, [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    return run
+
+
+LABELS = ["low_is_enough", "needs_high", "neither", "neither", "low_is_enough"]
+
+
+def test_labels_counts_and_files(curate, tmp_path) -> None:
+    status, rows = curate("a")
+    assert status == 0
+    assert [row["id"] for row in rows] == [f"q{k}" for k in range(5)]
+    assert [row["label"] for row in rows] == LABELS
+    assert (rows[1]["low_correct"], rows[1]["high_correct"], rows[1]["rollouts"]) == (0, 2, 2)
+    assert all(row["low_tokens"] < row["high_tokens"] for row in rows)
+    assert len({row["image"] for row in rows}) == 3
+    assert all((tmp_path / "a" / row["image"]).is_file() for row in rows)
+    found = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert found["labels"] == {"low_is_enough": 2, "needs_high": 1, "neither": 2}
+    assert found["accuracy_low"] == 0.5 and found["accuracy_high"] == 0.7
+    assert found["correct"][2][2] == 2 and found["correct"][0][2] == 1
+
+
+def test_what_came_out_can_be_trained_on(curate, tmp_path) -> None:
+    curate("a", "format=parquet")
+    for name in ("curated.jsonl", "curated.parquet"):
+        config = DataConfig(files=(str(tmp_path / "a" / name),), mix={"low_is_enough": 0.5, "needs_high": 0.5})
+        found = load_examples(config, tmp_path / "unpacked")
+        labels = [one.fields["label"] for one in found.examples]
+        assert sorted(labels) == ["low_is_enough", "needs_high"]
+        assert all((one.root / one.image).is_file() for one in found.examples)
+        assert found.examples[labels.index("needs_high")].answers == ("1",)
+
+
+def test_an_interrupted_curation_goes_on(curate, tmp_path, capsys) -> None:
+    _, whole = curate("whole", "reward.function=toy_answers:by_id")
+    curate("parts")
+    path = tmp_path / "parts" / "curated.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:20])
+    status, rows = curate("parts")
+    assert status == 0 and "going on after 2 questions" in capsys.readouterr().err
+    assert [row["id"] for row in rows] == [row["id"] for row in whole]
+    assert [row["label"] for row in rows] == LABELS
+    before = path.read_bytes()
+    assert curate("parts")[0] == 0 and path.read_bytes() == before
+
+
+def test_other_settings_are_refused(curate, capsys) -> None:
+    curate("a")
+    assert curate("a", "seed=5")[0] == 2
+    assert "was begun with seed = 0, not 5" in capsys.readouterr().err
+    assert curate("a", "concurrency=8")[0] == 0  # how fast is another matter
+
+
+def test_bad_rows(curate, tiny_data, tmp_path, capsys) -> None:
+    rows = [json.loads(line) for line in tiny_data.read_text().splitlines()][:3]
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes((tiny_data.parent / f"{number}.png").read_bytes())
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    rows.append({"id": "no answer", "image": "0.png", "question": "?"})
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, found = curate("a", f"data.files=['{path}']", "reward.function=toy_answers:breaks_at_q2")
+    assert status == 0
+    assert [row["label"] for row in found] == ["low_is_enough", "rejected", "unscored"]
+    assert "image" not in found[1] and found[1]["reason"].startswith("image_")
+    assert "boom" in found[2]["reason"]
+    told = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert told["left_out"] == {"answer_missing": 1}
+    config = DataConfig(files=(str(tmp_path / "a" / "curated.jsonl"),))
+    assert load_examples(config, tmp_path / "x").rejected == {"image_missing": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("margin=3", "from 1 to rollouts"),
+        ("rollouts=0", "1 or more"),
+        ("temperature=0.0", "would be equal"),
+        ("backend=vllm", "unknown"),
+        ("model=/no/such/folder", "no such folder"),
+        ("rolouts=3", "did you mean rollouts"),
+        ("reward.function=toy_answers:missing", "has no missing"),
+    ],
+)
+def test_bad_usage_names_field_and_remedy(curate, override, message, capsys) -> None:
+    assert curate("bad", override)[0] == 2
+    assert message in capsys.readouterr().err
+
+
+def test_agreement_with_the_labels_of_the_data() -> None:
+    row = {"label": "needs_high", "rollouts": 8, "low_correct": 0, "high_correct": 8}
+    rows = [row | {"needs_high": True}, row | {"needs_high": False}]
+    assert summary(rows, {})["agrees_with_needs_high"] == 0.5
+    assert "agrees_with_needs_high" not in summary([row], {})

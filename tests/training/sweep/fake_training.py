@@ -1,0 +1,32 @@
+"""Stands in for `vtengine-train COMMAND CONFIG`: writes metrics, notes that it ran, fails or waits when told to."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+config = tomllib.loads(Path(sys.argv[2]).read_text())
+output = Path(config["output"])
+with (output / "started.txt").open("a") as file:
+    file.write("once\n")
+
+
+def stop(number: int, frame: object) -> None:
+    (output / "stopped.txt").write_text("saved")
+    sys.exit(75)
+
+
+signal.signal(signal.SIGTERM, stop)
+theta = config["reward"]["penalty"]["theta"]
+with (output / "metrics.jsonl").open("w") as file:
+    for step in range(1, config["steps"] + 1):
+        row = {"step": step, "upscale/ratio": theta * step, "reward/accuracy": 0.5, "time/step": 1.0}
+        file.write(json.dumps(row) + "\n")
+if theta == 0.3 and not (output / "mended").exists():
+    sys.exit("the reward is not a number")
+if theta == 0.5:
+    time.sleep(60)

@@ -1,0 +1,125 @@
+"""`vtengine-train curate`: labels a set of questions with the model itself; run it again to go on."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vtengine.config import load_config, to_toml
+from vtengine_training.curate.config import CurateConfig
+
+
+def run_curate(arguments: argparse.Namespace) -> int:
+    """The command. Raises ValueError for what cannot be used, OSError where files cannot be written."""
+    config = load_config(CurateConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(to_toml(config), end="")
+        print("\n".join(f"# {line}" for line in plan(config)))
+        return 0
+    from vtengine.cli.errors import CliError
+
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        found = asyncio.run(curate(config))
+    except CliError as error:
+        raise ValueError(str(error)) from None
+    print("\n".join(f"{label}: {count}" for label, count in found["labels"].items()))
+    print(f"{config.output}: the rows, their images and summary.json", file=sys.stderr)
+    return 0
+
+
+async def curate(config: CurateConfig) -> dict[str, Any]:
+    """Labels what an earlier call has not labelled yet; returns the summary, which is also written."""
+    from vtengine.cli.session import open_session
+    from vtengine_training.cli import progress_bar
+    from vtengine_training.curate.output import Output
+    from vtengine_training.curate.run import Curation
+    from vtengine_training.curate.summary import summary
+    from vtengine_training.data.images import ImageStore
+    from vtengine_training.data.load import load_examples
+    from vtengine_training.rewards.rewarder import Rewarder
+
+    output = Output(Path(config.output))
+    place = Path(config.data.folder or output.folder / "data")
+    dataset = load_examples(config.data, place, "train", config.data.seed)
+    rows = output.begin({"examples": dataset.fingerprint, **config.what})
+    began = time.perf_counter()
+    if len(rows) < len(dataset):
+        if rows:
+            print(f"{output.folder}: going on after {len(rows)} questions", file=sys.stderr)
+        _set_threads(config.threads)
+        async with open_session(_session(config), config.concurrency) as setting:
+            rewarder = Rewarder(config.reward)
+            try:
+                await rewarder.start()
+                curation = Curation(config, setting, rewarder, ImageStore(output.folder / "images"))
+                with progress_bar() as progress:
+                    task = progress.add_task("", total=len(dataset), completed=len(rows), note="")
+                    async for row in curation.rows(dataset.examples[len(rows) :]):
+                        output.append(row)
+                        rows.append({key: row[key] for key in KEPT if key in row})
+                        progress.update(task, completed=len(rows), note=_note(rows))
+            finally:
+                await rewarder.close()
+    found = summary(rows, dataset.rejected) | {"seconds": round(time.perf_counter() - began, 1)}
+    if config.format == "parquet":
+        output.write_parquet()
+    (output.folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    (output.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+KEPT = ("label", "reason", "low_correct", "high_correct", "rollouts", "needs_high")
+"""What the summary needs of a row; the rest is on the disk."""
+
+
+def plan(config: CurateConfig) -> list[str]:
+    """What would be done."""
+    return [
+        "",
+        "Plan",
+        f"{config.rollouts} rollouts at the low view and {config.rollouts} at the high view of every question, "
+        f"one turn each, temperature {config.temperature:g}, judged by {config.reward.accuracy}",
+        f"low_is_enough: {config.rollouts} of {config.rollouts} right at both; needs_high: at least {config.margin} "
+        "more right at the high view",
+        f"rows, images and summary go to {config.output}",
+    ]
+
+
+def _session(config: CurateConfig) -> argparse.Namespace:
+    """The arguments of `vtengine generate` that this is like."""
+    return argparse.Namespace(
+        model=config.model,
+        backend=config.backend,
+        profile=config.profile or None,
+        device=config.device,
+        dtype=config.dtype,
+        kv_gb=config.kv_gb,
+        resolution="high",
+        max_turns=1,
+        visual_token_budget=None,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=1.0,
+        top_k=0,
+        seed=config.seed,
+        allow_http=False,
+    )
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _note(rows: list[dict[str, Any]]) -> str:
+    counts = {name: sum(row["label"] == name for row in rows) for name in ("low_is_enough", "needs_high")}
+    return "  ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,0 +1,62 @@
+"""What a curation runs: a TOML file, read into frozen dataclasses. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vtengine.config import to_dict
+from vtengine_training.data.config import DataConfig
+from vtengine_training.rewards.rewarder import RewardConfig
+
+WHERE = frozenset({"output", "concurrency", "device", "threads", "kv_gb", "format"})
+"""Settings that decide where and how fast, not what is written."""
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """Every question is answered `rollouts` times at each of two views, low and high, in one turn.
+
+    model: a checkpoint folder, a Hugging Face id, or a shipped name. backend: embedded, sglang, or the URL of a server.
+    output: a folder. format: of the finished file; parquet holds the images. margin: right answers that the high view
+    must have more, for a question to need it. reward: how answers are judged (the penalty has no part in it).
+    kv_gb: memory for keys and values; None = by the machine.
+    """
+
+    model: str
+    output: str
+    data: DataConfig
+    rollouts: int = 8
+    margin: int = 6
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    backend: str = "embedded"
+    profile: str = ""
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"
+    threads: int | None = None
+    seed: int = 0
+    temperature: float = 1.0
+    max_new_tokens: int = 512
+    concurrency: int = 64
+    kv_gb: float | None = None
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("rollouts", "max_new_tokens", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+        for name in ("threads", "kv_gb"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} = {value}: must be positive")
+        if not 1 <= self.margin <= self.rollouts:
+            raise ValueError(f"margin = {self.margin}: must be from 1 to rollouts (= {self.rollouts})")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature = {self.temperature}: must be 0 or more")
+        if self.temperature == 0 and self.rollouts > 1:
+            raise ValueError(f"temperature = 0: {self.rollouts} greedy rollouts would be equal; use rollouts = 1")
+
+    @property
+    def what(self) -> dict[str, Any]:
+        """The settings that decide what is written: an interrupted curation goes on only with the same."""
+        return {name: value for name, value in to_dict(self).items() if name not in WHERE}

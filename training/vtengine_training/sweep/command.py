@@ -1,0 +1,84 @@
+"""`vtengine-train sweep`: plans, runs, sums up and draws; run it again to go on."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtengine.config import load_config, to_toml
+from vtengine_training.sweep.config import SweepConfig
+from vtengine_training.sweep.plan import Planned, plan_runs
+from vtengine_training.sweep.run import Ended, prepare, run_all, steps_done
+
+EXIT_FAILED = 3
+"""Some run failed; the others were run."""
+EXIT_STOPPED = 75
+"""After SIGTERM: the runs under way saved and ended; the same command goes on (as `grpo`)."""
+
+
+def run_sweep(arguments: argparse.Namespace) -> int:
+    """The command. Raises ValueError for a configuration that cannot be used, the runs' included."""
+    config = load_config(SweepConfig, arguments.config, arguments.overrides)
+    planned = plan_runs(config, arguments.config.parent)
+    if arguments.dry_run:
+        print(to_toml(config), end="")
+        print(f"#\n# {len(planned)} runs of {config.command}, {config.jobs} at a time:")
+        print("\n".join(f"# {one.name}: {one.steps} steps" for one in planned))
+        return 0
+    from vtengine_training.sweep.plot import lines
+
+    lines(planned, config.plot)  # a mistyped key of the plot is found before the runs, not after
+    prepare(planned)
+    try:
+        ended = asyncio.run(_run(config, planned))
+    except asyncio.CancelledError:
+        _write(config, planned, [])
+        print(f"{config.output}: stopped; run the same command again to go on", file=sys.stderr)
+        return EXIT_STOPPED
+    _write(config, planned, ended)
+    failed = [one for one in ended if one.exit]
+    for one in failed:
+        print(f"vtengine-train: run {one.name} ended with status {one.exit}: {one.note}", file=sys.stderr)
+    print(f"{config.output}: summary.json and curves.png", file=sys.stderr)
+    return EXIT_FAILED if failed else 0
+
+
+async def _run(config: SweepConfig, planned: Sequence[Planned]) -> list[Ended]:
+    """All runs under a progress line; SIGTERM cancels."""
+    from vtengine_training.cli import progress_bar
+
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    with progress_bar() as progress:
+        bar = progress.add_task("", total=sum(one.steps for one in planned), note="")
+
+        def poll() -> None:
+            progress.update(bar, completed=sum(map(steps_done, planned)))
+
+        def end(ended: Ended) -> None:
+            state = "done" if not ended.exit else f"status {ended.exit}"
+            if not progress.console.is_terminal:
+                print(f"run {ended.name}: {state}", file=sys.stderr, flush=True)
+            progress.update(bar, note=f"{ended.name}: {state}")
+
+        return await run_all(planned, config.command, config.jobs, poll, end)
+
+
+def _write(config: SweepConfig, planned: Sequence[Planned], ended: Sequence[Ended]) -> None:
+    """summary.json and curves.png, of whatever there is so far."""
+    from vtengine_training.sweep.plot import plot
+    from vtengine_training.sweep.summary import summary
+
+    output = Path(config.output)
+    text = json.dumps(summary(config, planned, {one.name: one.exit for one in ended}), indent=1) + "\n"
+    for path in (output / "summary.json", *([Path(config.results)] if config.results and ended else [])):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    if any(map(steps_done, planned)):
+        plot(planned, config.plot, output / "curves.png")

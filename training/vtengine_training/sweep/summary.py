@@ -1,0 +1,72 @@
+"""The figures of a sweep, from the metrics of its runs, in the form of a benchmark result."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vtengine_training.sweep.config import SweepConfig
+from vtengine_training.sweep.plan import Planned, short
+
+Row = dict[str, Any]
+Curve = list[tuple[int, float]]
+DIGITS = 5
+EXTRA = ("time/step",)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The steps of a run, in order; of a repeated one the last row. Broken lines are left out."""
+    rows: dict[int, Row] = {}
+    path = folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            rows[int(row["step"])] = row
+        except (ValueError, KeyError, TypeError):
+            continue
+    return [rows[step] for step in sorted(rows)]
+
+
+def curve(rows: Sequence[Row], metric: str) -> Curve:
+    """(step, value) where the metric has one."""
+    return [(row["step"], row[metric]) for row in rows if isinstance(row.get(metric), int | float)]
+
+
+def summary(config: SweepConfig, planned: Sequence[Planned], ended: Mapping[str, int]) -> Row:
+    """Per run: what was varied, its state, the mean of each metric over its last steps, and the curves.
+
+    ended: exit statuses by name; a run without one was not started.
+    """
+    from vtengine_training.eval.stamp import stamp
+
+    name = Path(config.results or config.output).stem
+    keys = list(dict.fromkeys(key for one in planned for key in one.settings))
+    titles = {key: short(key, keys) for key in keys}
+    rows = [_row(config, one, ended.get(one.name), titles) for one in planned]
+    columns = {"run": "Run", **{title: title for title in titles.values()}, "steps": "Steps"}
+    columns |= {metric: metric for metric in (*config.plot.metrics, *EXTRA)}
+    return {
+        "suite": name,
+        "stamp": stamp(Path(__file__).parent),
+        "quick": False,
+        "tables": {f"{name}-last": {"columns": columns}},
+        "last": config.last,
+        "rows": rows,
+    }
+
+
+def _row(config: SweepConfig, one: Planned, status: int | None, titles: Mapping[str, str]) -> Row:
+    rows = read_rows(one.folder)
+    state = {None: "not run", 0: "done"}.get(status, f"ended with status {status}")
+    found: Row = {"run": one.name, "state": state, "steps": len(rows)}
+    found |= {titles[key]: value for key, value in one.settings.items()}
+    for metric in (*config.plot.metrics, *EXTRA):
+        values = [value for _, value in curve(rows, metric)][-config.last :]
+        found[metric] = round(math.fsum(values) / len(values), DIGITS) if values else None
+    found["curves"] = {
+        metric: [[step, round(value, DIGITS)] for step, value in curve(rows, metric)] for metric in config.plot.metrics
+    }
+    return found
