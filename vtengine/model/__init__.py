@@ -1,6 +1,6 @@
 """Qwen2.5-VL in plain torch: config, vision tower, language model, checkpoints, attention contexts."""
 
-from vtengine.model.attention import AttentionContext, PackedCausal
+from vtengine.model.attention import AttentionContext, PackedCausal, PackedTree
 from vtengine.model.config import ModelConfig, ModelLoadError, TextConfig, VisionConfig
 from vtengine.model.names import checkpoint_name, hf_tensors
 from vtengine.model.positions import mrope_positions
@@ -12,6 +12,7 @@ __all__ = [
     "ModelConfig",
     "ModelLoadError",
     "PackedCausal",
+    "PackedTree",
     "Qwen2_5_VL",
     "TextConfig",
     "VisionConfig",

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from vtengine_kernels.shared_prefix_attention import PrefixTree, shared_prefix_attention
 
 # Sequences padded to a common length in one batch may waste at most this share of its slots.
 PADDING_LIMIT = 0.25
@@ -107,6 +108,19 @@ class PackedCausal:
         if plan is None:
             plan = self._plans[q.device] = _Padded.plan(self.offsets, q.device)
         return plan.attend(q, k, v)
+
+
+@dataclass(frozen=True)
+class PackedTree:
+    """Causal attention over packed sequences that share their beginnings, each beginning held once: training on groups.
+
+    A token's q, k and v must be those of its place in the sequences, not in the pack.
+    """
+
+    tree: PrefixTree
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return shared_prefix_attention(q, k, v, self.tree)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from vtengine_training.grpo.loss import Tokens, grpo_loss
 from vtengine_training.grpo.weights import token_weights
-from vtengine_training.trainer.batch import build_batch, gather_images, plan_micro_batches
+from vtengine_training.trainer.batch import build_batch, plan_micro_batches, same_prompt
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.policy import BANNED, Policy
 from vtengine_training.trainer.step import Learner, TrainingDiverged, _Sums
+from vtengine_training.trainer.trajectory import Trajectory
 
 from tests.training.trainer.toy import rewarder
 from vtengine.model import PackedCausal
@@ -100,14 +103,58 @@ def test_micro_batching_changes_nothing(run, aggregation) -> None:
         same(gradients(one, groups, max_tokens=max_tokens), whole)
 
 
-def test_shared_images_change_nothing(run) -> None:
-    one = run()
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("share_images", [True, False])
+def test_savings_change_nothing(run, share_images, share_prefix) -> None:
+    """Each saving, alone and together with the other, against the plain path: loss and gradients to 1e-6."""
+    one = run(loss={"entropy_coef": 0.01}, rollout={"prompts": 3, "n": 4})
     groups = collect(one)
-    same(gradients(one, groups, share_images=True), gradients(one, groups, share_images=False))
-    members = [t for group in groups for t in group.trajectories]
-    shared, alone = gather_images(members, True), gather_images(members, False)
-    assert len(shared[0]) < len(alone[0])
-    assert alone[2] is None
+    saved = gradients(one, groups, share_images=share_images, share_prefix=share_prefix, max_tokens=10**6)
+    loss, expected = plain(one, groups)
+    assert saved[0] == pytest.approx(loss, rel=1e-6, abs=1e-7)
+    assert saved[1].keys() == expected.keys()
+    errors = {name: (saved[1][name] - exact).norm() for name, exact in expected.items()}
+    whole = torch.stack([exact.norm() for exact in expected.values()]).norm()
+    assert torch.stack(list(errors.values())).norm() <= 1e-6 * whole
+    for name, exact in expected.items():
+        assert errors[name] <= 5e-6 * exact.norm() + 1e-9, name
+
+
+def test_vision_tower_sees_each_distinct_image_once(run, monkeypatch) -> None:
+    one = run(rollout={"prompts": 3, "n": 4})
+    groups = collect(one)
+    seen = []
+    tower = one.parts.model.visual
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda pixels, grids: seen.append(len(grids)) or forward(pixels, grids))
+    for group in groups:
+        distinct = {span.image.content_hash for t in group.trajectories for span in t.images}
+        shown = sum(len(t.images) for t in group.trajectories)
+        assert len(distinct) < shown
+        for share, expected in ((True, len(distinct)), (False, shown)):
+            seen.clear()
+            gradients(one, [group], share_images=share, share_prefix=False, max_tokens=10**6)
+            assert seen == [expected]
+
+
+def test_siblings_share_their_prompt_and_nothing_else(run) -> None:
+    one = run(rollout={"prompts": 2, "n": 4})
+    first, second = (group.trajectories for group in collect(one))
+    members = [*first, *second]
+    batch = build_batch(members, [1.0] * 8, torch.device("cpu"))
+    assert batch.tree.parents == (-1, 0, 0, 0, 0, -1, 5, 5, 5, 5)
+    prompts = [group[0].prompt_length for group in (first, second)]
+    assert batch.tree.num_tokens == sum(map(len, members)) - 3 * sum(prompts)
+    plain_batch = build_batch(members, [1.0] * 8, torch.device("cpu"), share_prefix=False)
+    assert plain_batch.tree.lengths == tuple(map(len, members))
+    assert torch.equal(batch.token_ids[batch.sources], plain_batch.token_ids[plain_batch.sources])
+    assert torch.equal(batch.positions[:, batch.sources], plain_batch.positions[:, plain_batch.sources])
+    other = replace(first[1], token_ids=first[1].token_ids.copy())
+    other.token_ids[0] ^= 1
+    assert not same_prompt(first[0], other)
+    span = first[1].images[0]
+    swapped = replace(span, image=replace(span.image, content_hash="another"))
+    assert not same_prompt(first[0], replace(first[1], images=(swapped, *first[1].images[1:])))
 
 
 def test_logits_in_chunks_change_nothing(run) -> None:
@@ -133,15 +180,37 @@ def test_temperature_is_the_engines(run) -> None:
     torch.testing.assert_close(logprobs.detach(), batch.rollout, rtol=1e-4, atol=1e-5)
 
 
-def test_micro_batches_keep_siblings_together_and_order() -> None:
-    class Long(list):
-        pass
+def trajectory(prompt, reply):
+    """A prompt of that many tokens, all alike, and a reply."""
+    length = prompt + reply
+    return Trajectory(
+        token_ids=np.full(length, prompt),
+        positions=torch.arange(length).expand(3, -1),
+        trainable=np.arange(length) >= prompt,
+        logprobs=np.zeros(length, np.float32),
+        images=(),
+        version=0,
+        advantage=1.0,
+        facts={},
+    )
 
-    groups = [[Long([0] * 4)] * 3, [Long([0] * 5)] * 3, [Long([0] * 30)] * 2]
-    plan = plan_micro_batches(groups, 20)
+
+def test_micro_batches_keep_siblings_together_and_order() -> None:
+    groups = [[trajectory(1, 3)] * 3, [trajectory(2, 3)] * 3, [trajectory(10, 20)] * 2]
+    plan = plan_micro_batches(groups, 20, share_prefix=False)
     assert plan == [[(0, 0), (0, 1), (0, 2)], [(1, 0), (1, 1), (1, 2)], [(2, 0)], [(2, 1)]]
     assert plan_micro_batches(groups, 10**6) == [[(g, t) for g, group in enumerate(groups) for t in range(len(group))]]
     assert plan_micro_batches([], 10) == []
+
+
+def test_max_tokens_counts_packed_tokens() -> None:
+    groups = [[trajectory(10, 4)] * 6, [trajectory(12, 2)] * 2]
+    plan = plan_micro_batches(groups, 26)
+    assert plan == [[(0, t) for t in range(4)], [(0, 4), (0, 5)], [(1, 0), (1, 1)]]
+    for members in plan:
+        chosen = [groups[g][t] for g, t in members]
+        assert len(build_batch(chosen, [1.0] * len(chosen), torch.device("cpu")).token_ids) <= 26
+    assert plan_micro_batches(groups, 50) == [[*((0, t) for t in range(6)), (1, 0), (1, 1)]]
 
 
 def test_recomputed_ratios_are_exactly_one_in_the_first_update(run) -> None:

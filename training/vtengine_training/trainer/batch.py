@@ -1,4 +1,4 @@
-"""Trajectories packed end to end, without padding; logits are wanted only where a token was sampled."""
+"""Trajectories packed without padding: a prompt that siblings share stands once; logits only at sampled tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from vtengine_kernels.shared_prefix_attention import PrefixTree
+from vtengine_kernels.visual_scatter import Placement
 
 from vtengine.engine.base import ImageInput
 from vtengine_training.trainer.trajectory import Trajectory
@@ -19,16 +21,16 @@ Grid = tuple[int, int, int]
 class MicroBatch:
     """T tokens of S sequences, N of them trainable, V visual tokens shown, from images of P patches.
 
-    token_ids int64 [T], positions int64 [3, T], offsets [S + 1]. sources int64 [N]: the positions whose hidden state
-    predicts `targets` int64 [N]. rollout, advantages, weights float32 [N]. sequences int64 [N] in 0..S-1; versions
-    int64 [N]: of the weights that sampled the sequence.
-    pixel_values [P, 588 | 1176] or None, grids per image; visual_rows int64 [V]: the tower's rows, in the order of the
-    placeholders, or None if that is the order they have.
+    token_ids int64 [T], positions int64 [3, T]; tree: the T tokens as segments, prompts before what continues them.
+    sources int64 [N]: the places whose hidden state predicts `targets` int64 [N]. rollout, advantages, weights
+    float32 [N]. sequences int64 [N] in 0..S-1; versions int64 [N]: of the weights that sampled the sequence.
+    pixel_values [P, 588 | 1176] or None, grids per image; placement: the tower's row behind each of the V placeholders,
+    or None if they stand in its order.
     """
 
     token_ids: Tensor
     positions: Tensor
-    offsets: tuple[int, ...]
+    tree: PrefixTree
     sources: Tensor
     targets: Tensor
     rollout: Tensor
@@ -36,87 +38,151 @@ class MicroBatch:
     weights: Tensor
     sequences: Tensor
     versions: Tensor
+    num_sequences: int
     pixel_values: Tensor | None
     grids: tuple[Grid, ...]
-    visual_rows: Tensor | None
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.offsets) - 1
+    placement: Placement | None
 
 
-def plan_micro_batches(groups: Sequence[Sequence[Trajectory]], max_tokens: int) -> list[list[tuple[int, int]]]:
-    """Which trajectory (group, sibling) goes into which micro-batch, in order.
+def plan_micro_batches(
+    groups: Sequence[Sequence[Trajectory]], max_tokens: int, share_prefix: bool = True
+) -> list[list[tuple[int, int]]]:
+    """Which trajectory (group, sibling) goes into which micro-batch, in order. max_tokens: packed tokens of one.
 
-    Siblings stay together where they fit, because they share images; a trajectory longer than max_tokens goes alone.
+    Siblings stay together where they fit, because they share prompt and images; a longer trajectory goes alone.
     """
     batches: list[list[tuple[int, int]]] = []
     used = 0
     for g, group in enumerate(groups):
-        whole = sum(len(one) for one in group)
+        tail = [len(one) for one in group]  # packed tokens behind the sibling before
+        for t in range(1, len(group)):
+            if share_prefix and same_prompt(group[t - 1], group[t]):
+                tail[t] -= group[t].prompt_length
+        whole = len(group[0]) + sum(tail[1:])
         if batches and used + whole > max_tokens >= whole:
             batches.append([])
             used = 0
         for t, one in enumerate(group):
-            if not batches or (batches[-1] and used + len(one) > max_tokens):
+            added = tail[t] if batches and batches[-1][-1:] == [(g, t - 1)] else len(one)
+            if not batches or (batches[-1] and used + added > max_tokens):
                 batches.append([])
-                used = 0
+                used, added = 0, len(one)
             batches[-1].append((g, t))
-            used += len(one)
+            used += added
     return batches
 
 
+def same_prompt(first: Trajectory, second: Trajectory) -> bool:
+    """Whether two trajectories begin with the same tokens and images, up to the first sampled token."""
+    length = first.prompt_length
+    return (
+        second.prompt_length == length
+        and np.array_equal(first.token_ids[:length], second.token_ids[:length])
+        and torch.equal(first.positions[:, :length], second.positions[:, :length])
+        and [image.content_hash for image in _images(first, 0, length)]
+        == [image.content_hash for image in _images(second, 0, length)]
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where trajectories lie in a pack: pieces (trajectory, begin, end) one after another, as a tree of segments.
+
+    places: per trajectory, the pack's index of each of its tokens.
+    """
+
+    pieces: list[tuple[Trajectory, int, int]]
+    tree: PrefixTree
+    places: list[np.ndarray]
+
+    @staticmethod
+    def of(trajectories: Sequence[Trajectory], share_prefix: bool) -> Layout:
+        """Neighbours with the same prompt share it."""
+        pieces: list[tuple[Trajectory, int, int]] = []
+        parents: list[int] = []
+        places: list[np.ndarray] = []
+        used, prompt, prompt_at = 0, -1, 0
+        for index, one in enumerate(trajectories):
+            follows = share_prefix and index > 0 and same_prompt(trajectories[index - 1], one)
+            leads = share_prefix and index + 1 < len(trajectories) and same_prompt(one, trajectories[index + 1])
+            shared = one.prompt_length if follows or leads else 0
+            if shared and not follows:
+                prompt, prompt_at = len(pieces), used
+                pieces.append((one, 0, shared))
+                parents.append(-1)
+                used += shared
+            pieces.append((one, shared, len(one)))
+            parents.append(prompt if shared else -1)
+            own = np.arange(used, used + len(one) - shared)
+            places.append(np.concatenate([np.arange(prompt_at, prompt_at + shared), own]))
+            used += len(own)
+        tree = PrefixTree(tuple(end - begin for _, begin, end in pieces), tuple(parents))
+        return Layout(pieces, tree, places)
+
+
 def build_batch(
-    trajectories: Sequence[Trajectory], weights: Sequence[float], device: torch.device, share_images: bool = True
+    trajectories: Sequence[Trajectory],
+    weights: Sequence[float],
+    device: torch.device,
+    share_images: bool = True,
+    share_prefix: bool = True,
 ) -> MicroBatch:
     """Packs the trajectories in order. weights: that of each token of each trajectory."""
-    lengths = [len(one) for one in trajectories]
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    trainable = np.flatnonzero(np.concatenate([one.trainable for one in trajectories]))
-    token_ids = np.concatenate([one.token_ids for one in trajectories])
-    counts = [one.num_trainable for one in trajectories]
-    pixels, grids, rows = gather_images(trajectories, share_images)
+    layout = Layout.of(trajectories, share_prefix)
+    trainable = [np.flatnonzero(one.trainable) for one in trajectories]
+    sources = np.concatenate([places[at - 1] for places, at in zip(layout.places, trainable, strict=True)])
+    targets = np.concatenate([one.token_ids[at] for one, at in zip(trajectories, trainable, strict=True)])
+    counts = [len(at) for at in trainable]
+    images = gather_images([image for piece in layout.pieces for image in _images(*piece)], share_images, device)
 
     def per_token(values: Sequence[float]) -> Tensor:
         return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), counts)).to(device)
 
+    token_ids = np.concatenate([one.token_ids[begin:end] for one, begin, end in layout.pieces])
     return MicroBatch(
         token_ids=torch.from_numpy(token_ids).to(device),
-        positions=torch.cat([one.positions for one in trajectories], dim=1).to(device),
-        offsets=tuple(int(offset) for offset in offsets),
-        sources=torch.from_numpy(trainable - 1).to(device),
-        targets=torch.from_numpy(token_ids[trainable]).to(device),
+        positions=torch.cat([one.positions[:, begin:end] for one, begin, end in layout.pieces], dim=1).to(device),
+        tree=layout.tree,
+        sources=torch.from_numpy(sources).to(device),
+        targets=torch.from_numpy(targets).to(device),
         rollout=torch.from_numpy(np.concatenate([one.logprobs[one.trainable] for one in trajectories])).to(device),
         advantages=per_token([one.advantage for one in trajectories]),
         weights=per_token(weights),
         sequences=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device),
         versions=torch.from_numpy(np.repeat([one.version for one in trajectories], counts)).to(device),
-        pixel_values=None if pixels is None else pixels.to(device),
-        grids=grids,
-        visual_rows=None if rows is None else rows.to(device),
+        num_sequences=len(trajectories),
+        pixel_values=images[0],
+        grids=images[1],
+        placement=images[2],
     )
 
 
 def gather_images(
-    trajectories: Sequence[Trajectory], share: bool
-) -> tuple[Tensor | None, tuple[Grid, ...], Tensor | None]:
-    """(pixels of the distinct images one after another, their grids, rows of the tower's output per placeholder).
+    images: Sequence[ImageInput], share: bool, device: torch.device
+) -> tuple[Tensor | None, tuple[Grid, ...], Placement | None]:
+    """images: in the order in which a pack shows them.
 
-    Without `share` every appearance is an image of its own.
+    Returns the pixels of the distinct ones one after another, their grids, and the tower's row behind each placeholder
+    (None: as they come). Without `share` every appearance is an image of its own.
     """
     first_row: dict[object, int] = {}
-    images: list[ImageInput] = []
+    distinct: list[ImageInput] = []
     rows: list[np.ndarray] = []
     total = 0
-    for span in (span for one in trajectories for span in one.images):
-        key: object = (span.image.content_hash, span.image.grid_thw) if share else len(rows)
+    for image in images:
+        key: object = (image.content_hash, image.grid_thw) if share else len(rows)
         if key not in first_row:
             first_row[key] = total
-            images.append(span.image)
-            total += span.image.visual_tokens
-        rows.append(np.arange(first_row[key], first_row[key] + span.image.visual_tokens))
-    if not images:
+            distinct.append(image)
+            total += image.visual_tokens
+        rows.append(np.arange(first_row[key], first_row[key] + image.visual_tokens))
+    if not distinct:
         return None, (), None
-    pixels = torch.cat([image.pixel_values for image in images])
-    order = None if len(images) == len(rows) else torch.from_numpy(np.concatenate(rows))
-    return pixels, tuple(image.grid_thw for image in images), order
+    pixels = torch.cat([image.pixel_values for image in distinct]).to(device)
+    placement = None if len(distinct) == len(rows) else Placement.of(np.concatenate(rows), total, device)
+    return pixels, tuple(image.grid_thw for image in distinct), placement
+
+
+def _images(one: Trajectory, begin: int, end: int) -> list[ImageInput]:
+    """The images of a piece of a trajectory. A prompt never ends inside an image: what follows it was sampled."""
+    return [span.image for span in one.images if begin <= span.start < end]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from vtengine_kernels.visual_scatter import visual_scatter
 
-from vtengine.model import PackedCausal, Qwen2_5_VL
+from vtengine.model import PackedTree, Qwen2_5_VL
 from vtengine_training.trainer.batch import MicroBatch
 
 BANNED = -1e30
@@ -54,11 +55,10 @@ class Policy:
         if batch.pixel_values is not None:
             with nullcontext() if self.train_vision else torch.no_grad():
                 features = self.model.visual(batch.pixel_values.to(self.model.dtype), batch.grids)
-            if batch.visual_rows is not None:
-                features = features.index_select(0, batch.visual_rows)
+            if batch.placement is not None:
+                features = visual_scatter(features, batch.placement)
         embeds = self.model.embed(batch.token_ids, features)
-        hidden = self.model.decode(embeds, batch.positions, PackedCausal(batch.offsets))
-        return hidden.index_select(0, batch.sources)
+        return self.model.decode(embeds, batch.positions, PackedTree(batch.tree), batch.sources)
 
     def _read(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits chunk by chunk, never all at once."""

@@ -90,10 +90,13 @@ class Learner:
             for t in range(len(group.trajectories)):
                 place[g, t] = len(place)
         batches = []
-        for members in plan_micro_batches([group.trajectories for group in groups], self.update.max_tokens):
+        update = self.update
+        plan = plan_micro_batches([group.trajectories for group in groups], update.max_tokens, update.share_prefix)
+        for members in plan:
             chosen: list[Trajectory] = [groups[g].trajectories[t] for g, t in members]
             own = [weights[place[member]] for member in members]
-            batches.append(build_batch(chosen, own, self.policy.model.device, self.update.share_images))
+            device = self.policy.model.device
+            batches.append(build_batch(chosen, own, device, update.share_images, update.share_prefix))
         return MiniBatch(tuple(batches), sum(lengths))
 
     def backward(

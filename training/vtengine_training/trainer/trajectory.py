@@ -35,6 +35,11 @@ class Trajectory:
     def num_trainable(self) -> int:
         return int(self.trainable.sum())
 
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the first sampled one."""
+        return int(self.trainable.argmax())
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
