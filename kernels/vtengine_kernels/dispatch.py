@@ -31,6 +31,11 @@ def report() -> list[Availability]:
         ),
         _triton("prefix_attention"),
         Availability("prefix_attention", "ref", True, "torch"),
+        _flash("shared_prefix_attention"),
+        Availability("shared_prefix_attention", "tiles", True, "torch, matrix products over tiles"),
+        Availability("shared_prefix_attention", "ref", True, "torch"),
+        _triton("visual_scatter"),
+        Availability("visual_scatter", "ref", True, "torch"),
     ]
 
 
@@ -48,6 +53,15 @@ def choose(op: str, impl: str) -> str:
             return impl
     names = ", ".join(["auto", *(entry.impl for entry in known)])
     raise ValueError(f"{op}: impl = {impl!r}: must be one of {names}")
+
+
+def _flash(op: str) -> Availability:
+    from vtengine_kernels.shared_prefix_attention import flash
+
+    reason = flash.missing()
+    return Availability(
+        op, "flash", reason is None, reason or "torch's variable-length flash kernels, float16, bfloat16"
+    )
 
 
 def _triton(op: str) -> Availability:

@@ -23,6 +23,8 @@ def test_report_names_every_implementation():
     assert {(entry.op, entry.impl) for entry in report} == {
         *(("patchify", impl) for impl in ("cpu", "ref")),
         *(("prefix_attention", impl) for impl in ("cpu", "triton", "ref")),
+        *(("shared_prefix_attention", impl) for impl in ("flash", "tiles", "ref")),
+        *(("visual_scatter", impl) for impl in ("triton", "ref")),
     }
     assert all(entry.reason for entry in report)
     assert report[-1].available

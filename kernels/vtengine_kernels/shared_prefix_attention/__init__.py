@@ -1,7 +1,7 @@
 """shared_prefix_attention: causal attention over packed sequences that share their beginnings, each beginning once.
 
-The pack is a tree of segments, `[prefix | r_1 | ... | r_n]` for one group of siblings: a token attends to its own segment
-up to itself and to every token of the segments above. Several groups and nested prefixes are one tree
+The pack is a tree of segments, `[prefix | r_1 | ... | r_n]` for one group of siblings: a token attends to its own
+segment up to itself and to every token of the segments above. Several groups and nested prefixes are one tree
 (`tree.PrefixTree`). The result is that of plain causal attention over every path written out, gradients included.
 """
 

@@ -42,6 +42,6 @@ CASES = {
     "one": Case((1,), (-1,), heads=1, kv_heads=1, size=16),
     "ones": Case((1, 1, 1), (-1, 0, 1), heads=2, kv_heads=1),
     "7b": Case((70, 40, 25), (-1, 0, 0), heads=28, kv_heads=4, size=128),
-    "long": Case((700, 300, 290), (-1, 0, 0), heads=8, kv_heads=2),
+    "long": Case((330, 150, 140), (-1, 0, 0), heads=16, size=32),
     "empty": Case((), ()),
 }

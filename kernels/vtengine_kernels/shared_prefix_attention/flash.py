@@ -49,7 +49,7 @@ def takes(q: Tensor) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Contract: the package's docstring. Keeps the output, its log-sum-exp [Hq, T] and the kernel's two state tensors."""
+    """Contract: the package's docstring. Keeps the output, its log-sum-exp [Hq, T] and two state tensors."""
     own, *levels = plan(tree, q.device)
     out, lse, state, unused = _ask(own, q, k, v)
     for call in levels:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vtengine_kernels.visual_scatter import Placement, visual_scatter
 
 from vtengine.model import PackedCausal, Qwen2_5_VL
 from vtengine_training.glance.supervision import IGNORE, SIZES
@@ -106,7 +107,8 @@ def language_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted mean cross-entropy of the assistant's tokens, plus `look_weight` times the looking loss."""
     ids, weights = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
-    embeds = model.embed(ids, features.index_select(0, torch.from_numpy(batch.visual_rows)))
+    shown = visual_scatter(features, Placement.of(batch.visual_rows, len(features)))
+    embeds = model.embed(ids, shown)
     looking = Looking(batch)
     hidden = model.decode(embeds, torch.from_numpy(batch.positions), looking)
     taught = weights.nonzero().view(-1)
