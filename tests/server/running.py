@@ -9,7 +9,7 @@ import io
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
@@ -17,8 +17,11 @@ import tokenizers
 from PIL import Image, ImageDraw
 from tokenizers import decoders, models, pre_tokenizers
 
+from tests.engine.tiny import tiny_config
 from vtengine.engine.base import Backend, Request, SamplingParams
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.engine.scripted import Reply, ScriptedBackend
+from vtengine.model import Qwen2_5_VL
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import load_profile
 from vtengine.rollout.group import Setting
@@ -121,6 +124,22 @@ def make_setting(
     pipeline = ImagePipeline(layout="compact", num_workers=1, decode_limits=pixels, source_limits=sources)
     sampling = SamplingParams(max_new_tokens=512)
     return Setting(backend, pipeline, tokenizer, load_profile(profile), Limits(**limits), sampling)
+
+
+def embedded_backend(tokenizer: Tokenizer) -> EmbeddedEngine:
+    """The real engine under a tiny model of random weights. Close it."""
+    ids = {
+        name: tokenizer.special_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
+    config = replace(
+        tiny_config(vocab_size=tokenizer.vocab_size),
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        eos_token_id=tokenizer.turn_end_id,
+    )
+    return EmbeddedEngine(Qwen2_5_VL.build(config, 0).eval(), tokenizer, EngineConfig(kv_bytes=1 << 22))
 
 
 @contextlib.contextmanager

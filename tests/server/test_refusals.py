@@ -46,8 +46,12 @@ BAD_MESSAGES = [
     ([*ask(), SAID], "messages", "message_order"),
     ([SAID, *ask()], "messages[0]", "message_order"),
     ([*ask(), {"role": "system", "content": "x"}], "messages[1]", "message_order"),
-    ([USER, SAID, *ask()], "messages[2].content[0].image_url", "image_position"),
-    ([*ask(), SAID, *ask(url=data_url(picture(5)))], "messages[2].content[0].image_url", "too_many_images"),
+    (
+        [{"role": "user", "content": [image_part(), image_part(data_url(b"")), {"type": "text", "text": "?"}]}],
+        "messages[0].content[1].image_url.url",
+        "image_empty",
+    ),
+    ([*ask(), SAID, *ask(url=data_url(b"no"))], "messages[2].content[0].image_url.url", "image_unsupported_format"),
     ([{"role": "user", "content": [image_part()] * 9}], "messages[0].content[8].image_url", "too_many_images"),
     (ask(" "), "messages[0].content", "question_missing"),
     (ask("x" * 100_001), "messages", "text_too_long"),
@@ -88,7 +92,9 @@ def test_bad_messages_name_the_field(plain: Running, messages: Any, param: str, 
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"n": 2}, "n"),
+    ({"n": 17}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": True}, "n"),
     ({"logprobs": True}, "logprobs"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -104,6 +110,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"extra_body": {"vtengine": {"max_turns": 0}}}, "vtengine.max_turns"),
     ({"extra_body": {"vtengine": {"max_turns": 3}}}, "vtengine.max_turns"),
     ({"extra_body": {"vtengine": {"speed": 3}}}, "vtengine.speed"),
+    ({"extra_body": {"vtengine": {"scale": 0.5}}}, "vtengine.scale"),
+    ({"extra_body": {"vtengine": {"scale": "0.7"}}}, "vtengine.scale"),
     ({"extra_body": {"vtengine": {"visual_token_budget": 5}}}, "vtengine.visual_token_budget"),
 ]
 

@@ -46,7 +46,7 @@ _SERVE = """examples:
 
 clients: any that speaks OpenAI's /v1/chat/completions; the base URL ends in /v1. docs/serving.md says the rest.
 limits for --config and --set: max_body_bytes, max_image_bytes, max_image_pixels, max_images, max_text_chars,
-  max_running, max_waiting, max_held_bytes, request_timeout_s, drain_s, keep_alive_s, retry_after_s"""
+  max_choices, max_running, max_waiting, max_held_bytes, request_timeout_s, drain_s, keep_alive_s, retry_after_s"""
 
 _VIEW = """examples:
   vtengine view answers.jsonl -o answers.html
@@ -170,6 +170,12 @@ def _add_engine(parser: Parser, seed: int | None = 0) -> None:
         type=_whole(1),
         metavar="N",
         help="visual tokens an episode may spend (default: no bound)",
+    )
+    add(
+        "--scale",
+        type=_real(0.5, 1.0, open_low=True),
+        metavar="S",
+        help="most that is shown of a whole image, as a share of the high view's sides (default: 1)",
     )
     add("--max-new-tokens", type=_whole(1), default=512, metavar="N", help="tokens per turn (default: 512)")
     add("--temperature", type=_real(0.0, 100.0), default=0.0, metavar="T", help="0 is greedy (default: 0)")

@@ -30,7 +30,7 @@ MIN_KV_TOKENS = 32_768
 TOKENS_PER_EPISODE = 1024  # a guess; where it is too low, episodes wait for pages
 MAX_RUNNING = 256  # sequences in one batch; more episodes wait for their turn
 SETTINGS = (
-    *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "max_new_tokens"),
+    *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "scale", "max_new_tokens"),
     *("temperature", "top_p", "top_k", "seed", "n", "dtype", "image_root", "allow_http"),
 )
 SERVERS = ("http://", "https://")
@@ -105,7 +105,13 @@ def _build(
     bounds, images = pixel_limits(folder), decode_limits or DecodeLimits()
     sources = SourceLimits(max_bytes=images.max_bytes, allow_http=arguments.allow_http)
     pipeline = ImagePipeline(bounds, "compact", pixels_dtype, decode_limits=images, source_limits=sources)
-    limits = Limits(arguments.resolution, arguments.max_turns, arguments.visual_token_budget, context_tokens(folder))
+    limits = Limits(
+        arguments.resolution,
+        arguments.max_turns,
+        arguments.visual_token_budget,
+        context_tokens(folder),
+        arguments.scale,
+    )
     sampling = SamplingParams(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,

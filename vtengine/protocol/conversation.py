@@ -10,26 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from fractions import Fraction
 from typing import Literal
 
 from vtengine.protocol.messages import (
-    HIGH,
-    LOW,
     RESOLUTIONS,
     Ask,
     ErrorInfo,
     Exchange,
     Geometry,
-    ImagePart,
     Part,
     Resolution,
     Status,
     Text,
     View,
-    merged,
 )
-from vtengine.protocol.profile import Profile, fill, pieces
+from vtengine.protocol.profile import Profile, fill
+from vtengine.protocol.prompt import Prompt
 from vtengine.protocol.reply import Reply, parse_reply
+from vtengine.protocol.tools import CROP, ToolCall, read_scale, whole_view
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -40,12 +39,15 @@ class Limits:
 
     visual_token_budget: the most visual tokens an episode may show, the first view included; None = no limit.
     max_context_tokens: the most tokens of prompt and replies together, for whoever counts tokens; None = no limit.
+    scale: the most that is shown of a whole image, as a share of the high view's sides, above 0.5 and at most 1; it
+    stands for the high view, and a call for more gets this. None = 1.
     """
 
     resolution: Resolution = "adaptive"
     max_turns: int = 2
     visual_token_budget: int | None = None
     max_context_tokens: int | None = None
+    scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.resolution not in RESOLUTIONS:
@@ -56,6 +58,8 @@ class Limits:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"limits.{name} = {value}: must be >= 1, or left out")
+        if self.scale is not None and not 0.5 < self.scale <= 1:
+            raise ValueError(f"limits.scale = {self.scale}: must be above 0.5 and at most 1, or left out")
 
     @property
     def is_adaptive(self) -> bool:
@@ -65,6 +69,16 @@ class Limits:
     def num_turns(self) -> int:
         """Replies allowed: a direct prompt has one."""
         return self.max_turns if self.is_adaptive else 1
+
+    def first_view(self, image: int) -> View:
+        return self.capped(View("high" if self.resolution == "high" else "low", image=image))
+
+    def capped(self, view: View) -> View:
+        """The view that is shown where `view` is asked for."""
+        most = Fraction(1) if self.scale is None else read_scale(self.scale)
+        if view.kind not in ("high", "scale") or (view.scale or 1) <= most:
+            return view
+        return whole_view(most, view.image)
 
 
 class Situation(Enum):
@@ -110,6 +124,7 @@ TRANSITIONS: Mapping[tuple[Situation, Event], Then | Status] = {
 class Conversation:
     """One episode's state. `turn`: replies so far. `views`: every view shown, in order. `replies`: what each one said.
 
+    places: for each image, the number of the question it stands with, the oldest being 0.
     Exactly one of `pending` (the next ask's parts) and `status` is set.
     """
 
@@ -125,6 +140,7 @@ class Conversation:
     answer: str | None = None
     error: ErrorInfo | None = None
     history: tuple[Exchange, ...] = ()
+    places: tuple[int, ...] = (0,)
 
     @classmethod
     def start(
@@ -134,22 +150,33 @@ class Conversation:
         limits: Limits | None = None,
         geometry: Geometry | None = None,
         history: tuple[Exchange, ...] = (),
+        places: tuple[int, ...] = (0,),
     ) -> Conversation:
-        """The first ask is ready, or the status is already `rejected` (the first view is over the budget).
+        """The first ask is ready, or the status is already `rejected`: the first views are over the budget, or the
+        profile has no words for images as `places` has them.
 
-        history: what was asked about the same image before; the image stands with the first question.
-
-        geometry: needed for a budget, for a crop's bounds, and by profiles that state view sizes; ValueError if
-        it is missing then.
+        history: what was asked before. geometry: needed for a budget, for a crop's bounds, and by profiles that state
+        view sizes; ValueError if it is missing then.
         """
         limits = limits or Limits()
-        view = HIGH if limits.resolution == "high" else LOW
-        start = cls(question, profile, limits, geometry, views=(view,), history=history)
+        assert places and list(places) == sorted(places) and places[-1] <= len(history), places
+        views = tuple(limits.first_view(image) for image in range(len(places)))
+        start = cls(question, profile, limits, geometry, views=views, history=history, places=places)
+        if not start.prompt.is_plain and not profile.knows_several:
+            message = f"the profile {profile.name} takes one image, with the first question; this has {len(places)}"
+            return start._close("rejected", ErrorInfo("images_unsupported", message))
         budget = limits.visual_token_budget
         if budget is not None and start.visual_tokens > budget:
-            message = f"the {view.kind} view alone has {start.visual_tokens} visual tokens, the budget is {budget}"
+            alone = f"the {views[0].kind} view alone has" if len(views) == 1 else f"the first {len(views)} views have"
+            message = f"{alone} {start.visual_tokens} visual tokens, the budget is {budget}"
             return start._close("rejected", ErrorInfo("visual_budget_too_small", message))
-        return replace(start, pending=start._opening(view))
+        return replace(start, pending=start.prompt.opening(views, start._values()))
+
+    @property
+    def prompt(self) -> Prompt:
+        """The words of its turns."""
+        adaptive = self.limits.is_adaptive
+        return Prompt(self.profile, self.geometry, self.question, self.history, self.places, adaptive)
 
     @property
     def visual_tokens(self) -> int:
@@ -158,8 +185,8 @@ class Conversation:
 
     @property
     def is_upscaled(self) -> bool:
-        """A closer view was shown after the first one."""
-        return len(self.views) > 1
+        """A closer view was shown after the first ones."""
+        return len(self.views) > len(self.places)
 
     def ask(self) -> Ask | None:
         """What to append and send, or None once the status is set. Pure: asking twice gives the same."""
@@ -191,9 +218,9 @@ class Conversation:
             return Event.BROKEN, Reply(error=error)
         if finish == "length":
             return Event.CUT, Reply(error=ErrorInfo("reply_too_long", "the reply reached its length limit"))
-        reply = parse_reply(text, self.profile.offered if self.limits.is_adaptive else {})
+        reply = self._checked(parse_reply(text, self.prompt.offered))
         if reply.call is not None:
-            denial = self._denial(reply.call.view)
+            denial = self._denial(reply.call)
             if denial is None:
                 return Event.GRANT, reply
             return Event.DENY, replace(reply, error=denial)
@@ -202,11 +229,31 @@ class Conversation:
         can_retry = reply.is_bad_call and self.limits.is_adaptive and self.profile.on_bad_call == "retry"
         return (Event.RETRY if can_retry else Event.MALFORMED), reply
 
-    def _denial(self, view: View) -> ErrorInfo | None:
-        if view in self.views:
+    def _checked(self, reply: Reply) -> Reply:
+        """A call about an image that is not there, or that leaves open in which image a box lies, is a bad call."""
+        call, count = reply.call, len(self.places)
+        if call is None:
+            return reply
+        if call.image is not None and call.image > count:
+            error = ErrorInfo("argument_value", f"image is 1 to {count}")
+        elif call.image is None and call.name == CROP and count > 1:
+            error = ErrorInfo("argument_missing", "image is missing")
+        else:
+            return reply
+        return replace(reply, call=None, error=error, is_bad_call=True)
+
+    def _new_views(self, call: ToolCall) -> tuple[View, ...]:
+        """What the call asks for and was not shown yet; a call that names no image is about all of them."""
+        images = range(len(self.places)) if call.image is None and call.name != CROP else (call.view.image,)
+        asked = (self.limits.capped(replace(call.view, image=image)) for image in images)
+        return tuple(view for view in asked if view not in self.views)
+
+    def _denial(self, call: ToolCall) -> ErrorInfo | None:
+        views = self._new_views(call)
+        if not views:
             return ErrorInfo("already_shown", self.profile["reasons.already_shown"])
         try:
-            cost = self._cost(view) if self.geometry is not None else 0
+            cost = sum(map(self._cost, views)) if self.geometry is not None else 0
         except ValueError as error:
             return ErrorInfo("box_outside", str(error))
         budget = self.limits.visual_token_budget
@@ -216,78 +263,24 @@ class Conversation:
         return None
 
     def _continue(self, then: Then, reply: Reply) -> Conversation:
-        call = reply.call
+        """`self` has counted the reply already."""
         if then is Then.VIEW:
-            assert call is not None
-            shown = replace(self, views=(*self.views, call.view))
-            return replace(shown, pending=shown._turn(shown._fill(f"response.{call.action}", call.view)))
+            assert reply.call is not None
+            views = self._new_views(reply.call)
+            shown = replace(self, views=self.views + views)
+            return replace(shown, pending=self.prompt.turn(f"response.{reply.call.action}", shown._values(), views))
         assert reply.error is not None
         if then is Then.DENIAL:
-            reason = Text(self.profile[f"reasons.{reply.error.code}"])
-            return replace(self, pending=self._turn(self._fill("response.denied", reason=reason)))
-        # The message may hold a name out of the model's own text.
-        reason = Text(reply.error.message, trusted=False)
-        return replace(self, pending=self._turn(self._fill("response.bad_call", reason=reason)))
+            key, reason = "response.denied", Text(self.profile[f"reasons.{reply.error.code}"])
+        else:  # the message may hold a name out of the model's own text
+            key, reason = "response.bad_call", Text(reply.error.message, trusted=False)
+        return replace(self, pending=self.prompt.turn(key, self._values(), reason=reason))
 
-    def _opening(self, view: View) -> tuple[Part, ...]:
-        mode, profile = ("adaptive" if self.limits.is_adaptive else "direct"), self.profile
-        joiner = Text(profile["turn.joiner"])
-        system = fill(profile[f"{mode}.system"], {"tools": profile.tool_lines})
-        head = (Text(profile.open("system") + system + profile.close), joiner) if system else ()
-        user = (Text(profile.open("user")), *self._fill(f"{mode}.user", view), Text(profile.close))
-        return merged((*head, *user, joiner, *self._history(), Text(profile.open("assistant"))))
-
-    def _history(self) -> tuple[Part, ...]:
-        """Earlier answers in the taught form, each with the question that came after it."""
-        profile, joiner = self.profile, Text(self.profile["turn.joiner"])
-        later = [exchange.question for exchange in self.history[1:]] + [self.question]
-        parts: list[Part] = []
-        for exchange, question in zip(self.history, later, strict=False):
-            parts.append(Text(profile.open("assistant")))
-            for text, placeholder in pieces(profile["reply.answer"]):
-                parts += [Text(text), Text(exchange.answer if placeholder == "answer" else "", trusted=False)]
-            after = profile.close + profile["turn.joiner_after_reply"] + profile.open("user")
-            parts += [Text(after), Text(question, trusted=False), Text(profile.close), joiner]
-        return tuple(parts)
-
-    def _turn(self, content: tuple[Part, ...]) -> tuple[Part, ...]:
-        """A user turn after a reply (which ended with its own closing mark), and the opening of the next reply."""
-        profile = self.profile
-        before = Text(profile["turn.joiner_after_reply"] + profile.open("user"))
-        return merged((before, *content, Text(profile.close + profile["turn.joiner"] + profile.open("assistant"))))
-
-    def _fill(self, key: str, view: View | None = None, reason: Text | None = None) -> tuple[Part, ...]:
-        """A template's parts. Untrusted: the question, and the reason when it may quote the model."""
-        values = self._values(view)
-        parts: list[Part] = []
-        for text, placeholder in pieces(self.profile[key]):
-            parts.append(Text(text))
-            if placeholder == "question":
-                first = self.history[0].question if self.history else self.question
-                parts.append(Text(first, trusted=False))
-            elif placeholder == "image":
-                assert view is not None
-                before, after = self.profile["turn.image"].split("{pixels}")
-                parts += [Text(before), ImagePart(view), Text(after)]
-            elif placeholder == "reason":
-                assert reason is not None
-                parts.append(reason)
-            elif placeholder:
-                parts.append(Text(self._value(values, key, placeholder)))
-        return tuple(parts)
-
-    def _value(self, values: Mapping[str, str], key: str, placeholder: str) -> str:
-        if placeholder not in values:
-            raise ValueError(f"profile {self.profile.name}: {key} states {{{placeholder}}}: give the image's geometry")
-        return values[placeholder]
-
-    def _values(self, view: View | None) -> dict[str, str]:
+    def _values(self) -> dict[str, str]:
+        """What templates may state beside questions and images."""
         profile, budget = self.profile, self.limits.visual_token_budget
         is_last = self.turn + 1 >= self.limits.num_turns
         values = {"or_call": "" if is_last else profile["reply.or_call"], "budget_note": "", "budget_left": ""}
-        if view is not None and self.geometry is not None:
-            size = self.geometry.size(view)
-            values |= {"width": str(size.width), "height": str(size.height)}
         if budget is not None:
             used = self.visual_tokens
             values["budget_note"] = fill(profile["budget.note"], {"budget": str(budget), "used": str(used)})

@@ -19,7 +19,7 @@ PIXELS_PER_VISUAL_TOKEN = 28 * 28
 
 @dataclass(frozen=True)
 class View:
-    """One way to look at the image.
+    """One way to look at an image of the conversation; `image` counts them from 0.
 
     low, high: the two standard views. scale: the high view with both sides times `scale`.
     crop: `box` = (x1, y1, x2, y2) in pixels of the low view, cut from the original image.
@@ -28,6 +28,7 @@ class View:
     kind: ViewKind
     scale: Fraction | None = None
     box: tuple[int, int, int, int] | None = None
+    image: int = 0
 
 
 LOW = View("low")
@@ -47,7 +48,7 @@ class ViewSize:
 
 
 class Geometry(Protocol):
-    """What a conversation must know of its image: how large each view would be."""
+    """What a conversation must know of its images: how large each view would be."""
 
     def size(self, view: View) -> ViewSize:
         """Raises ValueError when the view does not exist (a box outside the low view)."""
@@ -74,7 +75,7 @@ Part = Text | ImagePart
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question about the image that was asked before, and its answer. Both are text of the user's side, untrusted."""
+    """A question that was asked before, and its answer. Both are text of the user's side, untrusted."""
 
     question: str
     answer: str

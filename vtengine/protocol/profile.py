@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from vtengine.protocol.tools import ARGUMENTS, ToolCall
+from vtengine.protocol.tools import ARGUMENTS, CROP, ToolCall
 
 OnBadCall = Literal["end", "retry"]
 PROFILE_FILE = "profile.toml"
@@ -65,14 +65,30 @@ _SCHEMA: Mapping[str, Mapping[str, Field]] = {
     },
 }
 
+SEVERAL = "several"
+"""The section for conversations about more than one image, and for images that come with a later question."""
+
+_SEVERAL: Mapping[str, Field] = {
+    "image": Field(("number", "image"), _SIZE),
+    "user": Field(("images", "question"), ("budget_note",)),
+    "direct": Field(("images", "question")),
+    "later": Field(("images", "question")),
+    "resize": Field(("images",), _AFTER_CALL),
+}
+
 
 @dataclass(frozen=True)
 class OfferedTool:
-    """A tool as a profile offers it. `line`: what {tools} shows of it (may be empty for compact prompts)."""
+    """A tool as a profile offers it. `line`: what {tools} shows of it (may be empty for compact prompts).
+
+    several_arguments, several_line: the same for conversations about several images.
+    """
 
     name: str
     arguments: tuple[str, ...]
     line: str = ""
+    several_arguments: tuple[str, ...] = ()
+    several_line: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,17 @@ class Profile:
         return {tool.name: tool.arguments for tool in self.tools}
 
     @property
-    def tool_lines(self) -> str:
-        return "\n".join(tool.line for tool in self.tools if tool.line)
+    def offered_of_several(self) -> dict[str, tuple[str, ...]]:
+        return {tool.name: tool.several_arguments for tool in self.tools}
+
+    @property
+    def knows_several(self) -> bool:
+        """Whether it has words for more than one image."""
+        return f"{SEVERAL}.user" in self.strings
+
+    def tool_lines(self, several: bool = False) -> str:
+        lines = (tool.several_line if several else tool.line for tool in self.tools)
+        return "\n".join(line for line in lines if line)
 
     @property
     def close(self) -> str:
@@ -155,13 +180,14 @@ def load_profile(source: str | Path = "vtengine") -> Profile:
 
 def parse_profile(data: Mapping[str, Any]) -> Profile:
     """Checks a profile read from TOML. Raises ValueError naming the field."""
-    reject_unknown("", data, ("name", "about", "on_bad_call", "tools", *_SCHEMA))
+    reject_unknown("", data, ("name", "about", "on_bad_call", "tools", *_SCHEMA, SEVERAL))
     name = _string(data, "name", "")
     on_bad_call = data.get("on_bad_call", "end")
     if on_bad_call not in ("end", "retry"):
         raise ValueError(f'on_bad_call = {on_bad_call!r}: must be "end" or "retry"')
     strings: dict[str, str] = {}
-    for section, fields in _SCHEMA.items():
+    sections = dict(_SCHEMA) | ({SEVERAL: _SEVERAL} if SEVERAL in data else {})
+    for section, fields in sections.items():
         table = _table(data, section)
         reject_unknown(f"{section}.", table, fields)
         for key, field in fields.items():
@@ -171,6 +197,9 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     tools = tuple(_parse_tool(tool, table) for tool, table in _table(data, "tools").items())
     if not tools:
         raise ValueError("tools: offer at least one of " + ", ".join(ARGUMENTS))
+    for tool in tools:
+        if SEVERAL in data and tool.name == CROP and "image" not in tool.several_arguments:
+            raise ValueError(f"tools.{CROP}.several_arguments: image is required: a box lies in one of the images")
     return Profile(name, str(data.get("about", "")), on_bad_call, MappingProxyType(strings), tools)
 
 
@@ -178,22 +207,35 @@ def _parse_tool(name: str, table: Any) -> OfferedTool:
     reject_unknown("tools.", (name,), ARGUMENTS)
     if not isinstance(table, dict):
         raise ValueError(f"tools.{name}: must be a table")
-    reject_unknown(f"tools.{name}.", table, ("arguments", "line"))
-    arguments, line = table.get("arguments"), table.get("line", "")
+    reject_unknown(f"tools.{name}.", table, ("arguments", "line", "several_arguments", "several_line"))
+    arguments, line = _arguments(name, table, "arguments"), _line(name, table, "line")
+    if "image" in arguments:
+        raise ValueError(f"tools.{name}.arguments: image belongs into several_arguments")
+    several = _arguments(name, table, "several_arguments") if "several_arguments" in table else arguments
+    return OfferedTool(name, arguments, line, several, _line(name, table, "several_line") or line)
+
+
+def _arguments(name: str, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    arguments = table.get(key)
     if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
-        raise ValueError(f"tools.{name}.arguments: must be a list of names")
-    reject_unknown(f"tools.{name}.arguments: ", arguments, ARGUMENTS[name])
-    missing = [key for key, required in ARGUMENTS[name].items() if required and key not in arguments]
+        raise ValueError(f"tools.{name}.{key}: must be a list of names")
+    reject_unknown(f"tools.{name}.{key}: ", arguments, ARGUMENTS[name])
+    missing = [argument for argument, needed in ARGUMENTS[name].items() if needed and argument not in arguments]
     if missing:
-        raise ValueError(f"tools.{name}.arguments: {', '.join(missing)} is required")
+        raise ValueError(f"tools.{name}.{key}: {', '.join(missing)} is required")
+    return tuple(arguments)
+
+
+def _line(name: str, table: Mapping[str, Any], key: str) -> str:
+    line = table.get(key, "")
     if not isinstance(line, str):
-        raise ValueError(f"tools.{name}.line: must be text")
+        raise ValueError(f"tools.{name}.{key}: must be text")
     if line:
         try:
             json.loads(line)
         except ValueError as error:
-            raise ValueError(f"tools.{name}.line: not JSON: {error}") from None
-    return OfferedTool(name, tuple(arguments), line)
+            raise ValueError(f"tools.{name}.{key}: not JSON: {error}") from None
+    return line
 
 
 def reject_unknown(where: str, found: Iterable[str], known: Collection[str]) -> None:

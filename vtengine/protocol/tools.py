@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,10 +19,10 @@ RESIZE = "resize_image"
 CROP = "crop_image"
 
 ARGUMENTS: Mapping[str, Mapping[str, bool]] = {
-    RESIZE: {"action": True, "scale": False},
-    CROP: {"box": True},
+    RESIZE: {"action": True, "scale": False, "image": False},
+    CROP: {"box": True, "image": False},
 }
-"""Tool -> argument -> whether it must be given. A profile may offer fewer (`scale` is optional to offer)."""
+"""Tool -> argument -> whether it must be given. A profile may offer fewer (those that need not be given)."""
 
 ACTIONS: Mapping[str, str] = {RESIZE: "resize", CROP: "crop"}
 """The word that records use for each tool."""
@@ -38,8 +38,11 @@ class CallError(ValueError):
 
 @dataclass(frozen=True)
 class ToolCall:
+    """`image`: the picture's number from 1 as the model wrote it, None where it named none."""
+
     name: str
     view: View
+    image: int | None = None
 
     @property
     def action(self) -> str:
@@ -54,6 +57,8 @@ class ToolCall:
             arguments = {"action": "resize"}
             if self.view.scale is not None:
                 arguments["scale"] = float(self.view.scale)
+        if self.image is not None:
+            arguments["image"] = self.image
         return json.dumps({"name": self.name, "arguments": arguments})
 
 
@@ -81,7 +86,9 @@ def parse_call(text: str, offered: Mapping[str, Collection[str]] | None = None) 
         raise CallError("argument_type", "arguments is a JSON object")
     names = ARGUMENTS[name] if offered is None else {k: v for k, v in ARGUMENTS[name].items() if k in offered[name]}
     _require_keys(arguments, names, "argument_missing", "argument_unknown")
-    return ToolCall(name, _crop_view(arguments) if name == CROP else _resize_view(arguments))
+    view = _crop_view(arguments) if name == CROP else _resize_view(arguments)
+    image = _image_number(arguments)
+    return ToolCall(name, view if image is None else replace(view, image=image - 1), image)
 
 
 def _resize_view(arguments: Mapping[str, Any]) -> View:
@@ -89,13 +96,32 @@ def _resize_view(arguments: Mapping[str, Any]) -> View:
         raise CallError("argument_value", 'action is "resize"')
     if "scale" not in arguments:
         return HIGH
-    scale = arguments["scale"]
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    return whole_view(read_scale(arguments["scale"]))
+
+
+def read_scale(value: Any) -> Fraction:
+    """A share of the high view's sides. Raises CallError argument_type, argument_value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise CallError("argument_type", "scale is a number")
-    if not 0.5 < scale <= 1:
+    if not 0.5 < value <= 1:
         raise CallError("argument_value", "scale is above 0.5 (the low view) and at most 1 (the high view)")
-    fraction = Fraction(round(scale * SCALE_DENOMINATOR), SCALE_DENOMINATOR)
-    return HIGH if fraction == 1 else View("scale", scale=fraction)
+    return Fraction(round(value * SCALE_DENOMINATOR), SCALE_DENOMINATOR)
+
+
+def whole_view(scale: Fraction, image: int = 0) -> View:
+    """The whole image at that share of the high view's sides."""
+    return View("high", image=image) if scale == 1 else View("scale", scale=scale, image=image)
+
+
+def _image_number(arguments: Mapping[str, Any]) -> int | None:
+    if "image" not in arguments:
+        return None
+    number = arguments["image"]
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise CallError("argument_type", "image is a whole number")
+    if number < 1:
+        raise CallError("argument_value", "image is 1 or more")
+    return number
 
 
 def _crop_view(arguments: Mapping[str, Any]) -> View:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import time
@@ -22,7 +23,7 @@ from vtengine.engine.base import (
     TokenChunk,
 )
 from vtengine.protocol.conversation import Conversation, Limits
-from vtengine.protocol.messages import Ask, ErrorInfo, Status
+from vtengine.protocol.messages import Ask, ErrorInfo, Status, View
 from vtengine.protocol.profile import Profile
 from vtengine.protocol.reply import Reply
 from vtengine.rollout.question import ImageGeometry, Question
@@ -58,8 +59,9 @@ class ShownImage:
 
 @dataclass(frozen=True)
 class Turn:
-    """One request and its reply. `images`: the views new in this turn. `action`: what the reply called for.
+    """One request and its reply. `action`: what the reply called for.
 
+    images: the views new in this turn, as shown; views: the same, as the protocol names them.
     reencoded_images: views of earlier turns that the vision tower had to run for again (their features were evicted).
     """
 
@@ -68,6 +70,7 @@ class Turn:
     reply: Reply
     images: tuple[ShownImage, ...]
     reencoded_images: int = 0
+    views: tuple[View, ...] = ()
 
     @property
     def action(self) -> str | None:
@@ -76,7 +79,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Episode:
-    """How a question went. `image` is None when it could not be opened; then there are no turns."""
+    """How a question went. `image` is None when it could not be opened; then there are no turns.
+
+    more_images: the others of the question, as far as they could be opened.
+    """
 
     question: Question
     status: Status
@@ -86,6 +92,7 @@ class Episode:
     transcript: Transcript = field(repr=False)
     latency_s: float
     image: SourceImage | None = field(default=None, repr=False)
+    more_images: tuple[SourceImage, ...] = field(default=(), repr=False)
 
     @property
     def images(self) -> tuple[ShownImage, ...]:
@@ -95,7 +102,7 @@ class Episode:
     @property
     def is_upscaled(self) -> bool:
         """The model was shown a closer view, and replied."""
-        return len(self.images) > 1
+        return any(turn.images for turn in self.turns[1:])
 
     @property
     def visual_tokens(self) -> int:
@@ -103,8 +110,9 @@ class Episode:
 
     @property
     def visual_tokens_full(self) -> int:
-        """What showing the high view at once costs."""
-        return 0 if self.image is None else self.image.high.visual_tokens
+        """What showing the high view of every image at once costs."""
+        opened = () if self.image is None else (self.image, *self.more_images)
+        return sum(image.high.visual_tokens for image in opened)
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ class Asked:
     turn: int
     images: tuple[ImageInput, ...]
     prompt_tokens: int
+    views: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,12 +168,12 @@ async def run_episode(
             conversation = conversation.failed(*_describe(fault, ask.turn))
             break
         conversation = conversation.after(text, completion.finish)
-        run.record(text, completion, conversation.replies[-1], len(ask.views))
+        run.record(text, completion, conversation.replies[-1], ask.views)
     return run.close(conversation)
 
 
 class _Run:
-    """The mutable side of one episode: image, transcript, turns and clock."""
+    """The mutable side of one episode: images, transcript, turns and clock."""
 
     def __init__(
         self,
@@ -181,25 +190,32 @@ class _Run:
         self.transcript = Transcript(tokenizer, limits.max_context_tokens)
         self.name = f"{question.id}#{next(_episodes)}"
         self.turns: list[Turn] = []
-        self.image: SourceImage | None = None
+        self.images: list[SourceImage] = []
         self.started_s = time.perf_counter()
 
     async def start(self, profile: Profile) -> Conversation:
         try:
             self.question.text.encode("utf-8")
-            self.image = await self.pipeline.open(self.question.image, self.question.root)
-            geometry = ImageGeometry(self.image)
-            return Conversation.start(self.question.text, profile, self.limits, geometry, self.question.history)
+            await self._open_images()
+            geometry, question = ImageGeometry(tuple(self.images)), self.question
+            return Conversation.start(question.text, profile, self.limits, geometry, question.history, question.places)
         except Exception as fault:
             ended = Conversation(self.question.text, profile, self.limits)
             return ended.failed(*_describe(fault, 0))
 
+    async def _open_images(self) -> None:
+        """All at once; of several that cannot be opened, the first is told of."""
+        opening = (self.pipeline.open(image, self.question.root) for image in self.question.images)
+        for opened in await asyncio.gather(*opening, return_exceptions=True):
+            if isinstance(opened, BaseException):
+                raise opened
+            self.images.append(opened)
+
     async def render(self, ask: Ask) -> Request:
-        assert self.image is not None
-        geometry = ImageGeometry(self.image)
-        images = [await self.pipeline.view(self.image, geometry.plan(view)) for view in ask.views]
+        geometry = ImageGeometry(tuple(self.images))
+        images = [await self.pipeline.view(self.images[view.image], geometry.plan(view)) for view in ask.views]
         self.transcript.append_ask(ask, images)
-        self._emit(Asked(ask.turn, tuple(images), len(self.transcript)))
+        self._emit(Asked(ask.turn, tuple(images), len(self.transcript), ask.views))
         return self.transcript.request(f"{self.name}/{ask.turn}", ask.turn, self.sampling)
 
     async def generate(self, request: Request, turn: int) -> Completion:
@@ -224,14 +240,14 @@ class _Run:
                     raise
         raise AssertionError("unreachable")
 
-    def record(self, text: str, completion: Completion, reply: Reply, num_new: int) -> None:
+    def record(self, text: str, completion: Completion, reply: Reply, views: tuple[View, ...]) -> None:
         spans, encoded = self.transcript.images, completion.images_encoded
-        split = len(spans) - num_new
+        split = len(spans) - len(views)
         shown = tuple(
             ShownImage(span.image.width, span.image.height, span.image.visual_tokens, ran)
             for span, ran in zip(spans[split:], encoded[split:], strict=True)
         )
-        turn = Turn(text, completion, reply, shown, sum(encoded[:split]))
+        turn = Turn(text, completion, reply, shown, sum(encoded[:split]), views)
         self.turns.append(turn)
         self._emit(Replied(len(self.turns) - 1, turn))
 
@@ -245,7 +261,8 @@ class _Run:
             turns=tuple(self.turns),
             transcript=self.transcript,
             latency_s=time.perf_counter() - self.started_s,
-            image=self.image,
+            image=self.images[0] if self.images else None,
+            more_images=tuple(self.images[1:]),
         )
 
     def _emit(self, event: Event) -> None:

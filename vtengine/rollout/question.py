@@ -1,4 +1,4 @@
-"""What an episode starts from: a question about an image, and the sizes its views would have."""
+"""What an episode starts from: a question about images, and the sizes their views would have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from vtengine.vision.plan import ViewPlan, plan_scale
 class Question:
     """image: path under `root`, data: URL, or http(s) where allowed. `carried`: keys copied into the records.
 
-    history: what was asked about this image before, oldest first.
+    history: what was asked before, oldest first. more_images: those after the first, in order. places: for each image,
+    the number of the question that it stands with, the oldest being 0.
     """
 
     id: str | int
@@ -25,25 +26,32 @@ class Question:
     root: Path = Path(".")
     carried: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[Exchange, ...] = ()
+    more_images: tuple[str, ...] = ()
+    places: tuple[int, ...] = (0,)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return (self.image, *self.more_images)
 
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """The protocol's Geometry of an opened image."""
+    """The protocol's Geometry of opened images."""
 
-    image: SourceImage
+    images: tuple[SourceImage, ...]
 
     def plan(self, view: View) -> ViewPlan:
         """How to make the view. Raises ImageError (a ValueError) for a box that holds no pixel."""
+        image = self.images[view.image]
         if view.kind == "low":
-            return self.image.low
+            return image.low
         if view.kind == "high":
-            return self.image.high
+            return image.high
         if view.kind == "scale":
             assert view.scale is not None
-            return plan_scale(self.image.high, view.scale)
+            return plan_scale(image.high, view.scale)
         assert view.box is not None
-        return self.image.crop(view.box)
+        return image.crop(view.box)
 
     def size(self, view: View) -> ViewSize:
         plan = self.plan(view)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.messages import HIGH, LOW, View
+from vtengine.protocol.messages import View
 from vtengine.rollout.episode import Episode, ShownImage, Turn
 from vtengine.server.cap import SPENT
 from vtengine.server.splitter import split_reply
@@ -17,44 +17,57 @@ TURN_BREAK = "\n\n"
 """Between the reasoning of two turns."""
 
 
-def usage(turns: Sequence[Turn]) -> Json:
-    """Tokens of all turns; a turn's prompt holds the turns before it, from the cache."""
-    prompt = sum(turn.completion.prompt_tokens for turn in turns)
-    written = sum(len(turn.completion.token_ids) for turn in turns)
-    cached = sum(turn.completion.cached_tokens for turn in turns)
+def usage(episodes: Sequence[Episode]) -> Json:
+    """Tokens of all turns of all choices; a turn's prompt holds the turns before it, from the cache."""
+    done = [turn.completion for episode in episodes for turn in episode.turns]
+    prompt, written = sum(one.prompt_tokens for one in done), sum(len(one.token_ids) for one in done)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,
         "total_tokens": prompt + written,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in done)},
     }
 
 
 def account(episode: Episode, limits: Limits) -> Json:
-    """The extension field."""
+    """The extension field of one choice."""
     turns = episode.turns
     return {
         "status": episode.status,
         "error": None if episode.error is None else asdict(episode.error),
         "resolution": limits.resolution,
         "upscaled": episode.is_upscaled,
-        "turns": [turn_account(turns, index, limits) for index in range(len(turns))],
-        "visual_tokens": episode.visual_tokens,
-        "visual_tokens_full": episode.visual_tokens_full,
-        "cached_tokens": sum(turn.completion.cached_tokens for turn in turns),
-        "prefill_tokens": sum(turn.completion.prefill_tokens for turn in turns),
-        "completion_tokens": sum(len(turn.completion.token_ids) for turn in turns),
-        "latency_s": round(episode.latency_s, 6),
+        "turns": [turn_account(turn, index) for index, turn in enumerate(turns)],
+        **_sums([episode]),
     }
 
 
-def turn_account(turns: Sequence[Turn], index: int, limits: Limits) -> Json:
-    turn, completion = turns[index], turns[index].completion
+def account_of_choices(episodes: Sequence[Episode], limits: Limits) -> Json:
+    """The extension field of a whole reply: that of its only choice, or the sums over several."""
+    if len(episodes) == 1:
+        return account(episodes[0], limits)
+    return {"resolution": limits.resolution, "choices": len(episodes), **_sums(episodes)}
+
+
+def _sums(episodes: Sequence[Episode]) -> Json:
+    done = [turn.completion for episode in episodes for turn in episode.turns]
+    return {
+        "visual_tokens": sum(episode.visual_tokens for episode in episodes),
+        "visual_tokens_full": sum(episode.visual_tokens_full for episode in episodes),
+        "cached_tokens": sum(one.cached_tokens for one in done),
+        "prefill_tokens": sum(one.prefill_tokens for one in done),
+        "completion_tokens": sum(len(one.token_ids) for one in done),
+        "latency_s": round(max(episode.latency_s for episode in episodes), 6),
+    }
+
+
+def turn_account(turn: Turn, index: int) -> Json:
+    completion = turn.completion
     return {
         "turn": index + 1,
         "action": turn.action,
         "finish": completion.finish,
-        "views": [_shown(shown_view(turns, index, limits), image) for image in turn.images],
+        "views": [_shown(view, image) for view, image in zip(turn.views, turn.images, strict=True)],
         "prompt_tokens": completion.prompt_tokens,
         "cached_tokens": completion.cached_tokens,
         "prefill_tokens": completion.prefill_tokens,
@@ -64,17 +77,10 @@ def turn_account(turns: Sequence[Turn], index: int, limits: Limits) -> Json:
     }
 
 
-def shown_view(turns: Sequence[Turn], index: int, limits: Limits) -> View:
-    """The view that turn `index` (from 0) brought, if it brought one: the first, or what the turn before asked for."""
-    if index == 0:
-        return HIGH if limits.resolution == "high" else LOW
-    call = turns[index - 1].reply.call
-    return call.view if call is not None else LOW
-
-
 def view_account(view: View, width: int, height: int, visual_tokens: int) -> Json:
-    """width, height: pixels given to the model; `box`: pixels of the low view."""
-    made: Json = {"kind": view.kind, "width": width, "height": height, "visual_tokens": visual_tokens}
+    """image: its number, from 0; width, height: pixels given to the model; `box`: pixels of the low view."""
+    made: Json = {"kind": view.kind, "image": view.image, "width": width, "height": height}
+    made["visual_tokens"] = visual_tokens
     if view.scale is not None:
         made["scale"] = float(view.scale)
     if view.box is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from vtengine.server.config import ServerLimits
@@ -11,56 +11,78 @@ from vtengine.server.errors import BROKEN, OVERLOADED, ApiError
 
 
 class Gate:
-    """`enter` before anything of the body is read, `running` around the work. One event loop only."""
+    """`enter` before anything of the body is read. One event loop only.
+
+    inside: requests; running_now and waiting: their episodes, of which a request with n > 1 has several.
+    """
 
     def __init__(self, limits: ServerLimits) -> None:
-        self._limits = limits
-        self._slots = asyncio.Semaphore(limits.max_running)
+        self.limits = limits
+        self.slots = asyncio.Semaphore(limits.max_running)
         self.inside = 0
         self.running_now = 0
+        self.waiting = 0
         self.held_bytes = 0
         self.draining = False
 
-    @property
-    def waiting(self) -> int:
-        return self.inside - self.running_now
-
     @contextmanager
-    def enter(self) -> Iterator[Callable[[int], None]]:
-        """Gives a function that accounts for bytes of the request held until the exit.
-
-        Raises ApiError, as that function does: 429 when there is no room, 503 when the server is about to stop.
-        """
-        retry = self._limits.retry_after_s
+    def enter(self) -> Iterator[Visit]:
+        """Raises ApiError, as the visit's methods do: 429 when there is no room, 503 when the server is about to
+        stop."""
         if self.draining:
+            retry = self.limits.retry_after_s
             raise ApiError(503, "shutting_down", "the server is stopping", kind=BROKEN, retry_after_s=retry)
-        room = self._limits.max_running + self._limits.max_waiting
-        if self.inside >= room:
-            message = f"{self.running_now} requests run and {self.waiting} wait; try again later"
-            raise ApiError(429, "queue_full", message, kind=OVERLOADED, retry_after_s=retry)
-        held = 0
-
-        def hold(num_bytes: int) -> None:
-            nonlocal held
-            if self.held_bytes + num_bytes > self._limits.max_held_bytes:
-                message = "the requests inside fill the memory set aside for them; try again later"
-                raise ApiError(429, "queue_full", message, kind=OVERLOADED, retry_after_s=retry)
-            held += num_bytes
-            self.held_bytes += num_bytes
-
+        visit = Visit(self)
+        visit.expect(1)
         self.inside += 1
         try:
-            yield hold
+            yield visit
         finally:
             self.inside -= 1
-            self.held_bytes -= held
+            visit.end()
+
+
+class Visit:
+    """What one request takes of the house."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._held_bytes = 0
+        self._waiting = 0
+
+    def expect(self, episodes: int) -> None:
+        """So many more episodes of this request are to come."""
+        gate = self._gate
+        room = gate.limits.max_running + gate.limits.max_waiting
+        if gate.running_now + gate.waiting + episodes > room:
+            raise self._full(f"{gate.running_now} episodes run and {gate.waiting} wait; try again later")
+        self._waiting += episodes
+        gate.waiting += episodes
+
+    def hold(self, num_bytes: int) -> None:
+        """Accounts for bytes of the request that are kept until its end."""
+        gate = self._gate
+        if gate.held_bytes + num_bytes > gate.limits.max_held_bytes:
+            raise self._full("the requests inside fill the memory set aside for them; try again later")
+        self._held_bytes += num_bytes
+        gate.held_bytes += num_bytes
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Waits for a place, first come, first served."""
-        async with self._slots:
-            self.running_now += 1
+        """Around one expected episode. Waits for a place, first come, first served."""
+        gate = self._gate
+        async with gate.slots:
+            self._waiting -= 1
+            gate.waiting -= 1
+            gate.running_now += 1
             try:
                 yield
             finally:
-                self.running_now -= 1
+                gate.running_now -= 1
+
+    def end(self) -> None:
+        self._gate.held_bytes -= self._held_bytes
+        self._gate.waiting -= self._waiting
+
+    def _full(self, message: str) -> ApiError:
+        return ApiError(429, "queue_full", message, kind=OVERLOADED, retry_after_s=self._gate.limits.retry_after_s)

@@ -11,7 +11,8 @@ MIB = 1 << 20
 class ServerLimits:
     """Bytes of the request body and of one encoded image, pixels of one image, image parts, characters of text.
 
-    max_running: episodes at a time; max_waiting: requests that wait for one of those places, more get status 429.
+    max_choices: the largest `n`; each choice is an episode of its own.
+    max_running: episodes at a time; max_waiting: those that wait for one of those places, more get status 429.
     max_held_bytes: of all bodies in memory at once, more get status 429 as well.
     request_timeout_s: from the first byte of a request to the last of its reply. drain_s: how long running requests
     may go on after the signal to stop. keep_alive_s: the longest silence in a stream before a comment is sent.
@@ -23,6 +24,7 @@ class ServerLimits:
     max_image_pixels: int = 89_478_485
     max_images: int = 8
     max_text_chars: int = 100_000
+    max_choices: int = 16
     max_running: int = 32
     max_waiting: int = 128
     max_held_bytes: int = 1024 * MIB
@@ -32,7 +34,14 @@ class ServerLimits:
     retry_after_s: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_image_bytes", "max_image_pixels", "max_images", "max_text_chars"):
+        for name in (
+            "max_body_bytes",
+            "max_image_bytes",
+            "max_image_pixels",
+            "max_images",
+            "max_text_chars",
+            "max_choices",
+        ):
             self._require(name, 1)
         self._require("max_running", 1)
         self._require("max_waiting", 0)

@@ -11,6 +11,7 @@ _FAILED_STATUS = {"backend_failed": 503}
 _PARAMS = {
     "prompt_too_long": "messages",
     "text_not_unicode": "messages",
+    "images_unsupported": "messages",
     "visual_budget_too_small": "vtengine.visual_token_budget",
 }
 

@@ -41,8 +41,8 @@ class Metrics:
             "vtengine_time_to_first_token_seconds", "Of each turn, from its submission", ("turn",), buckets=SECONDS,
             registry=self.registry,
         )  # fmt: skip
-        self._gauge("requests_running", "Requests with an episode at work", lambda: gate.running_now)
-        self._gauge("requests_waiting", "Requests that wait for a place", lambda: gate.waiting)
+        self._gauge("requests_running", "Episodes at work", lambda: gate.running_now)
+        self._gauge("requests_waiting", "Episodes that wait for a place", lambda: gate.waiting)
         self.registry.register(_StatsCollector(sources))
 
     def count(self, episode: Episode) -> None:

@@ -1,8 +1,8 @@
-"""From an OpenAI request to what the episode loop takes: one question, one image, limits, sampling."""
+"""From an OpenAI request to what the episode loop takes: question, images, history, limits, sampling."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.messages import Exchange, Resolution
@@ -10,18 +10,22 @@ from vtengine.rollout.group import Setting
 from vtengine.rollout.question import Question
 from vtengine.server.config import ServerLimits
 from vtengine.server.errors import invalid
-from vtengine.server.schema import AssistantMessage, ChatRequest, ImagePart, SystemMessage, UserMessage
+from vtengine.server.schema import AssistantMessage, ChatRequest, Extension, ImagePart, SystemMessage, UserMessage
 
 _SCHEMES = ("data:", "http://", "https://")
 
 
 @dataclass(frozen=True)
 class Job:
-    """max_tokens: of all turns together. stops: cut the answer. image_param: the field that holds the image."""
+    """max_tokens: of all turns together, for each choice. stops: cut the answer.
+
+    image_params: the field that holds each image of the question.
+    """
 
     setting: Setting
     question: Question
-    image_param: str
+    image_params: tuple[str, ...]
+    num_choices: int
     max_tokens: int | None
     stops: tuple[str, ...]
     streams: bool
@@ -29,21 +33,24 @@ class Job:
 
 
 @dataclass
-class _Turns:
-    """What the messages hold beside questions and answers: the image and where it stands, and the system text."""
+class _Images:
+    """The images of a request as they are found: each one once, with the field and the question it stands with."""
 
-    image: str | None = None
-    image_param: str = ""
-    detail: str | None = None
-    num_images: int = 0
-    system: str = ""
+    urls: list[str] = field(default_factory=list)
+    params: list[str] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    details: set[str | None] = field(default_factory=set)
+    num_parts: int = 0
 
 
 def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_id: str) -> Job:
     """Raises ApiError 400 naming the field that the protocol has no place for."""
-    found, exchanges, question = _read_messages(chat, limits)
-    if found.image is None:
-        raise invalid("messages", "no image; add a part of type image_url to the first user message", "image_missing")
+    images, exchanges, question = _read_messages(chat, limits)
+    if not images.urls:
+        raise invalid("messages", "no image; add a part of type image_url to a user message", "image_missing")
+    most = min(limits.max_choices, limits.max_running + limits.max_waiting)
+    if chat.n is not None and chat.n > most:
+        raise invalid("n", f"at most {most} choices are allowed here")
     sampling = replace(
         setting.sampling,
         temperature=setting.sampling.temperature if chat.temperature is None else chat.temperature,
@@ -52,9 +59,17 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
     )
     asked = [value for value in (chat.max_tokens, chat.max_completion_tokens) if value is not None]
     return Job(
-        setting=replace(setting, limits=_limits(chat, setting.limits, found.detail), sampling=sampling),
-        question=Question(request_id, found.image, question, history=tuple(exchanges)),
-        image_param=found.image_param,
+        setting=replace(setting, limits=_limits(chat, setting.limits, images.details), sampling=sampling),
+        question=Question(
+            request_id,
+            images.urls[0],
+            question,
+            history=tuple(exchanges),
+            more_images=tuple(images.urls[1:]),
+            places=tuple(images.places),
+        ),
+        image_params=tuple(images.params),
+        num_choices=chat.n or 1,
         max_tokens=min(asked, default=None),
         stops=tuple(chat.stop or ()),
         streams=bool(chat.stream),
@@ -62,53 +77,54 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
     )
 
 
-def _limits(chat: ChatRequest, base: Limits, detail: str | None) -> Limits:
-    """The server's own limits, tightened by the request's; the resolution is free to choose."""
-    own = chat.vtengine
+def _limits(chat: ChatRequest, base: Limits, details: set[str | None]) -> Limits:
+    """The server's own limits, tightened by the request's; the resolution is free to choose.
+
+    details: of all images; where they agree on low or high, they stand for the resolution.
+    """
+    own = chat.vtengine or Extension()
     resolution: Resolution = base.resolution
-    if detail == "low":
-        resolution = "low"
-    elif detail == "high":
-        resolution = "high"
-    if own is not None and own.resolution is not None:
+    if own.resolution is not None:
         resolution = own.resolution
-    turns, budget = base.max_turns, base.visual_token_budget
-    if own is not None and own.max_turns is not None:
-        if own.max_turns > base.max_turns:
-            raise invalid("vtengine.max_turns", f"at most {base.max_turns} turns are allowed here")
-        turns = own.max_turns
-    if own is not None and own.visual_token_budget is not None:
-        if budget is not None and own.visual_token_budget > budget:
-            raise invalid("vtengine.visual_token_budget", f"at most {budget} visual tokens are allowed here")
-        budget = own.visual_token_budget
-    return replace(base, resolution=resolution, max_turns=turns, visual_token_budget=budget)
+    elif details == {"low"} or details == {"high"}:
+        resolution = "low" if "low" in details else "high"
+    if own.max_turns is not None and own.max_turns > base.max_turns:
+        raise invalid("vtengine.max_turns", f"at most {base.max_turns} turns are allowed here")
+    for name, unit in (("visual_token_budget", " visual tokens are"), ("scale", " is")):
+        asked, most = getattr(own, name), getattr(base, name)
+        if asked is not None and most is not None and asked > most:
+            raise invalid(f"vtengine.{name}", f"at most {most}{unit} allowed here")
+    return replace(
+        base,
+        resolution=resolution,
+        max_turns=own.max_turns or base.max_turns,
+        visual_token_budget=own.visual_token_budget or base.visual_token_budget,
+        scale=own.scale or base.scale,
+    )
 
 
-def _read_messages(chat: ChatRequest, limits: ServerLimits) -> tuple[_Turns, list[Exchange], str]:
-    """(image and system text, earlier exchanges, the question)."""
-    found = _Turns()
+def _read_messages(chat: ChatRequest, limits: ServerLimits) -> tuple[_Images, list[Exchange], str]:
+    """(images, earlier exchanges, the question). The text of system messages goes before the first question."""
+    images = _Images()
+    system: list[str] = []
     questions: list[str] = []
     answers: list[str] = []
-    num_chars = 0
     for index, message in enumerate(chat.messages):
         where = f"messages[{index}]"
         if isinstance(message, SystemMessage):
             if questions:
                 raise invalid(where, "a system message stands before the first user message", "message_order")
-            text = "".join(part.text for part in message.content)
-            found.system += text + "\n\n" if text else ""
-            num_chars += len(text)
+            system.append("".join(part.text for part in message.content))
         elif isinstance(message, UserMessage):
             if len(questions) > len(answers):
                 raise invalid(where, "two user messages in a row; join them", "message_order")
-            questions.append(_read_user(message, where, found, limits, is_first=not questions))
-            num_chars += len(questions[-1])
+            questions.append(_read_user(message, where, images, limits, len(questions)))
         else:
             assert isinstance(message, AssistantMessage)
             if len(answers) >= len(questions):
                 raise invalid(where, "an assistant message stands after a user message", "message_order")
             answers.append("".join(part.text for part in message.content or ()))
-            num_chars += len(answers[-1])
+    num_chars = sum(map(len, (*system, *questions, *answers)))
     if num_chars > limits.max_text_chars:
         message_ = f"{num_chars} characters of text, at most {limits.max_text_chars} are accepted"
         raise invalid("messages", message_, "text_too_long")
@@ -116,29 +132,27 @@ def _read_messages(chat: ChatRequest, limits: ServerLimits) -> tuple[_Turns, lis
         raise invalid("messages", "the last message must be the user's", "message_order")
     if not questions[-1].strip():
         raise invalid(f"messages[{len(chat.messages) - 1}].content", "no question in it", "question_missing")
-    questions[0] = found.system + questions[0]
+    questions[0] = "".join(f"{text}\n\n" for text in system if text) + questions[0]
     exchanges = [Exchange(*pair) for pair in zip(questions, answers, strict=False)]
-    return found, exchanges, questions[-1]
+    return images, exchanges, questions[-1]
 
 
-def _read_user(message: UserMessage, where: str, found: _Turns, limits: ServerLimits, *, is_first: bool) -> str:
-    """The text; the image goes into `found`. The same image again, as some clients send it, is no second one."""
+def _read_user(message: UserMessage, where: str, images: _Images, limits: ServerLimits, question: int) -> str:
+    """The text; images go into `images`. The same image again, as some clients send it, is no second one."""
     texts: list[str] = []
     for number, part in enumerate(message.content):
         if not isinstance(part, ImagePart):
             texts.append(part.text)
             continue
         param, url = f"{where}.content[{number}].image_url", part.image_url.url
-        found.num_images += 1
-        if found.num_images > limits.max_images:
+        images.num_parts += 1
+        if images.num_parts > limits.max_images:
             raise invalid(param, f"at most {limits.max_images} image parts are accepted", "too_many_images")
         if not url[:8].lower().startswith(_SCHEMES):
             raise invalid(f"{param}.url", "must be a data: URL, or http(s) where allowed", "image_url_not_allowed")
-        if found.image is None and not is_first:
-            raise invalid(param, "the image stands in the first user message of a conversation", "image_position")
-        if found.image is not None and url != found.image:
-            message_ = "a second image; a conversation is about one image, send one request for each"
-            raise invalid(param, message_, "too_many_images")
-        if found.image is None:
-            found.image, found.image_param, found.detail = url, f"{param}.url", part.image_url.detail
+        if url not in images.urls:
+            images.details.add(part.image_url.detail)
+            images.urls.append(url)
+            images.params.append(f"{param}.url")
+            images.places.append(question)
     return "\n".join(texts)

@@ -11,7 +11,6 @@ from vtengine.server.errors import ApiError, invalid
 
 MAX_STOPS, MAX_STOP_CHARS = 4, 256
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -108,8 +107,9 @@ class Extension(_Strict):
     """What OpenAI's interface has no word for. `detail` of an image stands for `resolution` where this is not given."""
 
     resolution: Resolution | None = None
-    max_turns: int | None = Field(None, ge=1)
-    visual_token_budget: int | None = Field(None, ge=1)
+    max_turns: Annotated[int, Field(ge=1)] | None = None
+    visual_token_budget: Annotated[int, Field(ge=1)] | None = None
+    scale: Annotated[float, Field(gt=0.5, le=1)] | None = None
 
 
 class ChatRequest(BaseModel):
@@ -117,6 +117,7 @@ class ChatRequest(BaseModel):
 
     model: str
     messages: list[Message] = Field(min_length=1)
+    n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
@@ -152,8 +153,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         if name not in NEUTRAL:
             raise invalid(shown, "unknown parameter", "unknown_parameter")
         if not any((value == neutral and type(value) is not bool) or value is neutral for neutral in NEUTRAL[name]):
-            hint = "; send one request per sample" if name == "n" else ""
-            raise invalid(shown, f"is not supported by this server{hint}", "unsupported_parameter")
+            raise invalid(shown, "is not supported by this server", "unsupported_parameter")
     return chat
 
 

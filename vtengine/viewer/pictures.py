@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vtengine.protocol.messages import View as AskedView
 from vtengine.protocol.reply import parse_reply
 from vtengine.vision.errors import ImageError
-from vtengine.vision.plan import PixelLimits, ViewPlan, plan_crop, plan_high, plan_low, plan_scale
+from vtengine.vision.plan import PixelLimits, ViewPlan, plan_crop, plan_high, plan_low
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,17 +152,22 @@ def _limits(width: int, height: int, visual_tokens_full: Any) -> PixelLimits:
 def _plan_of(
     asked: AskedView | None, size: Size, whole: Size, low: ViewPlan, high: ViewPlan, limits: PixelLimits
 ) -> tuple[str, ViewPlan | None]:
-    """Name and plan of a view that was shown; no plan when what was asked for does not explain its size."""
-    try:
-        if asked is not None and asked.box is not None:
-            name, plan = "crop", plan_crop(*whole, low, asked.box, limits)
-        elif asked is not None and asked.scale is not None:
-            name, plan = "scaled", plan_scale(high, asked.scale)
-        else:
-            name, plan = ("low", low) if (low.width, low.height) == size else ("high", high)
-    except ValueError:
-        return "other", None
-    return (name, plan) if (plan.width, plan.height) == size else ("other", None)
+    """Name and plan of a view that was shown; no plan when what was asked for does not explain its size.
+
+    A view of the whole image is told by its size alone: what was asked for may have been bounded by the run.
+    """
+    if asked is not None and asked.box is not None:
+        try:
+            plan = plan_crop(*whole, low, asked.box, limits)
+        except ValueError:
+            return "other", None
+        return ("crop", plan) if (plan.width, plan.height) == size else ("other", None)
+    for name, standard in (("low", low), ("high", high)):
+        if (standard.width, standard.height) == size:
+            return name, standard
+    if low.width <= size[0] <= high.width and low.height <= size[1] <= high.height:
+        return "scaled", ViewPlan(high.source_box, size[1], size[0])
+    return "other", None
 
 
 def _shown_views(row: Mapping[str, Any]) -> list[tuple[Size, AskedView | None]]:
