@@ -6,7 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vtengine.protocol.conversation import Conversation, Limits
@@ -175,6 +175,7 @@ REPLIES = [
 ]
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.integers(1, 3), st.lists(st.sampled_from(REPLIES), max_size=6), st.integers(60, 400))
 def test_no_view_twice_and_never_over_the_budget(count: int, replies: list[str], budget: int) -> None:
     conversation = start(count, Limits(max_turns=5, visual_token_budget=budget))
