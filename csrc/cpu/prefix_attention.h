@@ -1,39 +1,6 @@
 // The kernel of one row and one key head, compiled once per instruction set: the including file defines VT_TARGET (the
 // function attribute) and VT_LANES (floats per vector) inside its own namespace. Include it there, more than once.
-typedef float Vec __attribute__((vector_size(VT_LANES * 4), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(VT_LANES * 4), aligned(4), may_alias));
-
-VT_TARGET static inline const Vec& vec(const float* at) { return *reinterpret_cast<const Vec*>(at); }
-VT_TARGET static inline Vec& vec(float* at) { return *reinterpret_cast<Vec*>(at); }
-
-VT_TARGET static inline float sum_lanes(const Vec& x) {
-    float lane[VT_LANES];
-    vec(lane) = x;
-    for (int width = VT_LANES / 2; width >= 1; width /= 2) {
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    }
-    return lane[0];
-}
-
-// e^x for x in [-inf, 0], relative error below 2e-7 (Cephes expf); 0 below -87.
-VT_TARGET static inline void exp_lanes(Vec& x) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const IntVec tiny = x < -87.0f;
-    Vec n = x * 1.44269504088896341f + magic - magic;
-    n = tiny ? n - n : n;
-    Vec r = tiny ? x - x : x - n * 0.693359375f - n * -2.12194440e-4f;
-    r = tiny ? n : r;
-    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
-    Vec power;
-    __builtin_memcpy(&power, &bits, sizeof power);
-    x = tiny ? n - n : p * power;
-}
+#include "lanes.h"
 
 // scores[0..length) become weights that add up to the returned sum; entries up to a multiple of VT_LANES become 0.
 VT_TARGET static inline float softmax_row(float* scores, int64_t length) {

@@ -36,6 +36,8 @@ def report() -> list[Availability]:
         Availability("shared_prefix_attention", "ref", True, "torch"),
         _triton("visual_scatter"),
         Availability("visual_scatter", "ref", True, "torch"),
+        *_rows("token_logprob"),
+        *_rows("grpo_loss"),
     ]
 
 
@@ -62,6 +64,16 @@ def _flash(op: str) -> Availability:
     return Availability(
         op, "flash", reason is None, reason or "torch's variable-length flash kernels, float16, bfloat16"
     )
+
+
+def _rows(op: str) -> list[Availability]:
+    """An op on scores over a vocabulary: the same implementations for each."""
+    return [
+        _triton(op),
+        _native(op, "more passes over the scores in training, which shows where the head is small"),
+        Availability(op, "torch", True, "torch, in chunks"),
+        Availability(op, "ref", True, "torch, all scores at once"),
+    ]
 
 
 def _triton(op: str) -> Availability:

@@ -25,6 +25,7 @@ def test_report_names_every_implementation():
         *(("prefix_attention", impl) for impl in ("cpu", "triton", "ref")),
         *(("shared_prefix_attention", impl) for impl in ("flash", "tiles", "ref")),
         *(("visual_scatter", impl) for impl in ("triton", "ref")),
+        *((op, impl) for op in ("token_logprob", "grpo_loss") for impl in ("triton", "cpu", "torch", "ref")),
     }
     assert all(entry.reason for entry in report)
     assert report[-1].available

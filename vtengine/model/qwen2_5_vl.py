@@ -122,8 +122,12 @@ class Qwen2_5_VL(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, vocab], in the model's dtype."""
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return linear(hidden, head.weight)
+        return linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, H]: of the head, or of the embedding where the two are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def _angles(self, positions: Tensor) -> Tensor:
         """float32 [T, D/2]: each frequency turns with the temporal, height or width position, by section."""

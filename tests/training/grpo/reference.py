@@ -46,6 +46,8 @@ def token_losses(one, config):
             loss = -held * advantage * new
         else:
             loss = -min(ratio * advantage, clipped * advantage)
+            if config.dual_clip is not None and advantage < 0:
+                loss = min(loss, -config.dual_clip * advantage)
         if config.importance_cap is not None:
             loss *= min(math.exp(old - one["rollout"][t]), config.importance_cap)
         d = one["ref"][t] - new

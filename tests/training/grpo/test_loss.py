@@ -71,6 +71,8 @@ CONFIGS = [
     LossConfig(algorithm="gspo", clip_low=0.05, clip_high=0.1, aggregation="token-mean"),
     LossConfig(algorithm="grpo", old_logprobs="recompute", importance_cap=1.1),
     LossConfig(algorithm="cispo", clip_high=0.1, clip_low=0.2),
+    LossConfig(algorithm="grpo", dual_clip=1.1),
+    LossConfig(algorithm="gspo", clip_low=0.05, clip_high=0.1, dual_clip=1.02),
 ]
 
 
@@ -185,6 +187,14 @@ def test_what_is_missing_is_named() -> None:
         grpo_loss(logprobs, tokens, LossConfig(entropy_coef=0.1))
     with pytest.raises(ValueError, match="recompute"):
         LossConfig(importance_cap=2.0)
-    for changes in ({"clip_low": 1.5}, {"clip_high": -0.1}, {"kl_coef": -1.0}, {"entropy_coef": float("nan")}):
+    with pytest.raises(ValueError, match="clipped-weight"):
+        LossConfig(algorithm="cispo", dual_clip=3.0)
+    for changes in (
+        {"dual_clip": 1.0},
+        {"clip_low": 1.5},
+        {"clip_high": -0.1},
+        {"kl_coef": -1.0},
+        {"entropy_coef": float("nan")},
+    ):
         with pytest.raises(ValueError, match=next(iter(changes))):
             LossConfig(**changes)

@@ -44,7 +44,7 @@ def gradients(one, groups, **changes):
     """(loss, gradients by name) of one mini-batch without an update."""
     learner = one.parts.learner
     update = one.config.update.__class__(**{**vars(one.config.update), **changes})
-    policy = Policy(**{**vars(learner.policy), "chunk": update.logits_chunk})
+    policy = Policy(**{**vars(learner.policy), "chunk": update.logits_chunk, "fused": update.logits == "fused"})
     probe = Learner(policy, learner.reference, learner.optimizer, learner.loss, update, learner.constant_length)
     for parameter in one.parts.model.parameters():
         parameter.grad = None
@@ -161,6 +161,31 @@ def test_logits_in_chunks_change_nothing(run) -> None:
     one = run(loss={"entropy_coef": 0.1})
     groups = collect(one)
     same(gradients(one, groups, logits_chunk=3), gradients(one, groups, logits_chunk=10**6))
+
+
+LOSSES = [
+    {"algorithm": "grpo", "kl_coef": 0.1, "entropy_coef": 0.05},
+    {"algorithm": "dapo", "dual_clip": 1.2, "kl_coef": 0.1, "kl": "k2"},
+    {"algorithm": "gspo", "entropy_coef": 0.01},
+    {"algorithm": "cispo", "kl_coef": 0.1, "kl": "k1"},
+    {"algorithm": "rloo"},
+    {"algorithm": "grpo", "old_logprobs": "recompute", "importance_cap": 1.05},
+    {"algorithm": "gspo", "old_logprobs": "recompute"},
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: "-".join(map(str, loss.values())))
+def test_the_kernel_has_the_gradients_of_plain_logits(run, loss) -> None:
+    one = run(loss=loss, rollout={"temperature": 0.8})
+    groups = collect(one)
+    torch.manual_seed(0)
+    with torch.no_grad():  # some way off the sampling weights, so that ratios clip
+        for parameter in one.parts.model.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    for chunk in (3, 10**6):
+        fused, plain = (gradients(one, groups, logits=way, logits_chunk=chunk) for way in ("fused", "plain"))
+        assert any((gradient != 0).any() for gradient in fused[1].values())
+        same(fused, plain)
 
 
 def test_frozen_vision_tower_gets_no_gradient_and_the_rest_the_same(run) -> None:

@@ -47,6 +47,7 @@ PRESETS: Mapping[Algorithm, Objective] = {
 class LossConfig:
     """`algorithm` names a published combination; what else is given changes that part of it.
 
+    dual_clip: where the advantage is negative, a token's loss is at most dual_clip * |advantage|; of the clip policies.
     kl_coef > 0 needs the reference model (the one training began with). importance_cap: the truncated importance
     correction of the rollout engine's log-probabilities, min(old / rollout, cap) per token; needs old_logprobs =
     "recompute". old_logprobs: those the engine sampled with, or computed again by the trainer before the first update.
@@ -57,6 +58,7 @@ class LossConfig:
     policy: PolicyLoss | None = None
     clip_low: float | None = None
     clip_high: float | None = None
+    dual_clip: float | None = None
     aggregation: Aggregation | None = None
     kl_coef: float = 0.0
     kl: KlKind = "k3"
@@ -68,6 +70,7 @@ class LossConfig:
         checks = (
             (self.clip_low is None or 0 <= self.clip_low <= 1, "clip_low", self.clip_low, "from 0 to 1"),
             (self.clip_high is None or self.clip_high >= 0, "clip_high", self.clip_high, "0 or more"),
+            (self.dual_clip is None or 1 < self.dual_clip < math.inf, "dual_clip", self.dual_clip, "more than 1"),
             (self.kl_coef >= 0 and math.isfinite(self.kl_coef), "kl_coef", self.kl_coef, "0 or more"),
             (math.isfinite(self.entropy_coef), "entropy_coef", self.entropy_coef, "finite"),
             (self.importance_cap is None or self.importance_cap > 0, "importance_cap", self.importance_cap, "> 0"),
@@ -75,6 +78,10 @@ class LossConfig:
         for ok, name, value, allowed in checks:
             if not ok:
                 raise ValueError(f"{name} = {value}: must be {allowed}")
+        if self.dual_clip is not None and self.objective.policy not in ("clip", "sequence-clip"):
+            raise ValueError(
+                f"dual_clip = {self.dual_clip}: bounds a clipped loss, and policy = {self.objective.policy!r} has none"
+            )
         if self.importance_cap is not None and self.old_logprobs != "recompute":
             raise ValueError(
                 f"importance_cap = {self.importance_cap}: corrects recomputed log-probabilities; "

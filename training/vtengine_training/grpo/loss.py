@@ -48,7 +48,7 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
     0. Raises ValueError where the config asks for what is not given.
     """
     objective = config.objective
-    each, clipped = policy_loss(logprobs, tokens, objective)
+    each, clipped = policy_loss(logprobs, tokens, objective, config.dual_clip)
     if config.importance_cap is not None:
         each = each * importance_weights(tokens.old, tokens.rollout, config.importance_cap)
     policy = (each * tokens.weights).sum()
@@ -75,7 +75,9 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
     return LossResult(total, figures)
 
 
-def policy_loss(logprobs: Tensor, tokens: Tokens, objective: Objective) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logprobs: Tensor, tokens: Tokens, objective: Objective, dual_clip: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(loss [N], clipped [N] bool): one term per token, before weighting; clipped = the clip took the gradient away."""
     advantages = tokens.advantages
     if objective.policy == "reinforce":
@@ -89,7 +91,11 @@ def policy_loss(logprobs: Tensor, tokens: Tokens, objective: Objective) -> tuple
         held = limited.detach()
         return -held * advantages * logprobs, held != ratio.detach()
     plain, bounded = -ratio * advantages, -limited * advantages
-    return torch.maximum(plain, bounded), (bounded > plain).detach()
+    each, clipped = torch.maximum(plain, bounded), (bounded > plain).detach()
+    if dual_clip is not None:
+        most = torch.where(advantages < 0, -dual_clip * advantages, torch.inf)
+        each, clipped = torch.minimum(each, most), clipped | (each > most).detach()
+    return each, clipped
 
 
 def sequence_mean(values: Tensor, sequences: Tensor, count: int) -> Tensor:

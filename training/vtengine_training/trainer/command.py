@@ -173,7 +173,8 @@ def _estimate(config: GrpoConfig) -> list[str]:
     element = 4 if config.dtype == "float32" else 2
     update = config.update
     weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision)
-    logits = 3 * 4 * update.logits_chunk * model.text.vocab_size
+    copies = 1 if update.logits == "fused" else 3
+    logits = copies * 4 * update.logits_chunk * model.text.vocab_size
     token = cost.training_flops(1, 0, 0) / 1e9
     patch = cost.training_flops(0, 0, 1, update.train_vision) / 1e9
     return [

@@ -77,7 +77,8 @@ class UpdateConfig:
     """minibatch_prompts: groups per optimiser step; None = all of a training step. epochs: passes over the rollouts.
 
     max_tokens: of a packed micro-batch; a longer sequence goes alone. logits_chunk: trainable positions whose logits
-    exist at the same time. share_images: the vision tower runs once per distinct image of a micro-batch. share_prefix:
+    exist at the same time. logits: fused = gradients are formed with the loss, chunk by chunk (`grpo_loss`); plain = by
+    torch, for comparison. share_images: the vision tower runs once per distinct image of a micro-batch. share_prefix:
     the prompt that siblings have in common is computed once per micro-batch.
     constant_length: divisor of the `constant` aggregation; None = rollout.max_new_tokens.
     max_skipped: updates in a row without finite gradients, or steps in a row without any group, before the run stops.
@@ -89,6 +90,7 @@ class UpdateConfig:
     epochs: int = 1
     max_tokens: int = 4096
     logits_chunk: int = 1024
+    logits: Literal["fused", "plain"] = "fused"
     share_images: bool = True
     share_prefix: bool = True
     train_vision: bool = True

@@ -67,11 +67,15 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
     model = load_model(folder, device, dtype)
     update, rollout = config.update, config.rollout
     banned = tokenizer.banned_ids
-    policy = Policy.build(model, rollout.temperature, banned, update.logits_chunk, update.train_vision)
+    policy = Policy.build(
+        model, rollout.temperature, banned, update.logits_chunk, update.train_vision, update.logits == "fused"
+    )
     reference = None
     if config.loss.kl_coef:
         frozen = load_model(folder, device, dtype).requires_grad_(False)
-        reference = Policy.build(frozen, rollout.temperature, banned, update.logits_chunk, train_vision=False)
+        reference = Policy.build(
+            frozen, rollout.temperature, banned, update.logits_chunk, train_vision=False, fused=policy.fused
+        )
     model.visual.requires_grad_(update.train_vision)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizer = MasterAdamW(named, update.optimizer)

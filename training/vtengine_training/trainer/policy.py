@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from vtengine_kernels.grpo_loss import Head, Loss, Objective, Tokens, grpo_loss
+from vtengine_kernels.token_logprob import BANNED, token_logprob
 from vtengine_kernels.visual_scatter import visual_scatter
 
 from vtengine.model import PackedTree, Qwen2_5_VL
 from vtengine_training.trainer.batch import MicroBatch
-
-BANNED = -1e30
-"""Logit of an id that is never sampled: probability exactly 0, and no NaN in the entropy, as -inf would give."""
 
 
 @dataclass(frozen=True, eq=False)
 class Policy:
     """A model as a distribution over replies: the engine's temperature and bans applied, as when it sampled.
 
-    banned: ids that can never be sampled. chunk: positions whose logits exist at the same time; more than that are
-    computed again in the backward pass. train_vision: whether gradients reach the vision tower.
+    banned: ids that can never be sampled. chunk: positions whose logits exist at the same time. train_vision: whether
+    gradients reach the vision tower. fused: logits by the kernels token_logprob and grpo_loss; otherwise by torch, with
+    gradients by autograd, more positions than a chunk computed again in the backward pass.
     """
 
     model: Qwen2_5_VL
@@ -32,22 +32,41 @@ class Policy:
     banned: tuple[int, ...]
     chunk: int
     train_vision: bool = True
+    fused: bool = True
 
     @staticmethod
     def build(
-        model: Qwen2_5_VL, temperature: float, banned: Collection[int], chunk: int, train_vision: bool = True
+        model: Qwen2_5_VL,
+        temperature: float,
+        banned: Collection[int],
+        chunk: int,
+        train_vision: bool = True,
+        fused: bool = True,
     ) -> Policy:
         """Adds the ids that the engine itself never samples."""
         config = model.config
         ids = {*banned, config.image_token_id, config.video_token_id}
         kept = tuple(sorted(i for i in ids if i < config.text.vocab_size))
-        return Policy(model, temperature, kept, chunk, train_vision)
+        return Policy(model, temperature, kept, chunk, train_vision, fused)
 
     def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(log-probabilities, entropies), float32 [N], of the batch's trainable tokens. Natural logarithms."""
         with _attention_kernel(self.model.device):
             hidden = self._hidden(batch)
+        if self.fused:
+            return token_logprob(hidden, self._head(), batch.targets, chunk=self.chunk)
         return self._read(hidden, batch.targets)
+
+    def loss(self, batch: MicroBatch, tokens: Tokens, objective: Objective) -> Loss:
+        """The loss of the batch's trainable tokens, its gradients formed on the way."""
+        with _attention_kernel(self.model.device):
+            hidden = self._hidden(batch)
+        return grpo_loss(hidden, self._head(), batch.targets, tokens, objective, chunk=self.chunk)
+
+    def _head(self) -> Head:
+        weight = self.model.head_weight
+        banned = torch.tensor(self.banned, device=weight.device) if self.banned else None
+        return Head(weight, self.temperature, banned=banned)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """[N, H]: the final hidden states that predict the trainable tokens."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from vtengine_training.grpo.config import LossConfig
-from vtengine_training.grpo.loss import Tokens, grpo_loss, mismatch_figures
+from vtengine_training.grpo.loss import LossResult, Tokens, grpo_loss, mismatch_figures
 from vtengine_training.grpo.weights import token_weights
 from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.trainer.batch import MicroBatch, build_batch, plan_micro_batches
 from vtengine_training.trainer.config import UpdateConfig
+from vtengine_training.trainer.objective import kernel_objective, kernel_tokens
 from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.trajectory import Group, Trajectory
 
@@ -108,13 +109,7 @@ class Learner:
         """
         loss = 0.0
         for index, batch in enumerate(minibatch.batches):
-            logprobs, entropy = self.policy.logprobs(batch)
-            before = self._old(batch, None if old is None else old[index], logprobs)
-            reference = None if self.reference is None else _without_gradients(self.reference, batch)
-            tokens = Tokens(
-                before, batch.rollout, batch.advantages, batch.weights, batch.sequences, batch.num_sequences, reference
-            )
-            result = grpo_loss(logprobs, tokens, self.loss, entropy)
+            logprobs, result = self._loss(batch, None if old is None else old[index])
             if sampled_by is not None:
                 seen = logprobs.detach() if old is None else old[index]
                 same = batch.versions == sampled_by
@@ -125,6 +120,28 @@ class Learner:
                 result.total.backward()  # type: ignore[no-untyped-call]
             loss += float(result.total.detach())
         return loss
+
+    def _loss(self, batch: MicroBatch, old: Tensor | None) -> tuple[Tensor, LossResult]:
+        """(log-probabilities, the batch's loss and figures); by the kernel where the policy is fused."""
+        reference = None if self.reference is None else _without_gradients(self.reference, batch)
+        fused = None
+        if self.policy.fused:
+            before = batch.rollout if self.loss.old_logprobs == "rollout" else old
+            fused = self.policy.loss(batch, kernel_tokens(batch, before, reference), kernel_objective(self.loss))
+            logprobs, entropy = fused.logprobs, fused.entropies
+        else:
+            logprobs, entropy = self.policy.logprobs(batch)
+        tokens = Tokens(
+            self._old(batch, old, logprobs),
+            batch.rollout,
+            batch.advantages,
+            batch.weights,
+            batch.sequences,
+            batch.num_sequences,
+            reference,
+        )
+        result = grpo_loss(logprobs, tokens, self.loss, entropy)
+        return logprobs, result if fused is None else LossResult(fused.total, result.figures)
 
     def _old(self, batch: MicroBatch, old: Tensor | None, logprobs: Tensor) -> Tensor:
         if self.loss.old_logprobs == "rollout":

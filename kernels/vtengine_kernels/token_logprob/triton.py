@@ -1,0 +1,144 @@
+"""Rows of scores on a GPU: one program per row, two kernels. Runs on the CPU too, under TRITON_INTERPRET=1.
+
+`row_statistics` and `row_gradients_` are shared with grpo_loss, whose kernel does both in one launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from vtengine_kernels.token_logprob.head import Head
+
+MAX_BLOCK = 4096
+NUM_WARPS = 8
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    # Suffix V: a block of the vocabulary. A score of at most -5e29 is a banned id's, and passes the cap as it is.
+    @triton.jit
+    def bounded(x_V, cold, cap, CAPPED: tl.constexpr):
+        """(x after cap and temperature, the derivative). cold = 1 / temperature."""
+        bend_V = cold
+        if CAPPED:
+            share_V = 2.0 * tl.sigmoid(x_V * (2.0 / cap)) - 1.0  # tanh
+            bend_V = (1.0 - share_V * share_V) * cold
+            x_V = tl.where(x_V > -5e29, share_V * cap, x_V)
+        return x_V * cold, bend_V
+
+    @triton.jit
+    def row_statistics(row_ptr, target, vocabulary, cold, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+        """(logprob of the target, entropy, log-sum-exp) of one row, in one pass."""
+        v = tl.arange(0, BLOCK)
+        highest = -3.0e38
+        total = 0.0
+        moment = 0.0  # sum of weight * (score - highest)
+        for first in range(0, vocabulary, BLOCK):
+            in_V = first + v < vocabulary
+            x_V = tl.load(row_ptr + first + v, mask=in_V, other=float("-inf")).to(tl.float32)
+            x_V, _ = bounded(x_V, cold, cap, CAPPED)
+            new = tl.maximum(highest, tl.max(x_V, axis=0))
+            fade = tl.exp(highest - new)
+            below_V = x_V - new
+            weight_V = tl.exp(below_V)
+            moment = (moment + total * (highest - new)) * fade
+            moment += tl.sum(tl.where(in_V, weight_V * below_V, 0.0), axis=0)
+            total = total * fade + tl.sum(weight_V, axis=0)
+            highest = new
+        log_total = tl.log(total)
+        own, _ = bounded(tl.load(row_ptr + target).to(tl.float32), cold, cap, CAPPED)
+        return own - highest - log_total, log_total - moment / total, highest + log_total
+
+    @triton.jit
+    def row_gradients_(
+        row_ptr, target, vocabulary, log_sum, entropy, to_logprob, to_entropy, cold, cap,
+        CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Scores of one row become their gradients."""
+        v = tl.arange(0, BLOCK)
+        for first in range(0, vocabulary, BLOCK):
+            in_V = first + v < vocabulary
+            x_V = tl.load(row_ptr + first + v, mask=in_V, other=float("-inf")).to(tl.float32)
+            x_V, bend_V = bounded(x_V, cold, cap, CAPPED)
+            logp_V = x_V - log_sum
+            p_V = tl.exp(logp_V)
+            slope_V = -p_V * (to_logprob + to_entropy * (logp_V + entropy))
+            slope_V += tl.where(first + v == target, to_logprob, 0.0)
+            tl.store(row_ptr + first + v, (slope_V * bend_V).to(row_ptr.dtype.element_ty), mask=in_V)
+
+    @triton.jit
+    def _statistics_kernel(
+        scores_ptr, targets_ptr, logprobs_ptr, entropies_ptr, log_sums_ptr,
+        row_stride, vocabulary, cold, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        logprob, entropy, log_sum = row_statistics(
+            scores_ptr + row * row_stride, tl.load(targets_ptr + row), vocabulary, cold, cap, CAPPED, BLOCK
+        )
+        tl.store(logprobs_ptr + row, logprob)
+        tl.store(entropies_ptr + row, entropy)
+        tl.store(log_sums_ptr + row, log_sum)
+
+    @triton.jit
+    def _gradients_kernel(
+        scores_ptr, targets_ptr, log_sums_ptr, entropies_ptr, to_logprob_ptr, to_entropy_ptr,
+        row_stride, vocabulary, cold, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        row_gradients_(
+            scores_ptr + row * row_stride, tl.load(targets_ptr + row), vocabulary,
+            tl.load(log_sums_ptr + row), tl.load(entropies_ptr + row),
+            tl.load(to_logprob_ptr + row), tl.load(to_entropy_ptr + row), cold, cap, CAPPED, BLOCK,
+        )  # fmt: skip
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no Triton here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in Python."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes(hidden: Tensor) -> bool:
+    return (hidden.is_cuda or interpreted()) and hidden.dtype != torch.float64
+
+
+def constants(head: Head) -> dict[str, int | bool]:
+    """Compile-time arguments that every kernel of a head has, and how many warps run it."""
+    block = min(MAX_BLOCK, max(16, 1 << (len(head.weight) - 1).bit_length()))
+    return {"CAPPED": head.soft_cap is not None, "BLOCK": block, "num_warps": NUM_WARPS if block == MAX_BLOCK else 4}
+
+
+def scalars(scores: Tensor, head: Head) -> tuple[int, int, float, float]:
+    """Row stride, vocabulary, 1 / temperature, cap."""
+    return scores.stride(0), scores.shape[1], 1.0 / head.temperature, head.soft_cap or 1.0
+
+
+def statistics(scores: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """scores [C, V] as the products left them -> float32 [C]: logprobs of the targets, entropies, log-sum-exps."""
+    out = torch.empty((3, len(scores)), device=scores.device)
+    if len(scores):
+        _statistics_kernel[(len(scores),)](scores, targets, *out, *scalars(scores, head), **constants(head))
+    return out[0], out[1], out[2]
+
+
+def gradients_(
+    scores: Tensor, targets: Tensor, totals: Tensor, entropies: Tensor, slopes: tuple[Tensor, Tensor], head: Head
+) -> None:
+    """Scores become their own gradients. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
+    if len(scores):
+        _gradients_kernel[(len(scores),)](
+            scores, targets, totals, entropies, *slopes, *scalars(scores, head), **constants(head)
+        )
