@@ -32,7 +32,7 @@ def test_rows_follow_the_contract(vtengine: Run, scripted: Run, questions: Run, 
     for row in rows:
         assert tuple(row)[: len(ROW_KEYS)] == ROW_KEYS
         assert (row["sample"], row["error"] is None) == (0, row["status"] == "answered")
-        assert row["question"] == f"Which? {row['k']}" and row["expected"] == ["blue"]
+        assert row["question"] == f"{row['k']} is which?" and row["expected"] == ["blue"]
         assert row["correct"] == (row["answer"] == "blue")
         assert row["upscaled"] == (len(row["turns"]) == 2)
         assert (tmp_path / row["image_path"]).is_file()

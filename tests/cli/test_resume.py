@@ -9,9 +9,13 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from vtengine.engine.base import BackendFailed, Completion, Request
+from vtengine.engine.scripted import ScriptedBackend
 
 Run = Callable[..., Any]
 SLOW = 0.05  # seconds per scripted reply
@@ -169,3 +173,87 @@ def test_ctrl_c_while_started_in_the_background(process: Run, scripted: Run, que
     running.popen.send_signal(signal.SIGINT)
     done = running.finish()
     assert done.status == 130 and "--resume" in done.err
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """`breaks(id)`: whether requests about a question fail; `asked`: ids of the questions that were asked about."""
+    state = SimpleNamespace(breaks=lambda _: False, asked=set())
+    generate = ScriptedBackend.generate
+
+    async def maybe(self: ScriptedBackend, request: Request) -> Completion:
+        if request.images:
+            name = request.request_id.partition("#")[0]
+            state.asked.add(name)
+            if state.breaks(name):
+                raise BackendFailed("the server is down")
+        return await generate(self, request)
+
+    monkeypatch.setattr(ScriptedBackend, "generate", maybe)
+    return state
+
+
+def test_rows_that_failed_are_tried_again_and_no_other(
+    uninterrupted: Path, server: SimpleNamespace, vtengine: Run, scripted: Run, without_times: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    server.breaks = {"q3", "q17", "q18"}.__contains__
+    assert vtengine(*arguments(tmp_path, out, scripted())).status == 3
+    assert [row["id"] for row in map(json.loads, out.open()) if row["status"] == "failed"] == ["q3", "q17", "q18"]
+    server.breaks, server.asked = {"q18"}.__contains__, set()
+    assert vtengine(*arguments(tmp_path, out, scripted(), "--resume")).status == 3
+    assert server.asked == {"q3", "q17", "q18"}
+    assert out.read_bytes().count(b'"failed"') == 1 and (tmp_path / "out.jsonl.run").exists()
+    server.breaks = lambda _: False
+    done = vtengine(*arguments(tmp_path, out, scripted(), "--resume"))
+    assert done.status == 3  # the half line is rejected, and stays so
+    account = ("cached_tokens", "prefill_tokens", "encoded")  # who is asked alone finds the cache empty
+    assert without_times(out, *account) == without_times(uninterrupted, *account)
+    assert not list(tmp_path.glob("out.jsonl.*"))
+
+
+def test_an_interrupted_second_try_loses_nothing(
+    uninterrupted: Path, server: SimpleNamespace, vtengine: Run, scripted: Run, without_times: Run, tmp_path: Path
+) -> None:
+    out, flags = tmp_path / "out.jsonl", scripted()
+    server.breaks = {"q0", "q20", "q30"}.__contains__
+    vtengine(*arguments(tmp_path, out, flags))
+    server.breaks = {"q20"}.__contains__
+    vtengine(*arguments(tmp_path, out, flags, "--resume"))
+    # As a kill in the middle of a second try leaves it: rows behind q20 are put aside, the output ends before q25.
+    lines = out.read_bytes().splitlines(keepends=True)
+    put_aside = [b"[%d, %s]\n" % (place, lines[place].rstrip()) for place in range(21, 41)]
+    (tmp_path / "out.jsonl.kept").write_bytes(b"".join(put_aside))
+    out.write_bytes(b"".join(lines[:20]) + b"".join(lines[20:25]))
+    server.breaks, server.asked = lambda _: False, set()
+    vtengine(*arguments(tmp_path, out, flags, "--resume"))
+    assert server.asked == {"q20"}
+    account = ("cached_tokens", "prefill_tokens", "encoded")
+    assert without_times(out, *account) == without_times(uninterrupted, *account)
+    assert not list(tmp_path.glob("out.jsonl.*"))
+
+
+def test_rows_put_aside_must_be_of_this_input(
+    uninterrupted: Path, vtengine: Run, scripted: Run, tmp_path: Path
+) -> None:
+    row = uninterrupted.read_bytes().splitlines()[3]
+    lines = uninterrupted.read_bytes().splitlines(keepends=True)
+    uninterrupted.write_bytes(b"".join(lines[:2]))
+    kept = tmp_path / "whole.jsonl.kept"
+    for place, why in ((5, "has id 'q3'"), (99, "does not give")):
+        kept.write_bytes(b"[%d, %s]\n" % (place, row))
+        done = vtengine(*arguments(tmp_path, uninterrupted, scripted(), "--resume"))
+        assert done.status == 2 and why in done.err and kept.exists()
+
+
+def test_no_room_for_the_rows_put_aside(
+    server: SimpleNamespace, process: Run, vtengine: Run, scripted: Run, questions: Run, tmp_path: Path
+) -> None:
+    questions(40)
+    out, flags = tmp_path / "out.jsonl", scripted()
+    server.breaks = {"q2"}.__contains__
+    vtengine(*arguments(tmp_path, out, flags))
+    before = out.read_bytes()
+    done = process(*arguments(tmp_path, out, flags, "--resume"), preexec_fn=limit_file_size).finish()
+    assert done.status == 1 and "out.jsonl.kept: writing failed" in done.err
+    assert out.read_bytes() == before and not list(tmp_path.glob("out.jsonl.kept*"))

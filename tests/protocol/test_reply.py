@@ -16,7 +16,7 @@ CALL = f"<tool_call>{RESIZE_CALL.to_json()}</tool_call>"
     [
         ("<think>a</think><answer>5</answer>", "5", ()),
         ("  <think>a</think>\n so \n<answer>\n 5 \n</answer>\n", "5", ()),
-        ("<think></think><answer></answer>", "", ()),
+        ("<think></think><answer>0</answer>", "0", ()),
         ("<answer>5</answer>", "5", ("think_missing",)),
         ("hm <think>a</think><answer>5</answer>", "5", ("text_before_think",)),
         ("<think>a</think><answer>5</answer> done", "5", ("text_after_answer",)),
@@ -41,6 +41,8 @@ def test_calls(text: str) -> None:
     ("text", "code", "is_bad_call"),
     [
         ("", "answer_missing", False),
+        ("<think></think><answer></answer>", "answer_empty", False),
+        ("<answer> \n</answer> and more", "answer_empty", False),
         ("5", "answer_missing", False),
         ("<think>a</think>", "answer_missing", False),
         ("<think>a <answer>5</answer>", "think_unclosed", False),

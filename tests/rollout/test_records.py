@@ -23,9 +23,8 @@ from vtengine.rollout.records import (
     RowWriter,
     encode_row,
     episode_row,
-    find_resume,
-    read_rows,
     rejected_row,
+    whole_rows,
 )
 from vtengine.rollout.tokenizer import Tokenizer
 
@@ -35,6 +34,10 @@ TURN_KEYS = (
     *("images", "latency_s", "ttft_s"),
 )
 ROWS = [{"id": index, "sample": 0, "text": "né " * index} for index in range(5)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [row for row, _ in whole_rows(path)]
 
 
 @pytest.fixture
@@ -88,37 +91,30 @@ def test_a_failed_episode_has_a_row(episode: Episode) -> None:
     assert (row["turns"], row["visual_tokens"], row["visual_tokens_full"], row["upscaled"]) == ([], 0, 0, False)
 
 
-def test_cut_anywhere_and_gone_on_gives_the_same_file(tmp_path: Path) -> None:
+def test_cut_anywhere_the_whole_rows_are_read(tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     with RowWriter(whole) as writer:
         for row in ROWS:
             writer.append(row)
     data = whole.read_bytes()
-    assert list(read_rows(whole)) == ROWS
+    assert read_rows(whole) == ROWS
     for size in range(len(data) + 1):
         torn = tmp_path / "torn.jsonl"
         torn.write_bytes(data[:size])
-        assert list(read_rows(torn)) == ROWS[: data[:size].count(b"\n")]
-        with RowWriter(torn, resume=True) as writer:
-            assert writer.done == {(row["id"], 0) for row in ROWS[: data[:size].count(b"\n")]}
-            for row in ROWS:
-                if (row["id"], row["sample"]) not in writer.done:
-                    writer.append(row)
-        assert torn.read_bytes() == data
+        assert read_rows(torn) == ROWS[: data[:size].count(b"\n")]
 
 
 def test_rows_are_there_at_once(tmp_path: Path) -> None:
     with RowWriter(tmp_path / "o.jsonl") as writer:
         writer.append(ROWS[1])
-        assert list(read_rows(tmp_path / "o.jsonl")) == [ROWS[1]]
+        assert read_rows(tmp_path / "o.jsonl") == [ROWS[1]]
     writer.close()
 
 
 def test_a_new_file_forgets_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "o.jsonl"
     path.write_text("old\n")
-    with RowWriter(path) as writer:
-        assert writer.done == frozenset()
+    RowWriter(path).close()
     assert path.read_bytes() == b""
 
 
@@ -126,16 +122,7 @@ def test_a_new_file_forgets_the_old_one(tmp_path: Path) -> None:
 def test_only_the_last_line_may_be_broken(tmp_path: Path, tail: bytes) -> None:
     path = tmp_path / "o.jsonl"
     path.write_bytes(encode_row(ROWS[0]) + tail)
-    assert find_resume(path).end == len(encode_row(ROWS[0]))
+    assert list(whole_rows(path)) == [(ROWS[0], len(encode_row(ROWS[0])))]
     path.write_bytes(encode_row(ROWS[0]) + tail + encode_row(ROWS[1]))
     with pytest.raises(ValueError, match="line 2 is not a row of JSON, and it is not the last one"):
-        list(read_rows(path))
-
-
-def test_resuming_an_absent_or_a_foreign_file(tmp_path: Path) -> None:
-    assert find_resume(tmp_path / "none.jsonl").end == 0
-    path = tmp_path / "o.jsonl"
-    path.write_text('{"question": 1}\n')
-    with pytest.raises(ValueError, match="not a file of episodes"):
-        RowWriter(path, resume=True)
-    assert path.read_text() == '{"question": 1}\n'
+        read_rows(path)

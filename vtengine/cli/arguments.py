@@ -125,7 +125,11 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument(
         "--concurrency", type=_whole(1), default=32, metavar="N", help="episodes at a time (default: 32)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with OUT.jsonl where an interrupted run left it")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with OUT.jsonl where an interrupted run left it, and try its failed rows again",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
 
 

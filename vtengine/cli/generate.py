@@ -1,7 +1,8 @@
 """`vtengine generate`: a file of questions in, a row per (question, sample) out, in input order, resumable.
 
-A resumed run gives the file of an uninterrupted one, apart from times; where several samples or questions share an
-image, which of them found it in the cache (cached, prefill, encoded) depends on who reached the engine first.
+A resumed run gives the file of an uninterrupted one, apart from times, and tries rows that failed again. Where several
+samples or questions share an image, or questions begin alike, which of them found it in the cache (cached, prefill,
+encoded) depends on who reached the engine first.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, one_line
 from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
-from vtengine.cli.output import OutputFile, check_settings, complete_rows, previous_path, settings_path
+from vtengine.cli.output import OutputFile, check_settings, kept_path, previous_path, settings_path
 from vtengine.cli.progress import Progress
+from vtengine.cli.resume import KeptRows, Place, find_rows
 from vtengine.cli.scoring import is_correct
 from vtengine.cli.session import check_backend, open_session, sampling_settings
 from vtengine.cli.summary import print_summary
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from vtengine.rollout.group import Setting
 
 Row = dict[str, Any]
-Place = tuple[InputRow | RejectedRow, int]  # an input and the index of a sample of it
 REPEATED_SIGNAL_S = 2.0  # wrappers and terminals may deliver one Ctrl-C twice
 LOGPROB_DIGITS = 3  # batches of other sizes differ in later ones
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=//)|data:", re.IGNORECASE)
@@ -49,19 +50,22 @@ def run(arguments: argparse.Namespace) -> int:
     if task.rows_done < task.rows_total:
         asyncio.run(_generate(task))
     else:
-        task.open_output().close(finished=True)
+        task.close_output(task.open_output(), finished=True)
     wall_s = time.monotonic() - started_s
     totals = task.counter.totals()
     if not arguments.quiet:
         tokens = totals.completion_tokens - task.tokens_before
         stream = sys.stdout if task.writes_file else sys.stderr
-        print_summary(totals, task.run_s or wall_s, task.rows_total - task.rows_done, tokens, stream)
+        print_summary(totals, task.run_s or wall_s, task.rows_fresh, tokens, stream)
     return ROWS_REJECTED if totals.unfinished else OK
 
 
 @dataclass
 class _Task:
-    """What is to be done: `rows_done` of `rows_total` are in the output already, up to byte `resume_at`."""
+    """What is to be done: `rows_done` of `rows_total` are in the output already, up to byte `resume_at`.
+
+    kept: rows to come that an earlier run has made. tokens_before: sampled by earlier runs.
+    """
 
     arguments: argparse.Namespace
     counter: TotalsCounter
@@ -70,6 +74,7 @@ class _Task:
     resume_at: int | None = None
     tokens_before: int = 0
     run_s: float = 0.0
+    kept: KeptRows | None = None
 
     @classmethod
     def prepare(cls, arguments: argparse.Namespace) -> _Task:
@@ -84,12 +89,19 @@ class _Task:
             raise UsageError(f"{source}: cannot be read: {one_line(error)}") from None
         if arguments.resume and target.is_file():
             check_settings(target, sampling_settings(arguments))
-            task._find_resume_point()
+            found = find_rows(target, source, task.places, arguments.n, task.counter.add)
+            task.rows_done, task.resume_at, task.kept = found.stay, found.end, found.kept
+            task.tokens_before = task.counter.totals().completion_tokens
         return task
 
     @property
     def writes_file(self) -> bool:
         return not self.arguments.output.exists() or self.arguments.output.is_file()
+
+    @property
+    def rows_fresh(self) -> int:
+        """Rows that this run makes."""
+        return self.rows_total - self.rows_done - (len(self.kept) if self.kept else 0)
 
     def places(self) -> Iterator[Place]:
         """Every (input, sample) in order."""
@@ -98,50 +110,25 @@ class _Task:
                 yield row, sample
 
     def open_output(self) -> OutputFile:
+        if self.kept:
+            self.kept.save()
         return OutputFile(self.arguments.output, sampling_settings(self.arguments), resume_at=self.resume_at)
 
-    def _find_resume_point(self) -> None:
-        """Checks that the rows there are the first of this run; goes back to the end of the last whole question."""
-        target, self.resume_at = self.arguments.output, 0
-        group: list[Row] = []
-        places = self.places()
-        for row, end in complete_rows(target):
-            place = next(places, None)
-            if place is None:
-                raise UsageError(f"--resume {target}: has more rows than {self.arguments.input} gives")
-            if (row.get("id"), row.get("sample")) != (place[0].id, place[1]):
-                found = f"id {row.get('id')!r}, sample {row.get('sample')!r}"
-                wanted = f"id {place[0].id!r}, sample {place[1]}"
-                raise UsageError(f"--resume {target}: has {found} where {self.arguments.input} gives {wanted}")
-            _check_same_input(target, row, place[0])
-            group.append(row)
-            if len(group) == self.arguments.n:
-                for done in group:
-                    self.counter.add(done)
-                self.rows_done += len(group)
-                self.resume_at = end
-                group.clear()
-        self.tokens_before = self.counter.totals().completion_tokens
+    def close_output(self, output: OutputFile, *, finished: bool) -> None:
+        """finished: every row was written; rows that failed leave something to resume."""
+        output.close(finished=finished and "failed" not in dict(self.counter.totals().statuses))
+        if finished and self.kept is not None:
+            self.kept.remove()
 
 
 def _check_files(source: Path, target: Path) -> None:
     """The input is read twice and must outlive the run: no pipe, and none of the files that a run writes."""
     if source.exists() and not source.is_file() and not source.is_dir():
         raise UsageError(f"{source}: is not a regular file; the input is read twice, so save it to a file first")
-    for path in (target, previous_path(target), settings_path(target)):
+    for path in (target, previous_path(target), settings_path(target), kept_path(target)):
         if path.exists() and source.exists() and path.samefile(source):
             written = "the input itself" if path == target else f"written together with {path}, which is the input"
             raise UsageError(f"-o {target}: is {written}")
-
-
-def _check_same_input(target: Path, row: Row, source: InputRow | RejectedRow) -> None:
-    """Raises UsageError when a row of an interrupted run was made from another line than the input has now."""
-    wanted = dict(source.carried)
-    if isinstance(source, InputRow):
-        wanted["expected"] = list(source.answers) or None
-    changed = [key for key, value in wanted.items() if row.get(key) != value]
-    if changed:
-        raise UsageError(f"--resume {target}: the input has changed: {changed[0]!r} of id {source.id!r} is another")
 
 
 class _Stop:
@@ -179,7 +166,7 @@ async def _generate(task: _Task) -> None:
         raise _interrupted(task, stop.number) from None
     finally:
         if output is not None:
-            output.close(finished=finished)
+            task.close_output(output, finished=finished)
 
 
 async def _write_rows(task: _Task, setting: Setting, output: OutputFile) -> None:
@@ -188,7 +175,8 @@ async def _write_rows(task: _Task, setting: Setting, output: OutputFile) -> None
     arguments = task.arguments
     progress = Progress(task.rows_total, task.rows_done, quiet=arguments.quiet)
     started_s = time.monotonic()
-    jobs = (partial(_row, arguments, setting, *place) for place in islice(task.places(), task.rows_done, None))
+    places = islice(enumerate(task.places()), task.rows_done, None)
+    jobs = (partial(_row, task, setting, number, *place) for number, place in places)
     try:
         rows = cast("AsyncGenerator[Row, None]", in_order(jobs, arguments.concurrency))
         async with aclosing(rows):
@@ -201,13 +189,18 @@ async def _write_rows(task: _Task, setting: Setting, output: OutputFile) -> None
         progress.close()
 
 
-async def _row(arguments: argparse.Namespace, setting: Setting, row: InputRow | RejectedRow, sample: int) -> Row:
-    """One row of the output."""
+async def _row(task: _Task, setting: Setting, number: int, row: InputRow | RejectedRow, sample: int) -> Row:
+    """One row of the output, the one that an earlier run made where there is one."""
     from vtengine.protocol.messages import ErrorInfo
     from vtengine.rollout.group import run_sample
     from vtengine.rollout.question import Question
     from vtengine.rollout.records import episode_row, rejected_row
 
+    arguments = task.arguments
+    kept = task.kept.get(number) if task.kept else None
+    if kept is not None:
+        task.tokens_before += sum(turn["completion_tokens"] for turn in kept["turns"])
+        return kept
     if isinstance(row, RejectedRow):
         return rejected_row(row.id, sample, ErrorInfo(row.code, row.message), row.carried)
     image, root = _place_image(row.image, arguments)

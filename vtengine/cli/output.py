@@ -52,6 +52,8 @@ class OutputFile:
         try:
             if resume_at is None and self._regular and path.exists() and path.stat().st_size:
                 path.replace(previous_path(path))
+                if kept_path(path).exists():  # of an unfinished second try
+                    kept_path(path).replace(kept_path(previous_path(path)))
             self._file = path.open("ab", buffering=0)
             if self._regular:
                 if resume_at is not None:
@@ -74,7 +76,7 @@ class OutputFile:
         self._synced_s = time.monotonic()
 
     def close(self, *, finished: bool) -> None:
-        """Syncs and closes; `finished` says that every row is there, so nothing is left to resume."""
+        """Syncs and closes; `finished` says that every row is there and final, so nothing is left to resume."""
         try:
             self.sync()
         finally:
@@ -98,6 +100,11 @@ class OutputFile:
 def previous_path(path: Path) -> Path:
     """Where an older output is kept."""
     return path.with_name(path.name + ".previous")
+
+
+def kept_path(path: Path) -> Path:
+    """Where good rows behind a failed one wait while it is tried again."""
+    return path.with_name(path.name + ".kept")
 
 
 def settings_path(path: Path) -> Path:

@@ -34,8 +34,8 @@ def parse_reply(text: str, offered: Mapping[str, Collection[str]] | None = None)
     """Reads one reply. `offered`: the tools of the prompt (see parse_call); an empty mapping allows no call.
 
     Tags inside the first <think>...</think> are thought, not deed. Error codes: those of parse_call, and
-    answer_missing, answer_unclosed, answers_many, answer_and_call, call_unclosed, calls_many, text_after_call,
-    tool_not_offered, think_unclosed.
+    answer_missing, answer_empty, answer_unclosed, answers_many, answer_and_call, call_unclosed, calls_many,
+    text_after_call, tool_not_offered, think_unclosed.
     """
     think, body, flaws = _split_think(text)
     if think is None and THINK[0] in body:
@@ -80,7 +80,10 @@ def _read_answer(think: str | None, body: str, num_answers: int, flaws: tuple[st
         return Reply(think, error=ErrorInfo("answer_unclosed", "an answer tag has no partner"), flaws=flaws)
     if body[end + len(ANSWER[1]) :].strip():
         flaws += ("text_after_answer",)
-    return Reply(think, answer=body[start + len(ANSWER[0]) : end].strip(), flaws=flaws)
+    answer = body[start + len(ANSWER[0]) : end].strip()
+    if not answer:
+        return Reply(think, error=ErrorInfo("answer_empty", "the answer holds no text"), flaws=flaws)
+    return Reply(think, answer=answer, flaws=flaws)
 
 
 def _read_call(

@@ -1,4 +1,4 @@
-"""Episodes as JSON lines: the row of the public contract, appending, tolerant reading, and where to go on."""
+"""Episodes as JSON lines: the row of the public contract, writing, tolerant reading."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,8 +16,6 @@ from vtengine.protocol.messages import ErrorInfo
 from vtengine.rollout.episode import Episode, Turn
 
 Row = dict[str, Any]
-RowKey = tuple[str | int, int]
-"""(id, sample)"""
 
 ROW_KEYS = (
     *("id", "sample", "status", "error", "answer", "upscaled", "turns"),
@@ -84,47 +82,15 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The whole rows of a file; a torn last line is left out. Raises ValueError for a broken line before the last."""
-    for row, _ in whole_rows(path):
-        yield row
-
-
-@dataclass(frozen=True)
-class Resume:
-    """What a file already holds. `end`: bytes of whole rows; what follows is torn and must be cut off."""
-
-    done: frozenset[RowKey]
-    end: int
-
-
-def find_resume(path: Path) -> Resume:
-    """Reads what an interrupted run left; an absent file is an empty one. Raises ValueError for a broken row."""
-    done: set[RowKey] = set()
-    end = 0
-    if path.exists():
-        for row, offset in whole_rows(path):
-            if "id" not in row or "sample" not in row:
-                raise ValueError(f"{path}: a row without id or sample; this is not a file of episodes")
-            done.add((row["id"], row["sample"]))
-            end = offset
-    return Resume(frozenset(done), end)
-
-
 class RowWriter:
-    """Appends rows; each is handed to the operating system at once, so a killed process tears at most the last line.
+    """A new file of rows; each is handed to the operating system at once, so a killed process tears at most the last.
 
-    resume=True cuts a torn tail and goes on behind it (`done` says what is there); otherwise the file starts empty.
     Raises OSError as the file does.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        found = find_resume(path) if resume else Resume(frozenset(), 0)
-        self.done = found.done
-        self._file = path.open("ab" if resume else "wb", buffering=0)
-        if resume:
-            self._file.truncate(found.end)
+        self._file = path.open("wb", buffering=0)
 
     def append(self, row: Mapping[str, Any]) -> None:
         rest = memoryview(encode_row(row))

@@ -155,20 +155,23 @@ def test_weights_that_do_not_fit_change_nothing():
 
 def test_a_failed_step_fails_its_requests_and_the_engine_goes_on():
     model = tiny_model()
-    decode, calls = model.decode, []
+    decode, engines, broken = model.decode, [], []
 
     def decode_once_broken(*args):
-        calls.append(1)
-        if len(calls) == 3:
+        if not broken and engines and len(engines[0].scheduler.running) == 3:  # all are in, however slow the machine
+            broken.append(True)
             raise RuntimeError("planned")
         return decode(*args)
 
     model.decode = decode_once_broken
 
     async def fail(engine):
-        asks = mixed_requests(3)
-        failed = await asyncio.gather(*map(engine.generate, asks), return_exceptions=True)
-        return failed, await engine.generate(asks[0]), asks[0]
+        engines.append(engine)
+        failed = await asyncio.gather(
+            *map(engine.generate, mixed_requests(3, max_new_tokens=300)), return_exceptions=True
+        )
+        ask = mixed_requests(1)[0]
+        return failed, await engine.generate(ask), ask
 
     failed, after, ask = run(fail, model=model)
     assert all(isinstance(error, BackendFailed) and "planned" in str(error) for error in failed)

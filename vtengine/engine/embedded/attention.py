@@ -6,6 +6,7 @@ pass fills. Suffixes: T tokens of the pass, N rows, P pages, L padded length, Hq
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,14 +37,17 @@ class KVCache:
         self.page_size = page_size
         self.spare_page = num_pages
         self.shape = (num_pages + 1, page_size, num_kv_heads, head_dim)
-        self.keys = [torch.zeros(self.shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(self.shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys = [_zeros(self.shape, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(self.shape, dtype, device) for _ in range(num_layers)]
 
     def reset(self) -> None:
-        """Zeros again. On the CPU by new tensors: untouched zero pages take no memory."""
+        """Zeros again. On the CPU by new tensors, which take no time and no memory."""
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):
-                tensors[layer] = tensor.zero_() if tensor.is_cuda else torch.zeros_like(tensor)
+                if tensor.is_cuda:  # captured graphs hold its address
+                    tensor.zero_()
+                else:
+                    tensors[layer] = _zeros(self.shape, tensor.dtype, tensor.device)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [T, Hkv, D] to token slots [T] (page * page_size + offset)."""
@@ -205,6 +209,13 @@ class _Batch:
             out.index_copy_(0, self.tokens, x)
         else:
             out.index_copy_(0, self.tokens[self.keep], x[self.keep])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU each page of memory is taken at its first write (torch's own zeros write all of it)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
