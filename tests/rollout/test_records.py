@@ -23,6 +23,7 @@ from vtengine.rollout.records import (
     RowWriter,
     encode_row,
     episode_row,
+    read_rows,
     rejected_row,
     whole_rows,
 )
@@ -34,10 +35,6 @@ TURN_KEYS = (
     *("images", "latency_s", "ttft_s"),
 )
 ROWS = [{"id": index, "sample": 0, "text": "né " * index} for index in range(5)]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [row for row, _ in whole_rows(path)]
 
 
 @pytest.fixture
@@ -97,17 +94,17 @@ def test_cut_anywhere_the_whole_rows_are_read(tmp_path: Path) -> None:
         for row in ROWS:
             writer.append(row)
     data = whole.read_bytes()
-    assert read_rows(whole) == ROWS
+    assert list(read_rows(whole)) == ROWS
     for size in range(len(data) + 1):
         torn = tmp_path / "torn.jsonl"
         torn.write_bytes(data[:size])
-        assert read_rows(torn) == ROWS[: data[:size].count(b"\n")]
+        assert list(read_rows(torn)) == ROWS[: data[:size].count(b"\n")]
 
 
 def test_rows_are_there_at_once(tmp_path: Path) -> None:
     with RowWriter(tmp_path / "o.jsonl") as writer:
         writer.append(ROWS[1])
-        assert read_rows(tmp_path / "o.jsonl") == [ROWS[1]]
+        assert list(read_rows(tmp_path / "o.jsonl")) == [ROWS[1]]
     writer.close()
 
 
@@ -125,4 +122,4 @@ def test_only_the_last_line_may_be_broken(tmp_path: Path, tail: bytes) -> None:
     assert list(whole_rows(path)) == [(ROWS[0], len(encode_row(ROWS[0])))]
     path.write_bytes(encode_row(ROWS[0]) + tail + encode_row(ROWS[1]))
     with pytest.raises(ValueError, match="line 2 is not a row of JSON, and it is not the last one"):
-        read_rows(path)
+        list(read_rows(path))
