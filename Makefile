@@ -59,15 +59,17 @@ gpu: $(STAMP)
 	    echo 'make gpu: no CUDA device seen by torch. Skipped: the tests marked gpu$(if $(GPU_SUITES),; the benchmarks $(GPU_SUITES)).'; \
 	fi
 
-# a real SGLang on the CPU in an environment of its own (2.7 GB), and the tests that need it
+# a real SGLang on the CPU in an environment of its own (2.7 GB), and the tests that need it;
+# SGLANG_MARKS='sglang and not slow' leaves out the long ones
 SGLANG_VENV := .venv-sglang
+SGLANG_MARKS ?= sglang
 sglang-venv: $(SGLANG_VENV)/.installed
-$(SGLANG_VENV)/.installed: tests/sglang_env/install.sh tests/sglang_env/requirements.txt
+$(SGLANG_VENV)/.installed: $(wildcard tests/sglang_env/*) pyproject.toml
 	@tests/sglang_env/install.sh $(SGLANG_VENV)
 	@touch $@
 
 test-sglang: $(STAMP) sglang-venv
-	OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -m sglang $(or $(PYTEST_ARGS),tests/engine/sglang)
+	OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -m '$(SGLANG_MARKS)' $(or $(PYTEST_ARGS),tests/engine/sglang/test_real.py)
 
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

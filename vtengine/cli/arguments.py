@@ -160,7 +160,12 @@ def _add_engine(parser: Parser, seed: int | None = 0) -> None:
         metavar="MODEL",
         help="a folder, a Hugging Face id, or glance (default: the shipped model)",
     )
-    add("--backend", default="embedded", metavar="NAME", help="embedded (default), sglang, or the URL of a server")
+    add(
+        "--backend",
+        default="embedded",
+        metavar="NAME",
+        help="embedded (default), sglang, or the URL of a server; several URLs with commas between",
+    )
     add("--profile", metavar="NAME", help="prompt profile, a name or a TOML file (default: the model's own)")
     add(
         "--resolution",

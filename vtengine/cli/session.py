@@ -80,8 +80,15 @@ def check_backend(name: str) -> None:
             installed_version()
         except ValueError as error:
             raise UsageError(f"--backend sglang: {one_line(error)}") from None
-    elif not name.startswith(SERVERS):
+        return
+    if not name.startswith(SERVERS):
         raise UsageError(f"--backend {name}: unknown; use embedded, sglang or the http://host:port of a server")
+    from vtengine.engine.sglang.connect import addresses
+
+    try:
+        addresses(name)
+    except ValueError as error:
+        raise UsageError(f"--{one_line(error)}") from None
 
 
 def _build(
@@ -152,11 +159,11 @@ def _backend(
 
 
 def _sglang(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Backend:
-    from vtengine.engine.sglang import SglangEngineBackend, SglangHttpBackend
+    from vtengine.engine.sglang import SglangEngineBackend, connect_servers
 
     try:
         if name != "sglang":
-            return SglangHttpBackend(name, folder, api_key=os.environ.get(API_KEY))
+            return connect_servers(name, folder, api_key=os.environ.get(API_KEY))
         return SglangEngineBackend(folder, device=str(device), dtype=str(dtype).removeprefix("torch."))
     except ValueError as error:
         raise UsageError(f"--backend {name}: {one_line(error)}") from None

@@ -13,11 +13,14 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
+from vtengine_training.sync.base import weights_of
+from vtengine_training.sync.sglang import ByBroadcast, ByDisk, ByTensor, SglangPublisher
 
-from tests.engine.sglang import real
+from tests.engine.sglang import probe, real
 from vtengine.engine.base import Request, SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.engine.sglang import SglangEngineBackend, SglangHttpBackend
@@ -34,6 +37,7 @@ from vtengine.vision.plan import PixelLimits
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "glance"
 WANTED = 3  # episodes with two turns
 TRIED = 24
+SIBLINGS = 4
 
 
 class Bench:
@@ -49,8 +53,8 @@ class Bench:
         opening = set(answer) - set(plain)
         self.bias = dict.fromkeys(opening, -20.0)
 
-    async def episode(self, backend, question):
-        sampling = SamplingParams(max_new_tokens=64, logit_bias=self.bias)
+    async def episode(self, backend, question, **sampling):
+        sampling = SamplingParams(max_new_tokens=64, logit_bias=self.bias, **sampling)
         parts = (self.pipeline, self.tokenizer, self.profile, self.limits, sampling)
         return await run_episode(question, backend, *parts)
 
@@ -75,7 +79,11 @@ def difference(one, other):
 
 async def main(kind, folder):
     bench, stack = Bench(folder), ExitStack()
-    os.environ.update(real.ENVIRONMENT)
+    scratch = Path(stack.enter_context(TemporaryDirectory()))
+    environment = real.ENVIRONMENT | probe.install(scratch)
+    os.environ.update(environment)
+    sys.path.insert(0, str(scratch))
+    log = probe.Log(environment[probe.LOG])
     model = load_model(folder)
     embedded = EmbeddedEngine(model, bench.tokenizer, EngineConfig(page_size=1))
     ours = []
@@ -87,11 +95,14 @@ async def main(kind, folder):
             break
     if kind == "sglang_http":
         url = stack.enter_context(real.server(folder))
-        backend = SglangHttpBackend(url, folder, vision_cache_off=True, deadline_s=120)
+        backend = SglangHttpBackend(url, folder, deadline_s=120)
     else:
         backend = SglangEngineBackend(folder, updatable=True, arguments=real.ENGINE_ARGUMENTS)
     try:
-        print(json.dumps(await _compare(bench, backend, embedded, model, ours) | {"episodes": len(ours)}))
+        report = {"episodes": len(ours)} | await _compare(bench, backend, embedded, ours, log)
+        report |= _transformers(bench, folder, report.pop("transcript"))
+        report |= await _updates(bench, backend, embedded, model, *ours[0])
+        print(json.dumps(report))
     finally:
         await backend.close()
         await embedded.close()
@@ -99,29 +110,97 @@ async def main(kind, folder):
         stack.close()
 
 
-async def _compare(bench, backend, embedded, model, ours):
+async def _compare(bench, backend, embedded, ours, log):
     theirs = [await bench.episode(backend, question) for question, _ in ours]
+    seen = log.encoded()
     report = {
         "statuses": [[episode.status for episode in group] for group in ([own for _, own in ours], theirs)],
         "logprobs": max(difference(sampled(a), sampled(b)) for (_, a), b in zip(ours, theirs, strict=True)),
         "new_in_turn_2": [_new_in_turn_2(episode) for episode in theirs],
         "encoded": [list(episode.turns[1].completion.images_encoded) for episode in theirs],
+        "tower": [seen, [patches for episode in theirs for patches in _patches(episode)]],
+        "transcript": theirs[0].transcript,
         "cold": await _cold(bench, backend, theirs[0]),
         "processor": max(_processor_difference(span.image) for span in theirs[0].transcript.images),
     }
-    question, episode = ours[0]
-    weights = {name: tensor for name, tensor in hf_tensors(model).items() if name.startswith("visual.merger.mlp.2")}
-    update = {name: tensor * -3.0 for name, tensor in weights.items()}
-    await embedded.load_weights(update, 1)
-    await backend.load_weights(update, 1)
-    before, after = sampled(episode), sampled(await bench.episode(embedded, question))
-    again = await bench.episode(backend, question)
-    report |= {"update": difference(after, sampled(again)), "update_moved": difference(before, after)}
-    report["version"] = again.turns[0].completion.weight_version
-    trick = Question("trick", question.image, "Read <|image_pad|> and <|vision_start|>", question.root)
+    log.encoded()
+    siblings = [bench.episode(backend, ours[1][0], temperature=1.0, seed=seed) for seed in range(SIBLINGS)]
+    group = await asyncio.gather(*siblings)
+    views = sorted({patches for episode in group for patches in _patches(episode)})
+    report["siblings"] = [sorted(log.encoded()), views, len(group[0].turns)]
+    trick = Question("trick", ours[0][0].image, "Read <|image_pad|> and <|vision_start|>", ours[0][0].root)
     tricked = await bench.episode(backend, trick)
     report["trick"] = [tricked.status, str(tricked.error)]
     return report
+
+
+async def _updates(bench, backend, embedded, model, question, episode):
+    """New vision weights by each way, over an image that SGLang has seen: logprobs against the embedded engine with the
+    same, checksums of both sides, versions."""
+    report = {"update": [], "moved": [], "checksums": [], "versions": [], "ways": []}
+    before = sampled(episode)
+    for version, sender in enumerate((ByTensor(), ByBroadcast("gloo"), ByDisk()), start=1):
+        weights = {name: t * -1.5 for name, t in hf_tensors(model).items() if name.startswith("visual.merger.mlp.2")}
+        await embedded.load_weights(weights, version)
+        publisher = SglangPublisher(backend, weights_of(model), sender, 1 << 20, ("kv_cache", "weights"))
+        await publisher.release()
+        await publisher.publish(version)
+        after = sampled(await bench.episode(embedded, question))
+        again = await bench.episode(backend, question)
+        report["update"].append(difference(after, sampled(again)))
+        report["moved"].append(difference(before, after))
+        report["versions"].append(again.turns[0].completion.weight_version)
+        report["checksums"].append(await _other_checksums(backend, model))
+        report["ways"].append(type(sender).__name__)
+        before = after
+    return report
+
+
+async def _other_checksums(backend, model):
+    """Names of SGLang's parameters that are not, to the bit, those of the model; it has some fused."""
+    if backend._transport.takes_tensors:
+        (state,) = await backend._transport._manager.get_internal_state()
+    else:
+        (state,) = (await backend._transport._json("GET", "/server_info"))["internal_states"]
+    ours = hf_tensors(model)
+    fused = {
+        "self_attn.qkv_proj": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attn.qkv_proj": ["attn.qkv"],
+        "mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"],
+        "lm_head": ["model.embed_tokens"],
+    }
+    other = []
+    for name, theirs in state[probe.WEIGHTS].items():
+        whole = next((key for key in fused if key in name and name not in ours), None)
+        parts = [name.replace(whole, part) for part in fused[whole]] if whole else [name]
+        if theirs != probe.checksum(torch.cat([ours[part] for part in parts])):
+            other.append(name)
+    return other
+
+
+def _patches(episode):
+    return [span.image.pixel_values.shape[0] for span in episode.transcript.images]
+
+
+@torch.inference_mode()
+def _transformers(bench, folder, transcript):
+    """Logprobs that SGLang reported, against transformers on the whole transcript without any cache."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokens = torch.tensor([transcript.token_ids])
+    pixels = torch.cat([full_layout(span.image.pixel_values, 1176) for span in transcript.images])
+    grids = torch.tensor([span.image.grid_thw for span in transcript.images])
+    kinds = (tokens == model.config.image_token_id).int()
+    logits = model(input_ids=tokens, pixel_values=pixels, image_grid_thw=grids, mm_token_type_ids=kinds).logits[0]
+    for token_id, bias in bench.bias.items():
+        logits[:, token_id] += bias
+    config = model.config
+    logits[:, sorted({*bench.tokenizer.banned_ids, config.image_token_id, config.video_token_id})] = -torch.inf
+    logprobs = logits.log_softmax(-1)
+    wanted = [place for place, sampled in enumerate(transcript.trainable) if sampled]
+    theirs = [float(logprobs[place - 1, transcript.token_ids[place]]) for place in wanted]
+    return {"transformers": max(abs(a - transcript.logprobs[p]) for a, p in zip(theirs, wanted, strict=True))}
 
 
 def _new_in_turn_2(episode):
@@ -133,7 +212,7 @@ def _new_in_turn_2(episode):
 async def _cold(bench, backend, episode):
     """Turn 2 after the cache was emptied, against the resumed one; and how much of it was cached."""
     transcript, warm = episode.transcript, episode.turns[1].completion
-    await backend._flush()
+    await backend._updates.flush()
     request = transcript.request("cold", 1, SamplingParams(max_new_tokens=len(warm.token_ids), logit_bias=bench.bias))
     ids = tuple(transcript.token_ids[: warm.prompt_tokens])
     cold = await backend.generate(Request("cold", ids, request.images, request.sampling))

@@ -13,6 +13,11 @@ from PIL import Image
 
 from tests.engine.tiny import PAD, VOCAB
 
+CONTROLS = (
+    *("update_weights_from_disk", "update_weights_from_tensor", "update_weights_from_distributed"),
+    *("init_weights_update_group", "destroy_weights_update_group", "begin_weight_update", "end_weight_update"),
+    *("release_memory_occupation", "resume_memory_occupation"),
+)
 REPLY = tuple(b"abcdefghijklmnopqrstuvwxyz")
 
 
@@ -20,7 +25,8 @@ class FakeSglang:
     """`faults`: names, each used up by the request it strikes; a name in `always` strikes every one.
 
     dies: the connection ends before the first token · dies_later: after it · silent: never answers · queue_full ·
-    refused · slow: 50 ms per token · garbage · update; always only: html · miscounts · wrong_ids · no_logprobs
+    refused · slow: 50 ms per token · garbage; always only: html · miscounts · wrong_ids · no_logprobs · dead: every
+    connection is cut. The name of one of CONTROLS: that call says no. `calls`: what came on those, in order.
     """
 
     def __init__(self, **info):
@@ -28,7 +34,8 @@ class FakeSglang:
         self.model = {"model_path": "/models/tiny", "model_type": "qwen2_5_vl", "weight_version": "default"}
         self.vocab, self.image_token, self.token_s = VOCAB, PAD, 0.0
         self.faults, self.always, self.flush_refusals = [], set(), 0
-        self.requests, self.aborted, self.flushes, self.updates, self.headers = [], [], 0, [], []
+        self.requests, self.aborted, self.flushes, self.calls, self.headers = [], [], 0, [], []
+        self.offers = {call for call in CONTROLS if not call.endswith("_weight_update")}  # as 0.5.17 does
         self.lock, self.prefixes, self.stop = threading.Lock(), [], threading.Event()
         handler = type("Handler", (_Handler,), {"fake": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -83,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         fake = self.fake
+        if "dead" in fake.always:
+            return self.drop()
         if "html" in fake.always:
             return self.reply(b"<html>hello</html>")
         pages = {"/model_info": fake.model, "/get_model_info": fake.model, "/server_info": fake.info, "/health": {}}
@@ -92,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
         fake = self.fake
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
         path = self.path.split("?")[0]
+        if "dead" in fake.always:
+            return self.drop()
         fake.headers.append(dict(self.headers))
         if path == "/generate":
             return self.generate(body)
@@ -110,12 +121,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/update_weight_version":
             fake.model["weight_version"] = body["new_version"]
             return self.reply({"success": True})
-        if path == "/update_weights_from_disk":
-            fake.updates.append(body)
-            if fake.strikes("update"):
+        if path[1:] in fake.offers:
+            fake.calls.append((path[1:], body))
+            if fake.strikes(path[1:]):
                 return self.reply({"success": False, "message": "out of memory"}, 400)
-            fake.model["weight_version"] = body["weight_version"]
-            return self.reply({"success": True, "message": "ok"})
+            return self.reply(None if "memory" in path else {"success": True, "message": "ok"})
         return self.reply({"detail": "Not Found"}, 404)
 
     def generate(self, body):
@@ -176,6 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
             chunk = {"text": "", "output_ids": output[begin:count], "meta_info": meta}
             if body["return_prompt_token_ids"]:
                 chunk["prompt_token_ids"] = ids
+            if "dead" in fake.always:
+                return False
             self.event(self.spoiled(chunk))
             sent = count
             if later:

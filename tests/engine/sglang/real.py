@@ -15,14 +15,18 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tests.engine.tiny import PAD, tiny_model
+from tests.training.trainer.toy_model import byte_encoder
+from tests.training.trainer.toy_model import tiny_config as toy_config
 from vtengine.engine.sglang import ServedModel, SglangBackend
-from vtengine.model import save_model
+from vtengine.model import Qwen2_5_VL, save_model
 
 SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>")
 START_S = 240
@@ -39,7 +43,7 @@ ON_CPU = {
 SWITCHES = ("--disable-cuda-graph", "--enable-multimodal", "--skip-server-warmup")
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
-    "SGLANG_VLM_CACHE_SIZE_MB": "0",  # weights are updated in these tests
+    "VTENGINE_SGLANG_HOOKS": "flush",  # weights are updated in these tests
     "TORCH_COMPILE_DISABLE": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
@@ -58,47 +62,86 @@ def write_checkpoint(folder, seed=0):
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     assert tokenizer.token_to_id("<|image_pad|>") == PAD
     tokenizer.save(str(folder / "tokenizer.json"))
+    write_processor(folder, min_pixels=784, max_pixels=62720)
+    return folder
+
+
+def write_processor(folder, **pixels):
+    """What SGLang and transformers read beside the weights."""
     files = {
         "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
         | {"pad_token": "<|im_end|>", "chat_template": "{{ messages }}", "model_max_length": 4096},
-        "preprocessor_config.json": {"min_pixels": 784, "max_pixels": 62720, "patch_size": 14, "merge_size": 2}
+        "preprocessor_config.json": pixels
+        | {"patch_size": 14, "merge_size": 2}
         | {"temporal_patch_size": 2, "image_processor_type": "Qwen2VLImageProcessor"}
         | {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
         | {"processor_class": "Qwen2_5_VLProcessor"},
     }
     for name, data in files.items():
         (folder / name).write_text(json.dumps(data))
-    return folder
+
+
+def write_toy_checkpoint(folder, seed=3):
+    """The trainer's toy model (bytes and marks as tokens, two layers) as SGLang loads it."""
+    encoder = byte_encoder()
+    encoder.save(str(folder / "tokenizer.json"))
+    model = Qwen2_5_VL.build(toy_config(encoder), seed)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(0.5)
+    save_model(model, folder)
+    write_processor(folder, min_pixels=3136, max_pixels=12544)
 
 
 @contextmanager
 def server(folder, log=None, **environment):
     """The address of an SGLang server over a checkpoint folder; gone afterwards, with all of its processes."""
+    with servers(folder, 1, log, **environment) as ((url, _),):
+        yield url
+
+
+@contextmanager
+def servers(folder, count, log=None, **environment):
+    """(address, process) of several that start at the same time; the process leads a group of its own."""
+    options = [part for pair in ON_CPU.items() for part in pair]
+    started = []
+    try:
+        for _ in range(count):
+            port = free_port()
+            command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port)]
+            with open(log or os.devnull, "ab") as out:
+                process = subprocess.Popen(
+                    [*command, "--host", "127.0.0.1", *options, *SWITCHES],
+                    env=os.environ | ENVIRONMENT | environment, stdout=out, stderr=out, start_new_session=True,
+                )  # fmt: skip
+            started.append((f"http://127.0.0.1:{port}", process))
+        for url, process in started:
+            wait(process, url)
+        yield started
+    finally:
+        for _, process in started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = [part for pair in ON_CPU.items() for part in pair]
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port)]
-    with open(log or os.devnull, "wb") as out:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", *options, *SWITCHES],
-            env=os.environ | ENVIRONMENT | environment, stdout=out, stderr=out, start_new_session=True,
-        )  # fmt: skip
-    try:
-        _wait(process, f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        return probe.getsockname()[1]
 
 
-def _wait(process, url):
+def has(module):
+    return find_spec(module) is not None
+
+
+def wait(process, url, path="/model_info"):
+    """Until it answers. Raises RuntimeError where it does not."""
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with status {process.returncode}")
         try:
-            with urllib.request.urlopen(url + "/model_info", timeout=5):
+            with urllib.request.urlopen(url + path, timeout=5):
                 return
         except OSError:
             time.sleep(0.5)
@@ -141,4 +184,4 @@ def shared_backend(kind):
             transport = EngineTransport(folder, "cpu", "float32", True, ENGINE_ARGUMENTS)
             atexit.register(transport._engine.shutdown)
         _shared[kind] = (KeptTransport(transport), model)
-    return SglangBackend(*_shared[kind], vision_cache_off=True)
+    return SglangBackend(*_shared[kind])

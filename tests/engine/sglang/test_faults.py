@@ -7,7 +7,6 @@ import socket
 from importlib import metadata
 
 import pytest
-import torch
 
 from tests.engine.sglang.backends import TINY, over_fake_server
 from tests.engine.sglang.fake_server import REPLY, FakeSglang
@@ -24,8 +23,7 @@ ASK = request("a", (1, 2, 3), max_new_tokens=6)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for pause in ("RETRY_PAUSE_S", "FLUSH_PAUSE_S"):
-        monkeypatch.setattr(backend_module, pause, 0.01)
+    monkeypatch.setattr(backend_module, "RETRY_PAUSE_S", 0.01)
 
 
 def serve(function, fake=None, **options):
@@ -209,46 +207,7 @@ def test_the_key_is_sent_and_an_id_is_served_once():
     assert all(header["Authorization"] == "Bearer secret" for header in headers)
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------
-
-
-def test_vision_weights_need_a_server_without_a_feature_cache():
-    async def load(backend, server):
-        with pytest.raises(ValueError, match=r"old features.*SGLANG_VLM_CACHE_SIZE_MB=0.*vision_cache_off"):
-            await backend.load_weights({"visual.merger.ln_q.weight": torch.ones(32)}, 1)
-        await backend.load_weights({"model.norm.weight": torch.ones(64)}, 2)
-        return server.updates, server.flushes, await backend.generate(ASK)
-
-    updates, flushes, completion = serve(load)
-    assert [update["weight_version"] for update in updates] == ["2"] and updates[0]["flush_cache"] is False
-    assert flushes == 2 and completion.weight_version == 2
-
-
-def test_an_update_waits_for_running_requests_and_holds_new_ones_back():
-    server = fake()
-    server.token_s, server.flush_refusals = 0.02, 3
-
-    async def load(backend, _):
-        before = asyncio.create_task(backend.generate(request("old", (1, 2), max_new_tokens=20)))
-        while not server.requests:
-            await asyncio.sleep(0.01)
-        update = asyncio.create_task(backend.load_weights({"model.norm.weight": torch.ones(64)}, 5))
-        await asyncio.sleep(0.05)
-        after = asyncio.create_task(backend.generate(request("new", (1, 2))))
-        await update
-        assert before.done()
-        return (await before).weight_version, (await after).weight_version
-
-    assert serve(load, server) == (0, 5)
-
-
-def test_an_update_that_fails_says_so():
-    async def load(backend, _):
-        with pytest.raises(BackendFailed, match="not loaded: out of memory"):
-            await backend.load_weights({"model.norm.weight": torch.ones(64)}, 5)
-        return await backend.generate(ASK)
-
-    assert serve(load, fake("update")).weight_version == 0
+# ---- weights (more in test_updates.py) -------------------------------------------------------------------------------
 
 
 def test_a_server_that_came_back_with_old_weights_is_noticed():

@@ -27,7 +27,21 @@ def child(*arguments, **environment):
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", ["sglang_http", "sglang_engine"])
+def last_line(*arguments):
+    """The JSON object that it prints at its end."""
+    print(line := child("-m", *arguments).splitlines()[-1])
+    return json.loads(line)
+
+
+def both(quick):
+    """The two ways to SGLang; the other one than `quick` is not part of CI."""
+    kinds = ("sglang_http", "sglang_engine")
+    return pytest.mark.parametrize(
+        "kind", [kind if kind == quick else pytest.param(kind, marks=pytest.mark.slow) for kind in kinds]
+    )
+
+
+@both(quick="sglang_http")
 def test_it_conforms(kind):
     output = child(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/engine/conformance", VTENGINE_CONFORMANCE=kind
@@ -35,23 +49,50 @@ def test_it_conforms(kind):
     assert "passed" in output and "failed" not in output
 
 
-@pytest.mark.parametrize("kind", ["sglang_http", "sglang_engine"])
+@both(quick="sglang_engine")
 def test_episodes_equal_those_of_the_embedded_engine(kind):
     folder = REPO / "vtengine" / "assets" / "glance"
     if not (folder / "model.safetensors").is_file():
         pytest.skip("the shipped model is not in this tree")
-    print(output := child("-m", "tests.engine.sglang.compare", kind, str(folder)).splitlines()[-1])
-    report = json.loads(output)
+    report = last_line("tests.engine.sglang.compare", kind, str(folder))
     assert report["episodes"] == 3 and report["statuses"][0] == report["statuses"][1], report
-    assert report["logprobs"] < 1e-4
+    assert report["logprobs"] < 1e-4 and report["transformers"] < 1e-4
+    assert report["processor"] < 1e-5
+    # turn 2 prefills what is new in it, at most one token (a page) more; the tower sees every image once
     assert all(new <= prefilled <= new + 1 for prefilled, new in report["new_in_turn_2"]), report["new_in_turn_2"]
     assert report["encoded"] == [[False, True]] * 3
+    ran_on, distinct = report["tower"]
+    assert ran_on == distinct
+    encoded, views, turns = report["siblings"]
+    assert encoded == views and turns == 2
     difference, cached, encoded = report["cold"]
     assert difference < 1e-4 and cached == 0 and encoded == [True, True]
-    assert report["processor"] < 1e-5
-    assert report["update"] < 1e-4 < report["update_moved"] and report["version"] == 1
     status, error = report["trick"]
     if kind == "sglang_engine":
         assert status not in ("rejected", "failed"), error
     else:
         assert status == "rejected" and "text_spells_marker" in error
+    # new vision weights by each way, over an image seen before
+    assert report["ways"] == ["ByTensor", "ByBroadcast", "ByDisk"] and report["versions"] == [1, 2, 3]
+    assert all(update < 1e-4 < moved for update, moved in zip(report["update"], report["moved"], strict=True)), report
+    assert report["checksums"] == [[], [], []]
+
+
+def test_grpo_learns_as_over_the_embedded_engine(tmp_path):
+    """SGLang samples from the learner's weights of the step before, at every step; the reward rises as far."""
+    report = last_line("tests.engine.sglang.learn", str(tmp_path))
+    for run in report.values():
+        assert max(run["mismatch/max"]) < 1e-4
+        assert run["version"] == list(range(1, 11)) and set(run["staleness/mean"]) == {0}
+        rewards = run["reward/mean"]
+        assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.1
+    ends = [sum(run["reward/mean"][-3:]) / 3 for run in report.values()]
+    assert abs(ends[0] - ends[1]) < 0.15
+
+
+def test_two_servers_and_one_is_killed():
+    report = last_line("tests.engine.sglang.two_servers")
+    assert report["together"] == 12 and min(report["per_server"]) > 0
+    assert report.get("router", 12) == 12
+    assert report["answers"] == report["asked"] == 36 and report["most"] == 1
+    assert report["down"] == 1 and report["failovers"] >= 1

@@ -20,6 +20,10 @@ Every process of a sharded learner has to iterate, in the same order: a step of 
 class Publisher(Protocol):
     """What the trainer calls between two steps."""
 
+    async def release(self) -> None:
+        """Before the learner works: the engine gives back memory that it does not need until the next `publish`."""
+        ...
+
     async def publish(self, version: int) -> None:
         """Returns once whatever is sampled from here on is sampled from the learner's weights as they are now.
 

@@ -17,5 +17,8 @@ class SharedParameters:
 
     backend: Backend
 
+    async def release(self) -> None:
+        """Nothing: its pool of pages stays."""
+
     async def publish(self, version: int) -> None:
         await self.backend.load_weights({}, version)

@@ -37,6 +37,11 @@ class RolloutConfig:
     before the step goes on with fewer. oversample: groups drawn at once, as a multiple of those still missing; what is
     left over is kept for the next step, for at most max_stale steps.
     top_p, top_k: must be off: the engine's log-probabilities would be of the truncated distribution.
+    backend: embedded (the engine reads the learner's own weights), sglang (in this process), or http://host:port of an
+    SGLang server; several with commas between. sync: how SGLang gets new weights: tensor (same machine; on a GPU the
+    same one), distributed (NCCL, on a CPU gloo), disk; auto: tensor for sglang, disk for addresses. sync_folder: for
+    disk, one that the servers see. sync_address: of this machine for `distributed`, as the servers reach it.
+    release_memory: SGLang gives its memory back while the learner works (it needs --enable-memory-saver).
     dump_every: every so many steps the episodes are written to rollouts/, for `vtengine view`; 0 = never.
     """
 
@@ -55,6 +60,11 @@ class RolloutConfig:
     max_stale: int = 1
     kv_mib: int = 1024
     image_cache_mib: int = 512
+    backend: str = "embedded"
+    sync: Literal["auto", "tensor", "distributed", "disk"] = "auto"
+    sync_folder: str = ""
+    sync_address: str = "127.0.0.1"
+    release_memory: bool = False
     dump_every: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +77,11 @@ class RolloutConfig:
             raise ValueError(f"n = {self.n}: an advantage needs siblings to compare with; use 2 or more")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ValueError(f"temperature = {self.temperature}: must be positive; greedy siblings would be equal")
+        servers = self.backend.startswith(("http://", "https://"))
+        if self.backend not in ("embedded", "sglang") and not servers:
+            raise ValueError(f"backend = {self.backend!r}: must be embedded, sglang or http://host:port[,http://...]")
+        if self.backend == "embedded" and (self.sync != "auto" or self.release_memory):
+            raise ValueError("sync, release_memory: the embedded engine shares the learner's weights; leave them out")
         _at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
         _at_least(self, 1, "kv_mib")
         _at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")

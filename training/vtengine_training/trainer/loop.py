@@ -89,6 +89,7 @@ class Run:
         figures: Figures = {"step": self.step + 1.0, "epoch": parts.collector.sampler.epoch}
         figures |= rollout_metrics(collected.facts) | self._group_metrics(collected)
         rate = self.rate(self.step)
+        await parts.publisher.release()
         figures |= parts.learner.learn(collected.groups, rate) if collected.groups else {"lr": rate}
         finished = time.perf_counter()
         await parts.publisher.publish(parts.learner.version)

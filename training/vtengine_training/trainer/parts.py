@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vtengine.engine.base import SamplingParams
-from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.base import Backend, SamplingParams
 from vtengine.model import Qwen2_5_VL, load_model, save_model
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import PROFILE_FILE, load_profile
@@ -25,11 +24,11 @@ from vtengine_training.eval.runner import model_folder
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.sync.base import Publisher
-from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.collect import Collector
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB
 from vtengine_training.trainer.policy import Policy
+from vtengine_training.trainer.rollout_engine import build_engine, build_publisher, pixels_dtype
 from vtengine_training.trainer.step import Learner
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.toml")
@@ -39,11 +38,11 @@ SAMPLE_BYTES = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A run's machinery. The engine reads `model`, the learner's own parameters."""
+    """A run's machinery. An embedded engine reads `model`, the learner's own parameters."""
 
     folder: Path
     model: Qwen2_5_VL
-    engine: EmbeddedEngine
+    engine: Backend
     pipeline: ImagePipeline
     dataset: Dataset
     validation: Dataset | None
@@ -82,29 +81,24 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
     learner = Learner(policy, reference, optimizer, config.loss, update, rollout.max_new_tokens)
     rewarder = rewarder or Rewarder(config.reward)
     setting = build_setting(config, folder, model, tokenizer)
-    assert isinstance(setting.backend, EmbeddedEngine) and isinstance(setting.pipeline, ImagePipeline)
+    assert isinstance(setting.pipeline, ImagePipeline)
     sampler = Sampler(len(dataset), config.data.seed)
     kind = config.loss.objective.advantage
     collector = Collector(setting, dataset, sampler, rewarder, rollout, kind, config.seed)
-    publisher = SharedParameters(setting.backend)
+    publisher = build_publisher(config, setting.backend, model)
     return Parts(
         folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher
     )
 
 
 def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Setting:
-    """Engine, pipeline, profile and sampling of the rollouts. The engine shares the model's parameters."""
+    """Engine, pipeline, profile and sampling of the rollouts."""
     rollout = config.rollout
-    engine_config = EngineConfig(
-        kv_bytes=rollout.kv_mib * MIB,
-        max_running=rollout.concurrency,
-        max_batch_tokens=max(2048, rollout.concurrency),
-        num_threads=config.threads,
-    )
-    engine = EmbeddedEngine(model, tokenizer, engine_config)
-    pixels = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    engine = build_engine(config, folder, model, tokenizer)
     cache_bytes = rollout.image_cache_mib * MIB
-    pipeline = ImagePipeline(pixel_limits(folder, config.max_pixels), "compact", pixels, cache_bytes=cache_bytes)
+    pipeline = ImagePipeline(
+        pixel_limits(folder, config.max_pixels), "compact", pixels_dtype(config), cache_bytes=cache_bytes
+    )
     own = folder if (folder / PROFILE_FILE).is_file() else "vtengine"
     profile = load_profile(config.profile or own)
     limits = Limits(rollout.resolution, rollout.max_turns, max_context_tokens=rollout.max_context_tokens)

@@ -7,18 +7,20 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vtengine.engine.base import BackendFailed, Completion, Request, RequestRejected, TokenChunk
 from vtengine.engine.sglang import checks, translation
 from vtengine.engine.sglang.gate import Gate
 from vtengine.engine.sglang.pixels import PngCache
 from vtengine.engine.sglang.reply import ReplyReader, version_number
+from vtengine.engine.sglang.routing import routing_key
 from vtengine.engine.sglang.served import ServedModel
-from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts, Transport
+from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts, StaleWeights, Transport
+from vtengine.engine.sglang.update import STALE_FEATURES, Update, WeightUpdates
 from vtengine.engine.sglang.weights import folder_of, touches_vision
 
 if TYPE_CHECKING:
@@ -26,26 +28,21 @@ if TYPE_CHECKING:
 
 COUNTERS = (
     *("requests", "prompt_tokens", "cached_tokens", "prefill_tokens", "generated_tokens", "images_encoded"),
-    *("retries", "failures"),
+    *("retries", "restarts", "failures"),
 )
 RETRY_PAUSE_S = 0.25
-FLUSH_TRIES = 40
-FLUSH_PAUSE_S = 0.25
-STALE_FEATURES = (
-    "SGLang keeps image features by content and does not drop them when the vision tower changes, so images it has "
-    "seen would be answered with the old features"
-)
 
 log = logging.getLogger(__name__)
 
 
 class SglangBackend:
-    """Use `SglangHttpBackend` or `SglangEngineBackend`. Belongs to one event loop.
+    """Made by `connect`. Belongs to one event loop.
 
     attempts: times a request is sent while the connection is lost before its first token. deadline_s: longest time a
-    request may take, None for no limit. vision_cache_off: SGLang runs with SGLANG_VLM_CACHE_SIZE_MB=0, without which
-    new vision weights are refused. weights_dir: a folder that this process and SGLang both see, for weight updates
-    given as tensors (None: a temporary one of this machine).
+    request may take, None for no limit. vision_cache_off: SGLang runs with SGLANG_VLM_CACHE_SIZE_MB=0; without that and
+    without our plugin's hook `flush` there, new vision weights are refused. weights_dir: a folder that this process and
+    SGLang both see, for weight updates given as tensors (None: a temporary one of this machine). on_update: what an
+    update does with requests that run: waits for them, or aborts and then starts them again (streams are waited for).
     """
 
     def __init__(
@@ -58,6 +55,7 @@ class SglangBackend:
         vision_cache_off: bool = False,
         weights_dir: Path | None = None,
         png_cache_bytes: int = 256 << 20,
+        on_update: Literal["drain", "restart"] = "drain",
     ) -> None:
         if attempts < 1:
             raise ValueError(f"attempts = {attempts}: must be >= 1")
@@ -71,11 +69,24 @@ class SglangBackend:
         self._gate = Gate()
         self._checking = asyncio.Lock()
         self._facts: ServerFacts | None = None
-        self._version = 0
+        self._updates = WeightUpdates(transport, self._gate, model)
+        self._restarts = on_update == "restart"
         self._live: set[str] = set()
+        self._sent: dict[str, str] = {}
+        self._aborted: set[str] = set()
         self._counters: Counter[str] = Counter()
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
+
+    @property
+    def where(self) -> str:
+        """The address, or another name for messages."""
+        return self._transport.where
+
+    @property
+    def version(self) -> int:
+        """Of the weights that were loaded last."""
+        return self._updates.version
 
     async def check(self) -> ServerFacts:
         """Asks SGLang what it is, once. Raises ServerUnsuitable (a ValueError) or BackendFailed (not there)."""
@@ -85,15 +96,25 @@ class SglangBackend:
                 checks.check_facts(facts, self.model, self._transport.where, self._transport.takes_tensors)
                 await self._transport.check_model(self.model)
                 self._facts = facts
-                self._version = version_number(facts.weight_version)
+                self._updates.version = version_number(facts.weight_version)
             return self._facts
 
+    async def check_again(self, version: int) -> None:
+        """After it was lost: is it back, the same as before, and with weights of `version`? Raises like `check`."""
+        self._facts = None
+        await self.check()
+        if self.version != version:
+            raise StaleWeights(f"{self.where}: has weights of version {self.version}, the others have {version}")
+
     async def generate(self, request: Request) -> Completion:
-        async with aclosing(self._run(request, streamed=False)) as chunks:
-            async for chunk in chunks:
-                if chunk.completion is not None:
-                    return chunk.completion
-        raise BackendFailed(f"request {request.request_id}: SGLang's answer ended without a completion")
+        while True:
+            completion = await self._completion(request)
+            if request.request_id not in self._aborted:
+                return completion
+            self._aborted.discard(request.request_id)
+            if completion.finish != "cancelled":
+                return completion
+            self._counters["restarts"] += 1
 
     async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
         async with aclosing(self._run(request, streamed=True)) as chunks:
@@ -103,34 +124,59 @@ class SglangBackend:
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         """source: a checkpoint folder that SGLang can read, or tensors by checkpoint name (a part is enough).
 
-        Waits until running requests are done, and empties the radix cache. Raises ValueError, and changes nothing, for
-        weights that do not fit, or vision weights while SGLang's feature cache is on; BackendFailed if SGLang fails.
+        Waits until running requests are done, and empties the caches. Raises ValueError, and changes nothing, for
+        weights that do not fit, or vision weights while features would outlive them; BackendFailed if SGLang fails.
         """
-        if touches_vision(source) and not self._vision_cache_off:
-            raise ValueError(
-                f"load_weights: {STALE_FEATURES}. Start it with SGLANG_VLM_CACHE_SIZE_MB=0 in its environment and "
-                "create this backend with vision_cache_off=True, or send language weights only"
-            )
+        facts = await self.check()
+        if touches_vision(source) and not self._flushes_features(facts):
+            raise ValueError(f"load_weights: {STALE_FEATURES}")
+        if isinstance(source, Mapping) and not source:
+            async with self.updating(version):
+                return
+        with folder_of(source, self.model.config, self._weights_dir) as folder:
+            async with self.updating(version) as update:
+                await update.disk(folder)
+
+    @asynccontextmanager
+    async def updating(self, version: int) -> AsyncIterator[Update]:
+        """Inside, nothing runs and the caches are empty; afterwards the weights are called `version`."""
+        facts = await self.check()
+        if self._restarts:
+            self._abort_running()
+        async with self._updates.session(version, self._flushes_features(facts), facts.tp_size) as update:
+            yield update
+
+    async def release_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
+        """Until the next update SGLang does without this memory, and requests wait. See `WeightUpdates`."""
         await self.check()
-        async with self._gate.closed():
-            await self._flush()
-            if isinstance(source, Mapping) and not source:
-                await self._transport.set_version(str(version))
-            else:
-                await self._update(source, version)
-            await self._flush()
-            self._version = version
+        await self._updates.release_memory(tags)
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, of this backend's requests only, and the gauges running and weight_version."""
         figures = {name: float(self._counters[name]) for name in COUNTERS}
-        return figures | {"running": float(self._gate.running), "weight_version": float(self._version)}
+        return figures | {"running": float(self._gate.running), "weight_version": float(self.version)}
 
     async def close(self) -> None:
         self._closed = True
         if self._background:
             await asyncio.wait(self._background, timeout=5)
         await self._transport.close()
+
+    async def _completion(self, request: Request) -> Completion:
+        async with aclosing(self._run(request, streamed=False)) as chunks:
+            async for chunk in chunks:
+                if chunk.completion is not None:
+                    return chunk.completion
+        raise BackendFailed(f"request {request.request_id}: SGLang's answer ended without a completion")
+
+    def _flushes_features(self, facts: ServerFacts) -> bool:
+        return self._vision_cache_off or "flush" in facts.hooks
+
+    def _abort_running(self) -> None:
+        """Those of generate(); they end as cancelled, and begin anew behind the gate."""
+        for request_id, rid in self._sent.items():
+            self._aborted.add(request_id)
+            self._later(self._transport.abort(rid))
 
     async def _run(self, request: Request, streamed: bool) -> AsyncGenerator[TokenChunk, None]:
         """One request from admission to its end, whichever way it ends."""
@@ -145,7 +191,9 @@ class SglangBackend:
             payload = await self._payload(request, spans, streamed)
             await self._gate.enter()
             try:
-                async with aclosing(self._attempt(request, spans, payload, facts)) as chunks:
+                if self._updates.incomplete:
+                    raise BackendFailed(f"{self.where}: {self._updates.incomplete}")
+                async with aclosing(self._attempt(request, spans, payload, facts, streamed)) as chunks:
                     async for chunk in chunks:
                         yield chunk
             except BackendFailed:
@@ -166,14 +214,19 @@ class SglangBackend:
         return prompt | translation.options(request, self.model, streamed)
 
     async def _attempt(
-        self, request: Request, spans: list[translation.Span], payload: dict[str, Any], facts: ServerFacts
+        self,
+        request: Request,
+        spans: list[translation.Span],
+        payload: dict[str, Any],
+        facts: ServerFacts,
+        streamed: bool,
     ) -> AsyncGenerator[TokenChunk, None]:
         """Sends until a first token came back; after that, a lost connection is a failure."""
         until = None if self._deadline_s is None else time.monotonic() + self._deadline_s
         for attempt in range(1, self._attempts + 1):
-            reader = ReplyReader(request, spans, facts.incremental, self._version)
+            reader = ReplyReader(request, spans, facts.incremental, self.version)
             try:
-                async with aclosing(self._once(request, reader, payload, until)) as chunks:
+                async with aclosing(self._once(request, reader, payload, until, streamed)) as chunks:
                     async for chunk in chunks:
                         yield chunk
                 return
@@ -185,11 +238,13 @@ class SglangBackend:
                 await asyncio.sleep(RETRY_PAUSE_S * 2 ** (attempt - 1))
 
     async def _once(
-        self, request: Request, reader: ReplyReader, payload: dict[str, Any], until: float | None
+        self, request: Request, reader: ReplyReader, payload: dict[str, Any], until: float | None, streamed: bool
     ) -> AsyncGenerator[TokenChunk, None]:
         """One sending. Aborts at SGLang what was not read to its end."""
         rid, done = uuid.uuid4().hex, False
-        answer = self._transport.send(payload | {"rid": rid})
+        answer = self._transport.send(payload | {"rid": rid}, routing_key(request, self.model.image_token_id))
+        if not streamed:
+            self._sent[request.request_id] = rid
         try:
             while True:
                 remaining = None if until is None else max(until - time.monotonic(), 0.001)
@@ -210,23 +265,10 @@ class SglangBackend:
                 if done:
                     return
         finally:
+            self._sent.pop(request.request_id, None)
             if not done:
                 self._later(self._transport.abort(rid))
             await answer.aclose()  # type: ignore[attr-defined]
-
-    async def _update(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
-        with folder_of(source, self.model.config, self._weights_dir) as folder:
-            ok, message = await self._transport.update_from_disk(folder, str(version))
-        if not ok:
-            raise BackendFailed(f"{self._transport.where}: the weights were not loaded: {message}")
-
-    async def _flush(self) -> None:
-        """SGLang refuses to flush while a batch is in flight, and an update on top of one kills it."""
-        for _ in range(FLUSH_TRIES):
-            if await self._transport.flush():
-                return
-            await asyncio.sleep(FLUSH_PAUSE_S)
-        raise BackendFailed(f"{self._transport.where}: its cache cannot be emptied; somebody else's requests run there")
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -240,49 +282,3 @@ class SglangBackend:
         self._counters["prefill_tokens"] += completion.prefill_tokens
         self._counters["generated_tokens"] += len(completion.token_ids)
         self._counters["images_encoded"] += sum(completion.images_encoded)
-
-
-class SglangHttpBackend(SglangBackend):
-    """A running SGLang server. model: what it serves, as `ServedModel` or the folder of the checkpoint.
-
-    connect_s: limit for the connection, read_s: longest silence of the server. Other options: `SglangBackend`.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: ServedModel | str | Path,
-        *,
-        api_key: str | None = None,
-        connect_s: float = 10.0,
-        read_s: float = 300.0,
-        **options: Any,
-    ) -> None:
-        from vtengine.engine.sglang.http import HttpTransport
-
-        served = model if isinstance(model, ServedModel) else ServedModel.from_folder(model)
-        super().__init__(HttpTransport(url, api_key, connect_s, read_s), served, **options)
-
-
-class SglangEngineBackend(SglangBackend):
-    """SGLang in this process (its scheduler is a process of its own, and takes this one down when it dies).
-
-    arguments: of `sglang.Engine`, over those that we set. updatable: new weights will be loaded, so SGLang's feature
-    cache is off. Other options: `SglangBackend`.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        device: str = "cpu",
-        dtype: str = "float32",
-        updatable: bool = False,
-        arguments: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        from vtengine.engine.sglang.inprocess import EngineTransport
-
-        served = ServedModel.from_folder(folder)
-        transport = EngineTransport(Path(folder), device, dtype, updatable, dict(arguments or {}))
-        super().__init__(transport, served, vision_cache_off=updatable, **options)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.sglang.checks import wrong_model
+from vtengine.engine.sglang.hooks import STATE
 from vtengine.engine.sglang.reply import raise_for_status
-from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts, ServerUnsuitable
+from vtengine.engine.sglang.routing import HEADER
+from vtengine.engine.sglang.transport import NOT_OFFERED, ConnectionLost, ServerFacts, ServerUnsuitable
 
 if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
@@ -23,6 +25,7 @@ class HttpTransport:
     """connect_s: limit for the connection; read_s: longest silence between two pieces of an answer."""
 
     takes_tensors = False
+    is_child = False
 
     def __init__(self, url: str, api_key: str | None, connect_s: float, read_s: float) -> None:
         try:
@@ -70,9 +73,10 @@ class HttpTransport:
             return False
         return True
 
-    async def send(self, payload: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def send(self, payload: dict[str, Any], key: str = "") -> AsyncGenerator[dict[str, Any], None]:
         try:
-            async with self._client.stream("POST", "/generate", json=payload) as response:
+            headers = {HEADER: key} if key else {}
+            async with self._client.stream("POST", "/generate", json=payload, headers=headers) as response:
                 if response.status_code != 200:
                     body = (await response.aread()).decode("utf-8", "replace")
                     raise_for_status(self.where, response.status_code, _message(body))
@@ -101,14 +105,18 @@ class HttpTransport:
             raise_for_status(self.where, response.status_code, _message(response.text))
         return bool(response.status_code == 200)
 
-    async def update_from_disk(self, folder: Path, version: str) -> tuple[bool, str]:
-        body = {"model_path": str(folder), "weight_version": version, "flush_cache": False}
-        response = await self._post("/update_weights_from_disk", body, timeout=None)
+    async def control(self, call: str, **fields: Any) -> tuple[bool, str]:
+        body = {name: _in_json(value) for name, value in fields.items()}
+        response = await self._post(f"/{call}", body, timeout=None)
+        if response.status_code in (404, 405):
+            return False, NOT_OFFERED
         try:
             answer = response.json()
-            return bool(answer["success"]), str(answer["message"])
-        except (ValueError, KeyError, TypeError):
-            return False, _message(response.text)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or "success" not in answer:  # release and resume of memory say nothing
+            return bool(response.status_code == 200), _message(response.text)
+        return bool(answer["success"]), str(answer.get("message", ""))
 
     async def set_version(self, version: str) -> None:
         await self._json("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False})
@@ -162,7 +170,24 @@ def server_facts(server: dict[str, Any], model: dict[str, Any]) -> ServerFacts:
         skips_tokenizer=bool(server.get("skip_tokenizer_init")),
         radix_cache=not server.get("disable_radix_cache"),
         rl_on_policy_target=server.get("rl_on_policy_target"),
+        tp_size=int(server.get("tp_size") or 1),
+        hooks=hooks_of(server.get("internal_states")),
     )
+
+
+def hooks_of(states: Any) -> tuple[str, ...]:
+    """Hooks of our plugin that every scheduler of the server reports."""
+    if not isinstance(states, list) or not states:
+        return ()
+    named = [set(state.get(STATE, ())) if isinstance(state, dict) else set() for state in states]
+    return tuple(sorted(set.intersection(*named)))
+
+
+def _in_json(value: Any) -> Any:
+    """SGLang's HTTP calls take bytes as base64."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    return [_in_json(item) for item in value] if isinstance(value, list) else value
 
 
 def _message(body: str) -> str:

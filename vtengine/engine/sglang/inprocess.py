@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.sglang.checks import PINNED, check_version, wrong_model
-from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts
+from vtengine.engine.sglang.hooks import PLUGIN, PLUGINS, VARIABLE, chosen_hooks
+from vtengine.engine.sglang.http import hooks_of
+from vtengine.engine.sglang.transport import NOT_OFFERED, ConnectionLost, ServerFacts
 
 if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
@@ -42,10 +44,29 @@ def installed_version() -> str:
     return found
 
 
+def ask_for_flush() -> bool:
+    """Chooses our plugin's hook that empties the feature cache; False where SGLang would not load the plugin."""
+    names = {point.name for point in entry_points(group=PLUGINS)}
+    allowed = [name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",") if name.strip()]
+    if PLUGIN not in names or (allowed and PLUGIN not in allowed):
+        return False
+    hooks = [*chosen_hooks(), "flush"]
+    os.environ[VARIABLE] = ",".join(dict.fromkeys(hooks))
+    return True
+
+
+def _input_name(call: str) -> str:
+    """What SGLang calls the arguments of a call: release_memory_occupation -> ReleaseMemoryOccupationReqInput."""
+    name = call.replace("weights_from_disk", "weight_from_disk")
+    return "".join(word.capitalize() for word in name.split("_")) + "ReqInput"
+
+
 class EngineTransport:
-    """updatable: image features are not kept, because they would outlive an update of the vision tower."""
+    """updatable: image features must not outlive an update of the vision tower. Our plugin's hook empties their cache;
+    where the plugin is not installed, they are not kept."""
 
     takes_tensors = True
+    is_child = True
 
     def __init__(self, folder: Path, device: str, dtype: str, updatable: bool, arguments: dict[str, Any]) -> None:
         self.where = "sglang engine"
@@ -53,7 +74,7 @@ class EngineTransport:
         kind = device.split(":")[0]
         if kind == "cpu":
             os.environ[CPU_FLAG] = "1"
-        if updatable:
+        if updatable and not ask_for_flush():
             os.environ[FEATURE_CACHE_MB] = "0"  # read by the scheduler's process, which inherits it
         settings = {"model_path": str(folder), "device": kind, "dtype": dtype} | OURS
         if ":" in device:
@@ -75,6 +96,8 @@ class EngineTransport:
             deterministic=bool(self._settings.get("enable_deterministic_inference")),
             radix_cache=not self._settings.get("disable_radix_cache"),
             rl_on_policy_target=self._settings.get("rl_on_policy_target"),
+            tp_size=int(self._settings.get("tp_size", 1)),
+            hooks=hooks_of(await self._manager.get_internal_state()),
         )
 
     async def check_model(self, model: ServedModel) -> None:
@@ -83,7 +106,7 @@ class EngineTransport:
         if theirs != (model.vocab_size, model.image_token_id):
             raise wrong_model(self.where, model, f"vocabulary and image id are {theirs} there")
 
-    async def send(self, payload: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def send(self, payload: dict[str, Any], key: str = "") -> AsyncGenerator[dict[str, Any], None]:
         known = {name: value for name, value in payload.items() if name != "return_prompt_token_ids"}
         try:
             async for chunk in await self._engine.async_generate(**known):
@@ -101,11 +124,16 @@ class EngineTransport:
     async def flush(self) -> bool:
         return bool((await self._manager.flush_cache()).success)
 
-    async def update_from_disk(self, folder: Path, version: str) -> tuple[bool, str]:
-        from sglang.srt.managers.io_struct import UpdateWeightFromDiskReqInput
+    async def control(self, call: str, **fields: Any) -> tuple[bool, str]:
+        from sglang.srt.managers import io_struct
 
-        update = UpdateWeightFromDiskReqInput(model_path=str(folder), weight_version=version, flush_cache=False)
-        ok, message, *_ = await self._manager.update_weights_from_disk(update, None)
+        kind = getattr(io_struct, _input_name(call), None)
+        if kind is None or not hasattr(self._manager, call):
+            return False, NOT_OFFERED
+        answer = await getattr(self._manager, call)(kind(**fields), None)
+        if answer is None:  # release and resume of memory say nothing
+            return True, ""
+        ok, message, *_ = answer
         return bool(ok), str(message)
 
     async def set_version(self, version: str) -> None:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vtengine.engine.base import BackendFailed, Completion, Finish, RequestRejected, TokenChunk
-from vtengine.engine.sglang.transport import ConnectionLost
+from vtengine.engine.sglang.transport import NoRoom
 
 if TYPE_CHECKING:
     from vtengine.engine.base import Request
@@ -131,7 +131,7 @@ def raise_for_status(name: str, status: int | None, text: str) -> None:
     """An error status of SGLang as the fault it is: try again, broken, or refused for good."""
     text = " ".join(text.split())[:300]
     if status in UNAVAILABLE:
-        raise ConnectionLost(f"{name}: SGLang has no room now ({status}): {text}")
+        raise NoRoom(f"{name}: SGLang has no room now ({status}): {text}")
     if status in (401, 403):
         raise RequestRejected("not_authorized", f"{name}: SGLang refused the API key ({status}): {text}")
     if status is not None and 400 <= status < 500:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vtengine.engine.base import BackendFailed, RequestRejected
@@ -12,9 +11,19 @@ from vtengine.engine.base import BackendFailed, RequestRejected
 if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
 
+NOT_OFFERED = "not offered by this version of SGLang"
+
 
 class ConnectionLost(BackendFailed):
     """Nothing, or not everything, came back: the request may be sent again."""
+
+
+class NoRoom(ConnectionLost):
+    """The server lives, but takes nothing more at the moment."""
+
+
+class StaleWeights(BackendFailed):
+    """The server lives, with other weights than it should have."""
 
 
 class ServerUnsuitable(RequestRejected):
@@ -26,7 +35,8 @@ class ServerUnsuitable(RequestRejected):
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What SGLang says about itself. incremental: streamed chunks hold new ids only, not all since the start."""
+    """What SGLang says about itself. incremental: streamed chunks hold new ids only, not all since the start.
+    hooks: of our plugin, those at work there."""
 
     version: str
     model_path: str
@@ -37,13 +47,17 @@ class ServerFacts:
     skips_tokenizer: bool = False
     radix_cache: bool = True
     rl_on_policy_target: str | None = None
+    tp_size: int = 1
+    hooks: tuple[str, ...] = ()
 
 
 class Transport(Protocol):
-    """One SGLang. `where` names it in messages. takes_tensors: images go as processor output, else as PNG."""
+    """One SGLang. `where` names it in messages. takes_tensors: images go as processor output, else as PNG.
+    is_child: its scheduler is a child process of this one."""
 
     where: str
     takes_tensors: bool
+    is_child: bool
 
     async def facts(self) -> ServerFacts:
         """Raises ConnectionLost, or ServerUnsuitable for what is no SGLang."""
@@ -53,8 +67,8 @@ class Transport(Protocol):
         """Raises ServerUnsuitable where vocabulary or image id are not those of our checkpoint."""
         ...
 
-    def send(self, payload: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Chunks of /generate. Raises ConnectionLost, BackendFailed, RequestRejected."""
+    def send(self, payload: dict[str, Any], key: str = "") -> AsyncIterator[dict[str, Any]]:
+        """Chunks of /generate. key: what a router goes by. Raises ConnectionLost, BackendFailed, RequestRejected."""
         ...
 
     async def abort(self, rid: str) -> None: ...
@@ -63,7 +77,12 @@ class Transport(Protocol):
         """Whether the radix cache is empty now; False while something still runs."""
         ...
 
-    async def update_from_disk(self, folder: Path, version: str) -> tuple[bool, str]: ...
+    async def control(self, call: str, **fields: Any) -> tuple[bool, str]:
+        """A call of SGLang about its weights or its memory, by its name there: whether it worked, and what it said.
+
+        (False, NOT_OFFERED) where this version has no such call. Raises ConnectionLost.
+        """
+        ...
 
     async def set_version(self, version: str) -> None:
         """Names the weights that are loaded already."""

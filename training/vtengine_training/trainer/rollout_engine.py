@@ -1,0 +1,62 @@
+"""The engine of the rollouts by `rollout.backend`, and how it gets new weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from vtengine.engine.base import Backend
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.model import Qwen2_5_VL
+from vtengine.rollout.tokenizer import Tokenizer
+from vtengine_training.sync.base import Publisher, weights_of
+from vtengine_training.sync.colocated import SharedParameters
+from vtengine_training.trainer.config import GrpoConfig
+from vtengine_training.trainer.cost import MIB
+
+API_KEY = "VTENGINE_BACKEND_API_KEY"
+
+
+def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Backend:
+    """The embedded one shares the model's parameters. Raises ValueError with the remedy."""
+    rollout = config.rollout
+    if rollout.backend == "embedded":
+        engine_config = EngineConfig(
+            kv_bytes=rollout.kv_mib * MIB,
+            max_running=rollout.concurrency,
+            max_batch_tokens=max(2048, rollout.concurrency),
+            num_threads=config.threads,
+        )
+        return EmbeddedEngine(model, tokenizer, engine_config)
+    from vtengine.engine.sglang import SglangEngineBackend, connect_servers
+
+    if rollout.backend == "sglang":
+        return SglangEngineBackend(folder, device=str(model.device), dtype=config.dtype, updatable=True)
+    return connect_servers(rollout.backend, folder, api_key=os.environ.get(API_KEY))
+
+
+def build_publisher(config: GrpoConfig, engine: Backend, model: Qwen2_5_VL) -> Publisher:
+    """A frozen vision tower is not sent."""
+    if isinstance(engine, EmbeddedEngine):
+        return SharedParameters(engine)
+    from vtengine.engine.sglang import SglangBackend, SglangFleet
+    from vtengine_training.sync.sglang import ByBroadcast, ByDisk, ByTensor, Sender, SglangPublisher
+
+    assert isinstance(engine, SglangBackend | SglangFleet)
+    rollout, whole = config.rollout, config.update.train_vision
+    way = rollout.sync if rollout.sync != "auto" else "tensor" if rollout.backend == "sglang" else "disk"
+    senders: dict[str, Sender] = {
+        "tensor": ByTensor(),
+        "disk": ByDisk(Path(rollout.sync_folder) if rollout.sync_folder else None),
+        "distributed": ByBroadcast("nccl" if model.device.type == "cuda" else "gloo", rollout.sync_address),
+    }
+    released = () if not rollout.release_memory else ("kv_cache", "weights") if whole else ("kv_cache",)
+    return SglangPublisher(engine, weights_of(model, trained_only=not whole), senders[way], released=released)
+
+
+def pixels_dtype(config: GrpoConfig) -> torch.dtype:
+    """Of the pixel values: over HTTP they travel as bytes, which can be had back from float32 only."""
+    over_http = config.rollout.backend.startswith("http")
+    return torch.bfloat16 if config.dtype == "bfloat16" and not over_http else torch.float32

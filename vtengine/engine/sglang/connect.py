@@ -1,0 +1,76 @@
+"""The backends by where SGLang is: in this process, at an address, at several addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vtengine.engine.sglang.backend import SglangBackend
+from vtengine.engine.sglang.fleet import SglangFleet
+from vtengine.engine.sglang.served import ServedModel
+
+SERVERS = ("http://", "https://")
+
+
+def addresses(name: str) -> list[str]:
+    """Of `http://a:30000,http://b:30000`. Raises ValueError for what is no list of addresses."""
+    found = [address.strip().rstrip("/") for address in name.split(",") if address.strip()]
+    if not found or any(not address.startswith(SERVERS) for address in found):
+        raise ValueError(f"backend {name}: is no http:// or https:// address, nor several of them with commas between")
+    if len(set(found)) < len(found):
+        raise ValueError(f"backend {name}: names an address twice")
+    return found
+
+
+def connect_servers(name: str, model: str | Path, **options: Any) -> SglangHttpBackend | SglangFleet:
+    """name: an address, or several with commas between. options: of `SglangHttpBackend`. Raises ValueError."""
+    served = ServedModel.from_folder(model)
+    servers = [SglangHttpBackend(address, served, **options) for address in addresses(name)]
+    return servers[0] if len(servers) == 1 else SglangFleet(servers)
+
+
+class SglangHttpBackend(SglangBackend):
+    """A running SGLang server. model: what it serves, as `ServedModel` or the folder of the checkpoint.
+
+    connect_s: limit for the connection, read_s: longest silence of the server. Other options: `SglangBackend`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: ServedModel | str | Path,
+        *,
+        api_key: str | None = None,
+        connect_s: float = 10.0,
+        read_s: float = 300.0,
+        **options: Any,
+    ) -> None:
+        from vtengine.engine.sglang.http import HttpTransport
+
+        served = model if isinstance(model, ServedModel) else ServedModel.from_folder(model)
+        super().__init__(HttpTransport(url, api_key, connect_s, read_s), served, **options)
+
+
+class SglangEngineBackend(SglangBackend):
+    """SGLang in this process (its scheduler is a process of its own, and takes this one down when it dies).
+
+    arguments: of `sglang.Engine`, over those that we set. updatable: new weights will be loaded, so SGLang's feature
+    cache is off. Other options: `SglangBackend`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        updatable: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        from vtengine.engine.sglang.inprocess import EngineTransport
+
+        served = ServedModel.from_folder(folder)
+        transport = EngineTransport(Path(folder), device, dtype, updatable, dict(arguments or {}))
+        super().__init__(transport, served, vision_cache_off=updatable, **options)

@@ -1,0 +1,251 @@
+"""Several SGLang servers as one `Backend`: a prompt goes to the same one, and one that dies is done without."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from vtengine.engine.base import BackendFailed, Completion, Request, TokenChunk
+from vtengine.engine.sglang.backend import SglangBackend
+from vtengine.engine.sglang.routing import routing_key
+from vtengine.engine.sglang.transport import ConnectionLost, NoRoom, StaleWeights
+
+if TYPE_CHECKING:
+    import torch
+
+    from vtengine.engine.sglang.update import Bucket, Update
+
+T = TypeVar("T")
+RETRY_S = 2.0
+
+log = logging.getLogger(__name__)
+
+
+class SglangFleet:
+    """Belongs to one event loop. servers: over equal checkpoints.
+
+    Which server a request prefers depends on its beginning alone (rendezvous hashing), so siblings of a prompt and the
+    turns of an episode meet their prefix in one radix cache, and a server that comes or goes moves only its own.
+    A server whose connection is lost is left out, and asked every `retry_s` whether it is back. One that is back with
+    other weights than the others have waits for the next update, which takes it in again.
+    """
+
+    def __init__(self, servers: Sequence[SglangBackend], retry_s: float = RETRY_S) -> None:
+        if not servers:
+            raise ValueError("servers is empty: give at least one address")
+        names = [server.where for server in servers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"servers has {names}: every address once")
+        self.servers = tuple(servers)
+        self._retry_s = retry_s
+        self._down: dict[SglangBackend, asyncio.Task[None]] = {}
+        self._stale: set[SglangBackend] = set()
+        self._counters: Counter[str] = Counter()
+
+    @property
+    def live(self) -> list[SglangBackend]:
+        return [server for server in self.servers if server not in self._down]
+
+    async def check(self) -> None:
+        """Asks all servers what they are. Raises ServerUnsuitable for another kind, BackendFailed if none answers."""
+        found = await asyncio.gather(*(server.check() for server in self.servers), return_exceptions=True)
+        for server, fault in zip(self.servers, found, strict=True):
+            if isinstance(fault, ConnectionLost):
+                self._leave_out(server, fault)
+            elif isinstance(fault, BaseException):
+                raise fault
+        if not self.live:
+            raise BackendFailed(f"none of {len(self.servers)} servers answers: {found[0]}")
+
+    async def generate(self, request: Request) -> Completion:
+        """Nothing was given to the caller before a server died, so another one begins anew."""
+        return await self._over(request, lambda server: server.generate(request))
+
+    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
+        """Moves to another server only before the first chunk."""
+
+        async def begin(server: SglangBackend) -> tuple[TokenChunk, AsyncIterator[TokenChunk]]:
+            chunks = server.stream(request)
+            return await anext(chunks), chunks
+
+        first, rest = await self._over(request, begin)
+        async with aclosing(rest):  # type: ignore[type-var]
+            yield first
+            async for chunk in rest:
+                yield chunk
+
+    async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
+        """On every server that lives. Raises ValueError where they do not fit, BackendFailed if none took them."""
+        await self.on_all(lambda server: server.load_weights(source, version))
+
+    async def on_all(self, work: Callable[[SglangBackend], Awaitable[None]]) -> None:
+        """At the same time, stale ones too; a server that is lost is left out. Raises any other fault, at the end."""
+        async with self._claimed() as (servers, done):
+            found = await asyncio.gather(*(work(server) for server in servers), return_exceptions=True)
+            others = []
+            for server, fault in zip(servers, found, strict=True):
+                if isinstance(fault, ConnectionLost):
+                    self._leave_out(server, fault)
+                elif isinstance(fault, BaseException):
+                    others.append(fault)
+                else:
+                    done.append(server)
+            if others:
+                raise others[0]
+
+    @asynccontextmanager
+    async def updating(self, version: int) -> AsyncIterator[FleetUpdate]:
+        """Like `SglangBackend.updating`, on all servers that live or wait for an update.
+
+        One that is lost before the first tensor is left out; after it, ConnectionLost is raised: try again, without it.
+        """
+        async with self._claimed() as (servers, done):
+            async with AsyncExitStack() as stack:
+                updates: list[Update] = []
+                entered = []
+                for server in servers:
+                    try:
+                        updates.append(await stack.enter_async_context(server.updating(version)))
+                        entered.append(server)
+                    except ConnectionLost as fault:
+                        self._leave_out(server, fault)
+                if not updates:
+                    raise BackendFailed(f"none of {len(self.servers)} servers lives")
+                yield FleetUpdate(updates)
+            done += entered
+
+    @asynccontextmanager
+    async def _claimed(self) -> AsyncIterator[tuple[list[SglangBackend], list[SglangBackend]]]:
+        """(servers to update, an empty list for those that were). Nobody else asks the stale ones meanwhile."""
+        stale = list(self._stale)
+        for server in stale:
+            self._down[server].cancel()
+        done: list[SglangBackend] = []
+        try:
+            yield [*self.live, *stale], done
+        finally:
+            for server in stale:
+                if server in done:
+                    self._take_in(server)
+                elif server in self._stale:
+                    self._wait(server)
+        if not self.live:
+            raise BackendFailed(f"none of {len(self.servers)} servers lives")
+
+    async def release_memory(self, tags: Sequence[str] = ("kv_cache",)) -> None:
+        """See `SglangBackend.release_memory`."""
+        await self.on_all(lambda server: server.release_memory(tags))
+
+    def stats(self) -> dict[str, float]:
+        """Sums over the servers; weight_version is the oldest of those that live."""
+        total: Counter[str] = Counter()
+        for server in self.servers:
+            total.update(server.stats())
+        versions = [server.stats()["weight_version"] for server in self.live or self.servers]
+        own = {"servers": len(self.servers), "servers_down": len(self._down), "failovers": self._counters["failovers"]}
+        figures = dict(total) | own | {"weight_version": min(versions)}
+        return {name: float(value) for name, value in figures.items()}
+
+    async def close(self) -> None:
+        for task in self._down.values():
+            task.cancel()
+        await asyncio.gather(*(server.close() for server in self.servers))
+
+    async def _over(self, request: Request, ask: Callable[[SglangBackend], Awaitable[T]]) -> T:
+        """Asks the servers in the order that the request prefers, each once. Raises the last one's fault."""
+        fault: ConnectionLost | None = None
+        for server in self._preferred(request):
+            if server in self._down:
+                continue
+            if fault is not None:
+                self._counters["failovers"] += 1
+            try:
+                return await ask(server)
+            except ConnectionLost as error:
+                fault = error
+                if not isinstance(error, NoRoom):
+                    self._leave_out(server, error)
+        raise fault or BackendFailed(f"request {request.request_id}: none of {len(self.servers)} servers lives")
+
+    def _preferred(self, request: Request) -> list[SglangBackend]:
+        key = routing_key(request, self.servers[0].model.image_token_id)
+        return sorted(self.servers, key=lambda server: hashlib.sha256(f"{key} {server.where}".encode()).digest())
+
+    def _leave_out(self, server: SglangBackend, fault: ConnectionLost) -> None:
+        self._stale.discard(server)
+        if server not in self._down or self._down[server].cancelled():
+            log.warning("%s is left out until it answers again: %s", server.where, fault)
+            self._wait(server)
+
+    def _wait(self, server: SglangBackend) -> None:
+        self._down[server] = asyncio.get_running_loop().create_task(self._wait_for(server))
+
+    async def _wait_for(self, server: SglangBackend) -> None:
+        """Until the server is back, with the weights that the others have."""
+        told = ""
+        while True:
+            await asyncio.sleep(self._retry_s)
+            try:
+                await server.check_again(max((one.version for one in self.live), default=server.version))
+                break
+            except ConnectionLost:
+                self._stale.discard(server)
+            except (BackendFailed, ValueError) as error:
+                if isinstance(error, StaleWeights):
+                    self._stale.add(server)
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("%s stays left out: %s", server.where, error)
+        self._take_in(server)
+
+    def _take_in(self, server: SglangBackend) -> None:
+        log.warning("%s is back", server.where)
+        self._stale.discard(server)
+        task = self._down.pop(server)
+        if task is not asyncio.current_task():
+            task.cancel()
+
+
+class FleetUpdate:
+    """Updates of several servers as one. ranks: of all their processes."""
+
+    def __init__(self, updates: Sequence[Update]) -> None:
+        self._updates = tuple(updates)
+        self.ranks = sum(update.ranks for update in updates)
+
+    def check(self, bucket: Bucket) -> None:
+        for update in self._updates:
+            update.check(bucket)
+
+    async def disk(self, folder: Path) -> None:
+        await _together(update.disk(folder) for update in self._updates)
+
+    async def tensors(self, bucket: Bucket) -> None:
+        await _together(update.tensors(bucket) for update in self._updates)
+
+    async def join(self, group: str, address: str, port: int, backend: str) -> None:
+        """Rank 0 is the trainer; the servers' processes follow in their order."""
+        entering, first = [], 1
+        for update in self._updates:
+            entering.append(update.join_as(group, address, port, backend, first, self.ranks + 1))
+            first += update.ranks
+        await _together(entering)
+
+    async def leave(self, group: str) -> None:
+        await _together(update.leave(group) for update in self._updates)
+
+    async def receive(self, bucket: Bucket, group: str) -> None:
+        await _together(update.receive(bucket, group) for update in self._updates)
+
+
+async def _together(work: Iterable[Awaitable[None]]) -> None:
+    """All to their ends, then the first fault."""
+    for fault in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(fault, BaseException):
+            raise fault
