@@ -32,7 +32,8 @@ def open_group(name: str, backend: str, address: str, port: int, world_size: int
     place = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
     store, rank, size = next(c10d.rendezvous(place, 0, world_size, timeout=TIMEOUT))
     store.set_timeout(TIMEOUT)
-    handle, _ = c10d._new_process_group_helper(
+    new_group: Any = c10d._new_process_group_helper
+    handle, _ = new_group(
         size, rank, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=TIMEOUT
     )
     c10d._world.pg_group_ranks[handle] = {i: i for i in range(size)}

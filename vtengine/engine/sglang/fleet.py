@@ -6,20 +6,21 @@ import asyncio
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from vtengine.engine.base import BackendFailed, Completion, Request, TokenChunk
 from vtengine.engine.sglang.backend import SglangBackend
+from vtengine.engine.sglang.fleet_update import FleetUpdate, together
 from vtengine.engine.sglang.routing import routing_key
 from vtengine.engine.sglang.transport import ConnectionLost, NoRoom, StaleWeights
 
 if TYPE_CHECKING:
     import torch
 
-    from vtengine.engine.sglang.update import Bucket, Update
+    from vtengine.engine.sglang.update import Update
 
 T = TypeVar("T")
 RETRY_S = 2.0
@@ -62,6 +63,10 @@ class SglangFleet:
                 raise fault
         if not self.live:
             raise BackendFailed(f"none of {len(self.servers)} servers answers: {found[0]}")
+
+    async def check_again(self, version: int) -> None:
+        """After somebody else updated them: all that live have weights of `version`. Raises like `check`."""
+        await together(server.check_again(version) for server in self.live)
 
     async def generate(self, request: Request) -> Completion:
         """Nothing was given to the caller before a server died, so another one begins anew."""
@@ -210,42 +215,3 @@ class SglangFleet:
         task = self._down.pop(server)
         if task is not asyncio.current_task():
             task.cancel()
-
-
-class FleetUpdate:
-    """Updates of several servers as one. ranks: of all their processes."""
-
-    def __init__(self, updates: Sequence[Update]) -> None:
-        self._updates = tuple(updates)
-        self.ranks = sum(update.ranks for update in updates)
-
-    def check(self, bucket: Bucket) -> None:
-        for update in self._updates:
-            update.check(bucket)
-
-    async def disk(self, folder: Path) -> None:
-        await _together(update.disk(folder) for update in self._updates)
-
-    async def tensors(self, bucket: Bucket) -> None:
-        await _together(update.tensors(bucket) for update in self._updates)
-
-    async def join(self, group: str, address: str, port: int, backend: str) -> None:
-        """Rank 0 is the trainer; the servers' processes follow in their order."""
-        entering, first = [], 1
-        for update in self._updates:
-            entering.append(update.join_as(group, address, port, backend, first, self.ranks + 1))
-            first += update.ranks
-        await _together(entering)
-
-    async def leave(self, group: str) -> None:
-        await _together(update.leave(group) for update in self._updates)
-
-    async def receive(self, bucket: Bucket, group: str) -> None:
-        await _together(update.receive(bucket, group) for update in self._updates)
-
-
-async def _together(work: Iterable[Awaitable[None]]) -> None:
-    """All to their ends, then the first fault."""
-    for fault in await asyncio.gather(*work, return_exceptions=True):
-        if isinstance(fault, BaseException):
-            raise fault

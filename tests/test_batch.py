@@ -1,0 +1,57 @@
+"""Columns in, columns out, on the shipped model; `map_batches` of Ray Data calls nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vtengine.batch import ANSWERS, AnswerBatches
+from vtengine.cli.models import shipped_model
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "glance"
+
+
+class Dataset:
+    """The part of ray.data.Dataset that the recipe uses: one actor, batches of columns as NumPy arrays."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def map_batches(self, stage, *, fn_constructor_kwargs, batch_size, **_):
+        actor, found = stage(**fn_constructor_kwargs), []
+        for start in range(0, len(self.rows), batch_size):
+            part = self.rows[start : start + batch_size]
+            columns = {name: np.array([row[name] for row in part], dtype=object) for name in part[0]}
+            answered = actor(columns)
+            found += [{name: answered[name][k] for name in answered} for k in range(len(part))]
+        actor.close()
+        return Dataset(found)
+
+
+@pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")
+def test_answers_come_in_order_and_a_bad_row_ends_nothing():
+    lines = (EXAMPLES / "questions.jsonl").read_text().splitlines()[:3]
+    rows = [{name: json.loads(line)[name] for name in ("id", "image", "question", "answer")} for line in lines]
+    rows[1]["image"] = (EXAMPLES / rows[1]["image"]).read_bytes()
+    bad = {"id": "bad", "image": "no-such.png", "question": "?", "answer": ""}
+    wrong = {"id": "wrong", "image": 7, "question": "?", "answer": ""}
+    options = {"model": "glance", "image_root": str(EXAMPLES), "concurrency": 4, "max_new_tokens": 48}
+    answers = Dataset([rows[0], bad, rows[1], wrong, rows[2]]).map_batches(
+        AnswerBatches, fn_constructor_kwargs=options, batch_size=4
+    )
+    assert [row["id"] for row in answers.rows] == [rows[0]["id"], "bad", rows[1]["id"], "wrong", rows[2]["id"]]
+    statuses = [row["status"] for row in answers.rows]
+    assert [statuses[k] for k in (1, 3)] == ["rejected"] * 2 and "rejected" not in statuses[::2]
+    assert "input_wrong_type" in answers.rows[3]["error"]
+    for row in answers.rows:
+        assert set(ANSWERS) <= set(row) and json.loads(row["row"])["status"] == row["status"]
+        assert row["answer"] == json.loads(row["row"])["answer"]
+
+
+def test_what_is_missing_is_named():
+    stage = AnswerBatches.__new__(AnswerBatches)
+    with pytest.raises(ValueError, match="no column question; it has id, image"):
+        stage({"image": [], "id": []})

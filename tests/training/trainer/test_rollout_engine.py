@@ -1,0 +1,69 @@
+"""Rollouts over SGLang: the configuration, and a run against a server without a model (a real one: test_real.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from vtengine_training.sync.colocated import SharedParameters
+from vtengine_training.trainer.command import train
+from vtengine_training.trainer.loop import Run
+
+from tests.engine.sglang.fake_server import FakeSglang
+from tests.training.trainer.toy import rewarder
+from vtengine.config import ConfigError
+from vtengine.engine.base import BackendFailed
+from vtengine.engine.embedded import EmbeddedEngine
+
+
+@pytest.fixture
+def fakes(tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    servers = [FakeSglang(internal_states=[{"vtengine_hooks": ["flush"]}]) for _ in range(2)]
+    for fake in servers:
+        fake.vocab, fake.image_token = config["vocab_size"], config["image_token_id"]
+    yield servers
+    for fake in servers:
+        fake.close()
+
+
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        ({"backend": "magic"}, "backend = 'magic'.*http://host:port"),
+        ({"sync": "disk"}, "shares the learner's weights"),
+        ({"release_memory": True}, "shares the learner's weights"),
+    ],
+)
+def test_what_does_not_go_together(make_config, rollout, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_config(rollout=rollout)
+
+
+def test_embedded_is_the_default(make_config) -> None:
+    one = Run(make_config(), rewarder())
+    assert isinstance(one.parts.engine, EmbeddedEngine) and isinstance(one.parts.publisher, SharedParameters)
+    asyncio.run(one.close())
+
+
+def test_two_servers_get_every_version_of_the_weights(make_config, fakes) -> None:
+    addresses = ",".join(fake.url for fake in fakes)
+    rows: list[dict] = []
+    one = Run(make_config(steps=2, rollout={"backend": addresses, "release_memory": True}), rewarder())
+    asyncio.run(train(one, rows.append))
+    assert all(fake.requests for fake in fakes), "no server went without a prompt"
+    for fake in fakes:
+        calls = [name for name, _ in fake.calls]
+        assert calls.count("release_memory_occupation") == calls.count("resume_memory_occupation") == 2
+        assert calls.count("update_weights_from_disk") == 3
+        assert fake.model["weight_version"] == str(one.parts.learner.version)
+    asked = [sent["rid"] for fake in fakes for sent in fake.requests]
+    assert len(set(asked)) == len(asked)
+
+
+def test_weights_that_the_server_does_not_take_end_the_run(make_config, fakes) -> None:
+    fakes[0].always.add("update_weights_from_disk")
+    one = Run(make_config(steps=2, rollout={"backend": fakes[0].url}), rewarder())
+    with pytest.raises(BackendFailed, match="update_weights_from_disk: out of memory"):
+        asyncio.run(train(one, lambda row: None))

@@ -1,0 +1,99 @@
+"""Questions in columns, answers in columns: a stage for Ray Data's `map_batches`, and for whatever calls alike."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from vtengine.cli.arguments import build_parser
+from vtengine.cli.session import open_session
+from vtengine.protocol.messages import ErrorInfo
+from vtengine.rollout.group import Setting, run_batch
+from vtengine.rollout.question import Question
+from vtengine.rollout.records import Row, episode_row, rejected_row
+
+Columns = dict[str, Any]
+ANSWERS = ("answer", "status", "error", "upscaled", "visual_tokens", "visual_tokens_full", "row")
+
+
+class AnswerBatches:
+    """Loads the model or connects to the servers once; each call answers a batch.
+
+        dataset.map_batches(AnswerBatches, fn_constructor_args=("glance",), batch_size=64, concurrency=1)
+
+    model, backend and options are those of `vtengine generate`: AnswerBatches("glance", max_turns=1, temperature=1.0).
+    concurrency: episodes at a time. image_root: relative paths start there, and none may leave it.
+    Columns in: `image` (a path, a data URL, or the bytes of a file), `question`, and `id` where there is one.
+    Columns out: those, and ANSWERS (`row`: the record of `vtengine generate`, as JSON). A bad row does not end a batch.
+    """
+
+    def __init__(
+        self,
+        model: str = "glance",
+        backend: str = "embedded",
+        image_root: str = ".",
+        concurrency: int = 32,
+        **options: Any,
+    ) -> None:
+        flags = ["--model", str(model), "--backend", backend]
+        for name, value in options.items():
+            switch = f"--{name.replace('_', '-')}"
+            flags += [switch] if value is True else [] if value is False else [switch, str(value)]
+        self.arguments = build_parser().parse_args(["generate", "-", "-o", "-", *flags])
+        self.image_root, self.concurrency = Path(image_root), concurrency
+        self._runner, self._stack = asyncio.Runner(), AsyncExitStack()
+        self._setting = self._runner.run(self._open())
+
+    def __call__(self, batch: Mapping[str, Any]) -> Columns:
+        """Raises ValueError where `image` or `question` is no column."""
+        missing = [name for name in ("image", "question") if name not in batch]
+        if missing:
+            raise ValueError(f"batch: has no column {missing[0]}; it has {', '.join(sorted(batch))}")
+        rows = self._runner.run(self._answer(self._questions(batch)))
+        found: Columns = {name: [] for name in ANSWERS}
+        for row in rows:
+            error = row["error"] and f"{row['error']['code']}: {row['error']['message']}"
+            for name in ANSWERS:
+                found[name].append(error if name == "error" else json.dumps(row) if name == "row" else row[name])
+        return dict(batch) | found
+
+    def close(self) -> None:
+        """Stops the engine. Ray ends the process instead."""
+        self._runner.run(self._stack.aclose())
+        self._runner.close()
+
+    async def _open(self) -> Setting:
+        return await self._stack.enter_async_context(open_session(self.arguments, self.concurrency))
+
+    def _questions(self, batch: Mapping[str, Any]) -> list[Question | Row]:
+        count = len(batch["question"])
+        ids = batch.get("id", range(count))
+        found: list[Question | Row] = []
+        for row_id, image, text in zip(ids, batch["image"], batch["question"], strict=True):
+            row_id = row_id if isinstance(row_id, str) else int(row_id)
+            if isinstance(image, bytes):
+                image = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
+            if not isinstance(image, str) or not isinstance(text, str):
+                kinds = f"image is a {type(image).__name__}, question a {type(text).__name__}"
+                error = ErrorInfo("input_wrong_type", f"{kinds}; give text, or the bytes of an image file")
+                found.append(rejected_row(row_id, 0, error))
+            else:
+                found.append(Question(row_id, str(image), str(text), self.image_root))
+        return found
+
+    async def _answer(self, questions: Sequence[Question | Row]) -> list[Row]:
+        asked = [question for question in questions if isinstance(question, Question)]
+        samples = run_batch(self._setting, asked, concurrency=self.concurrency)
+        rows = []
+        for question in questions:
+            if isinstance(question, Question):
+                sample = await anext(samples)  # type: ignore[call-overload]
+                rows.append(episode_row(sample.episode, 0))
+            else:
+                rows.append(question)
+        return rows
