@@ -15,6 +15,8 @@ SUITES ?= $(basename $(notdir $(filter-out benchmarks/suites/gpu_%,$(wildcard be
 GPU_SUITES ?= $(basename $(notdir $(wildcard benchmarks/suites/gpu_*.py)))
 PYTHON_CODE := vtengine kernels training benchmarks tests examples setup.py
 SOURCES := $(shell find csrc -type f 2>/dev/null)
+# needs the environment of the peers (benchmarks/peers); asked for by name, it says so
+SUITES := $(filter-out $(if $(wildcard .venv-peers/.installed),,trl_grpo),$(SUITES))
 
 export PYTHON TORCH_INDEX
 

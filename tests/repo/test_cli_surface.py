@@ -63,6 +63,17 @@ def test_the_public_commands_are_there(command: str) -> None:
     assert f"vtengine {command}\n" in (GOLDEN / "vtengine.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("command", ["sft", "grpo", "eval", "curate", "judge-check", "sweep"])
+def test_every_training_command_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from vtengine_training.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert f"examples:\n  vtengine-train {command} " in said
+
+
 PUBLIC_FLAGS = "--model --backend --resolution --max-turns --n --temperature --seed --image-root --concurrency --resume"
 
 
