@@ -94,32 +94,12 @@ def run_vtengine(spec: Spec) -> dict[str, Any]:
 def run_trl(spec: Spec) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     rows = [json.loads(line) for line in Path(spec["questions"]).read_text().splitlines()]
     processor = AutoProcessor.from_pretrained(spec["model"], padding_side="left")
     to_prompt = messages(spec)
     samples = spec["prompts"] * spec["n"]
-    arguments = GRPOConfig(
-        output_dir=spec["output"],
-        max_steps=spec["steps"],
-        per_device_train_batch_size=spec["micro_batch"],
-        gradient_accumulation_steps=samples // spec["micro_batch"],
-        num_generations=spec["n"],
-        max_completion_length=spec["max_new_tokens"],
-        learning_rate=spec["learning_rate"],
-        lr_scheduler_type="constant",
-        loss_type="grpo",
-        beta=0.0,
-        gradient_checkpointing=False,
-        shuffle_dataset=False,
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        report_to=[],
-        logging_steps=1,
-        disable_tqdm=True,
-    )
 
     def load(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
         chosen = [rows[index] for index in batch["row"]]
@@ -137,7 +117,7 @@ def run_trl(spec: Spec) -> dict[str, Any]:
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(spec["model"], dtype=torch.float32)
     trainer = GRPOTrainer(
-        model=model, reward_funcs=trl_reward, args=arguments, train_dataset=data, processing_class=processor,
+        model=model, reward_funcs=trl_reward, args=trl_config(spec), train_dataset=data, processing_class=processor,
         callbacks=[Steps()],
     )  # fmt: skip
     loaded = peak_mib()
@@ -153,6 +133,32 @@ def run_trl(spec: Spec) -> dict[str, Any]:
         "response_length": [entry["completions/mean_length"] for entry in logged],
         "loaded_mib": loaded,
     }
+
+
+def trl_config(spec: Spec) -> Any:
+    """One update per step over all samples, nothing on top, nothing written."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=spec["output"],
+        max_steps=spec["steps"],
+        per_device_train_batch_size=spec["micro_batch"],
+        gradient_accumulation_steps=spec["prompts"] * spec["n"] // spec["micro_batch"],
+        num_generations=spec["n"],
+        max_completion_length=spec["max_new_tokens"],
+        learning_rate=spec["learning_rate"],
+        lr_scheduler_type="constant",
+        loss_type="grpo",
+        beta=0.0,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        report_to=[],
+        logging_steps=1,
+        disable_tqdm=True,
+    )
 
 
 def messages(spec: Spec) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
