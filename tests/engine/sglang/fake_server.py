@@ -33,6 +33,7 @@ class FakeSglang:
         self.info = {"version": "0.5.17", "incremental_streaming_output": False} | info
         self.model = {"model_path": "/models/tiny", "model_type": "qwen2_5_vl", "weight_version": "default"}
         self.vocab, self.image_token, self.token_s = VOCAB, PAD, 0.0
+        self.workers = None  # a list makes it an sglang-router that is asked for them
         self.faults, self.always, self.flush_refusals = [], set(), 0
         self.requests, self.aborted, self.flushes, self.calls, self.headers = [], [], 0, [], []
         self.offers = {call for call in CONTROLS if not call.endswith("_weight_update")}  # as 0.5.17 does
@@ -95,6 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "html" in fake.always:
             return self.reply(b"<html>hello</html>")
         pages = {"/model_info": fake.model, "/get_model_info": fake.model, "/server_info": fake.info, "/health": {}}
+        pages |= {"/workers": {"workers": fake.workers}} if fake.workers is not None else {}
         return self.reply(pages[self.path]) if self.path in pages else self.reply({"detail": "Not Found"}, 404)
 
     def do_POST(self):

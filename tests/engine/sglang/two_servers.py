@@ -1,4 +1,4 @@
-"""Two real SGLang servers, one killed in the middle, and sglang-router: python -m tests.engine.sglang.two_servers
+"""Two real SGLang servers behind sglang-router, one killed in the middle: python -m tests.engine.sglang.two_servers
 
 Prints one JSON object.
 """
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from tests.engine.sglang import real
 from tests.engine.tiny import image, prompt, request
 from vtengine.engine.sglang import connect_servers
+from vtengine.engine.sglang.router import workers_of
 
 PROMPTS, SIBLINGS = 12, 3
 
@@ -44,8 +46,11 @@ def router(urls):
     with open(os.devnull, "wb") as out:
         process = subprocess.Popen([*command, *options, *health], stdout=out, stderr=out, start_new_session=True)
     try:
-        real.wait(process, f"http://127.0.0.1:{port}", "/get_model_info")
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        real.wait(process, url, "/get_model_info")
+        while len(workers_of(url, None, 10) or ()) < len(urls):
+            time.sleep(0.2)
+        yield url
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -72,21 +77,19 @@ async def one_is_killed(backend, victim):
 
 
 async def main():
-    report = {}
+    report: dict[str, object] = {}
     with ExitStack() as stack:
         folder = real.write_checkpoint(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         servers = stack.enter_context(real.servers(folder, 2))
         urls = [url for url, _ in servers]
-        if real.has("sglang_router"):
-            routed = connect_servers(stack.enter_context(router(urls)), folder, deadline_s=120)
-            await routed.check()
-            report["router"] = await siblings_meet(routed)
-            await routed.close()
-        fleet = connect_servers(",".join(urls), folder, deadline_s=240)
+        report["router"] = real.has("sglang_router")
+        address = stack.enter_context(router(urls)) if report["router"] else ",".join(urls)
+        fleet = connect_servers(address, folder, deadline_s=240)
         await fleet.check()
         report["together"] = await siblings_meet(fleet)
         per_server = [server.stats()["requests"] for server in fleet.servers]
-        ids, lengths = await one_is_killed(fleet, servers[0][1])
+        victim = next(process for url, process in servers if url == fleet.servers[0].where)
+        ids, lengths = await one_is_killed(fleet, victim)
         stats = fleet.stats()
         await fleet.close()
     report |= {"per_server": per_server, "answers": len(ids), "most": max(ids.values()), "lengths": lengths}

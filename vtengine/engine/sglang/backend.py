@@ -17,7 +17,6 @@ from vtengine.engine.sglang import checks, translation
 from vtengine.engine.sglang.gate import Gate
 from vtengine.engine.sglang.pixels import PngCache
 from vtengine.engine.sglang.reply import ReplyReader, version_number
-from vtengine.engine.sglang.routing import routing_key
 from vtengine.engine.sglang.served import ServedModel
 from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts, StaleWeights, Transport
 from vtengine.engine.sglang.update import STALE_FEATURES, Update, WeightUpdates
@@ -242,7 +241,7 @@ class SglangBackend:
     ) -> AsyncGenerator[TokenChunk, None]:
         """One sending. Aborts at SGLang what was not read to its end."""
         rid, done = uuid.uuid4().hex, False
-        answer = self._transport.send(payload | {"rid": rid}, routing_key(request, self.model.image_token_id))
+        answer = self._transport.send(payload | {"rid": rid})
         if not streamed:
             self._sent[request.request_id] = rid
         try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vtengine.engine.sglang.backend import SglangBackend
 from vtengine.engine.sglang.fleet import SglangFleet
+from vtengine.engine.sglang.router import workers_of
 from vtengine.engine.sglang.served import ServedModel
 
 SERVERS = ("http://", "https://")
@@ -23,10 +24,19 @@ def addresses(name: str) -> list[str]:
     return found
 
 
-def connect_servers(name: str, model: str | Path, **options: Any) -> SglangHttpBackend | SglangFleet:
-    """name: an address, or several with commas between. options: of `SglangHttpBackend`. Raises ValueError."""
+def connect_servers(
+    name: str, model: str | Path, *, api_key: str | None = None, connect_s: float = 10.0, **options: Any
+) -> SglangHttpBackend | SglangFleet:
+    """name: an address, several with commas between, or that of an sglang-router, which stands for its workers.
+
+    options: of `SglangHttpBackend`. Raises ValueError.
+    """
     served = ServedModel.from_folder(model)
-    servers = [SglangHttpBackend(address, served, **options) for address in addresses(name)]
+    named = addresses(name)
+    if len(named) == 1:
+        named = workers_of(named[0], api_key, connect_s) or named
+    both = {"api_key": api_key, "connect_s": connect_s}
+    servers = [SglangHttpBackend(address, served, **both, **options) for address in named]
     return servers[0] if len(servers) == 1 else SglangFleet(servers)
 
 

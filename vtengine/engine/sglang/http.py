@@ -1,4 +1,4 @@
-"""A running SGLang server (or sglang-router) over HTTP."""
+"""A running SGLang server over HTTP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.sglang.checks import wrong_model
 from vtengine.engine.sglang.hooks import STATE
 from vtengine.engine.sglang.reply import raise_for_status
-from vtengine.engine.sglang.routing import HEADER
 from vtengine.engine.sglang.transport import NOT_OFFERED, ConnectionLost, ServerFacts, ServerUnsuitable
 
 if TYPE_CHECKING:
@@ -73,10 +72,9 @@ class HttpTransport:
             return False
         return True
 
-    async def send(self, payload: dict[str, Any], key: str = "") -> AsyncGenerator[dict[str, Any], None]:
+    async def send(self, payload: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         try:
-            headers = {HEADER: key} if key else {}
-            async with self._client.stream("POST", "/generate", json=payload, headers=headers) as response:
+            async with self._client.stream("POST", "/generate", json=payload) as response:
                 if response.status_code != 200:
                     body = (await response.aread()).decode("utf-8", "replace")
                     raise_for_status(self.where, response.status_code, _message(body))

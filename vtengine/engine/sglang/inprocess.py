@@ -106,7 +106,7 @@ class EngineTransport:
         if theirs != (model.vocab_size, model.image_token_id):
             raise wrong_model(self.where, model, f"vocabulary and image id are {theirs} there")
 
-    async def send(self, payload: dict[str, Any], key: str = "") -> AsyncGenerator[dict[str, Any], None]:
+    async def send(self, payload: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         known = {name: value for name, value in payload.items() if name != "return_prompt_token_ids"}
         try:
             async for chunk in await self._engine.async_generate(**known):

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vtengine.engine.base import Request
 
-HEADER = "x-smg-routing-key"
-"""What sglang-router's policies `consistent_hashing` and `manual` go by."""
-
 
 def routing_key(request: Request, image_token_id: int) -> str:
     """Of the prompt up to the end of its first image, and of that image's contents; of the whole prompt without one.

@@ -67,8 +67,8 @@ class Transport(Protocol):
         """Raises ServerUnsuitable where vocabulary or image id are not those of our checkpoint."""
         ...
 
-    def send(self, payload: dict[str, Any], key: str = "") -> AsyncIterator[dict[str, Any]]:
-        """Chunks of /generate. key: what a router goes by. Raises ConnectionLost, BackendFailed, RequestRejected."""
+    def send(self, payload: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Chunks of /generate. Raises ConnectionLost, BackendFailed, RequestRejected."""
         ...
 
     async def abort(self, rid: str) -> None: ...
