@@ -29,7 +29,7 @@ from vtengine.engine.sglang import ServedModel, SglangBackend
 from vtengine.model import Qwen2_5_VL, save_model
 
 SPECIAL = ("<|image_pad|>", "<|video_pad|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>")
-START_S = 240
+START_S = 600  # a busy machine takes minutes
 ON_CPU = {
     "--device": "cpu",
     "--attention-backend": "torch_native",
