@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from vtengine_training.sync.sglang import ByDisk, ByFirstRank, ByTensor, SglangPublisher
+from vtengine_training.sync.sglang import ByDisk, ByTensor, SglangPublisher
 
-from tests.engine.sglang.backends import TINY, over_fake_server
+from tests.engine.sglang.backends import over_fake_server
 from tests.engine.sglang.fake_server import FakeSglang
 from tests.engine.tiny import image, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed
-from vtengine.engine.sglang import SglangHttpBackend
 from vtengine.engine.sglang import update as update_module
 from vtengine.engine.sglang.buckets import flatten, in_buckets, serialize
 from vtengine.model import hf_tensors
@@ -175,25 +174,6 @@ def test_the_publisher_writes_what_the_server_reads(tmp_path):
     ((name, body),) = serve(publish, vision_cache_off=True)
     assert name == "update_weights_from_disk" and body["model_path"].startswith(str(tmp_path))
     assert not list(tmp_path.iterdir())
-
-
-def test_of_several_processes_the_first_one_publishes_and_the_others_expect_it():
-    async def publish(backend, fake):
-        other = SglangHttpBackend(fake.url, TINY)
-        await other.check()
-        weights = lambda: iter(NORM.items())  # noqa: E731
-        met = []
-        ranks = [
-            ByFirstRank(SglangPublisher(one, weights, ByDisk()), one is backend, lambda: met.append(1))
-            for one in (backend, other)
-        ]
-        for rank in ranks:
-            await rank.publish(7)
-        versions = [(await one.generate(ASK)).weight_version for one in (backend, other)]
-        await other.close()
-        return names(fake), versions, len(met)
-
-    assert serve(publish) == (["update_weights_from_disk"], [7, 7], 4)
 
 
 def test_weights_of_another_model_never_reach_the_server():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,31 +72,6 @@ class SglangPublisher:
                     raise
                 log.warning("weights of version %d: %s; attempt %d of %d", version, error, attempt + 1, ATTEMPTS)
         self._published = version
-
-
-@dataclass(frozen=True)
-class ByFirstRank:
-    """A `Publisher` for a run of several processes that share servers: the first one sends, the others then expect it.
-
-    meet: returns once every process has called it.
-    """
-
-    publisher: SglangPublisher
-    is_first: bool
-    meet: Callable[[], object]
-
-    async def release(self) -> None:
-        self.meet()  # nobody generates any more
-        if self.is_first:
-            await self.publisher.release()
-
-    async def publish(self, version: int) -> None:
-        self.meet()
-        if self.is_first:
-            await self.publisher.publish(version)
-        self.meet()
-        if not self.is_first:
-            await self.publisher.backend.check_again(version)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class SglangBackend:
             return self._facts
 
     async def check_again(self, version: int) -> None:
-        """After it was lost, or updated by somebody else: the same, with weights of `version`? Raises like `check`."""
+        """After it was lost: is it back, the same, and with weights of `version`? Raises like `check`."""
         self._facts = None
         await self.check()
         if self.version != version:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vtengine.engine.base import BackendFailed, Completion, Request, TokenChunk
 from vtengine.engine.sglang.backend import SglangBackend
-from vtengine.engine.sglang.fleet_update import FleetUpdate, together
+from vtengine.engine.sglang.fleet_update import FleetUpdate
 from vtengine.engine.sglang.routing import routing_key
 from vtengine.engine.sglang.transport import ConnectionLost, NoRoom, StaleWeights
 
@@ -63,10 +63,6 @@ class SglangFleet:
                 raise fault
         if not self.live:
             raise BackendFailed(f"none of {len(self.servers)} servers answers: {found[0]}")
-
-    async def check_again(self, version: int) -> None:
-        """After somebody else updated them: all that live have weights of `version`. Raises like `check`."""
-        await together(server.check_again(version) for server in self.live)
 
     async def generate(self, request: Request) -> Completion:
         """Nothing was given to the caller before a server died, so another one begins anew."""
