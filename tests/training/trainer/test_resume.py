@@ -51,6 +51,7 @@ def saved(config, output: str):
     assert folder is not None
     state = json.loads((folder / "state.json").read_text())
     state["config"] = None
+    state["of ranks"] = [json.loads(path.read_text()) for path in sorted(folder.glob("ranks/*/state.json"))]
     return state, {path.name: load_file(path) for path in folder.rglob("*.safetensors")}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 AdvantageKind = Literal["standardised", "centred", "leave-one-out"]
@@ -23,6 +24,46 @@ def deviation(rewards: Sequence[float]) -> float:
 def has_spread(rewards: Sequence[float], limit: float = SPREAD) -> bool:
     """Whether the siblings differ enough to learn from."""
     return deviation(rewards) > limit
+
+
+@dataclass(frozen=True)
+class TurnRewards:
+    """A sibling's reward in its parts; the whole is accuracy + format - penalty."""
+
+    accuracy: float
+    format: float
+    penalty: float
+
+    @property
+    def whole(self) -> float:
+        return self.accuracy + self.format - self.penalty
+
+    @property
+    def asking(self) -> float:
+        """What came of the decision to look again: whether it helped, and its price."""
+        return self.accuracy - self.penalty
+
+    @property
+    def answering(self) -> float:
+        """What came of the answer, whatever the look before it cost."""
+        return self.accuracy + self.format
+
+
+def turn_advantages(
+    siblings: Sequence[TurnRewards], turns: Sequence[int], kind: AdvantageKind = "standardised"
+) -> list[tuple[float, ...]]:
+    """One advantage per turn of each sibling (decoupled credit, after AdaptVision, arXiv 2512.03794).
+
+    turns: how many each sibling has. A turn that another one follows is credited with `asking`, the last of several
+    with `answering`, and a single turn, which decided and answered, with `whole`. Each is compared with the same part
+    of all siblings.
+    """
+    if len(siblings) != len(turns):
+        raise ValueError(f"{len(siblings)} siblings with {len(turns)} numbers of turns: must be equally many")
+    asking = advantages([one.asking for one in siblings], kind)
+    answering = advantages([one.answering for one in siblings], kind)
+    whole = advantages([one.whole for one in siblings], kind)
+    return [(whole[i],) if count == 1 else (*[asking[i]] * (count - 1), answering[i]) for i, count in enumerate(turns)]
 
 
 def advantages(rewards: Sequence[float], kind: AdvantageKind = "standardised") -> list[float]:

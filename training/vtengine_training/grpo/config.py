@@ -51,6 +51,8 @@ class LossConfig:
     kl_coef > 0 needs the reference model (the one training began with). importance_cap: the truncated importance
     correction of the rollout engine's log-probabilities, min(old / rollout, cap) per token; needs old_logprobs =
     "recompute". old_logprobs: those the engine sampled with, or computed again by the trainer before the first update.
+    turn_advantages: tokens that ask for a view and tokens that answer are credited with their own parts of the reward,
+    see `advantage.turn_advantages`.
     """
 
     algorithm: Algorithm = "grpo"
@@ -65,6 +67,7 @@ class LossConfig:
     entropy_coef: float = 0.0
     old_logprobs: OldLogprobs = "rollout"
     importance_cap: float | None = None
+    turn_advantages: bool = False
 
     def __post_init__(self) -> None:
         checks = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,21 +82,25 @@ class Rewarder:
         extra = [extra_views(episode) for episode in episodes]
         return penalty.apply(scores, upscaled, self.config.penalty, extra, self.budget.price)
 
-    def end_step(self, figures: Mapping[str, float]) -> dict[str, float]:
+    def end_step(
+        self, figures: Mapping[str, float], total: Callable[[Mapping[str, float]], dict[str, float]] = dict
+    ) -> dict[str, float]:
         """Called once per training step with its rollout metrics; returns more metrics (`judge/*`, `penalty/*`).
 
-        The budget follows figures["upscale/ratio"], or, without it, the episodes that were scored here.
+        total: adds up this rewarder's counters with those of the other processes of the run.
+        The budget follows figures["upscale/ratio"], or, without it, the episodes that were scored.
         """
         found: dict[str, float] = {}
-        scored = self._step["scored"]
+        step = defaultdict(float, total(self._step))
+        scored = step["scored"]
         if self.config.penalty.form == "budget":
-            own = self._step["upscaled"] / scored if scored else None
+            own = step["upscaled"] / scored if scored else None
             ratio = figures.get("upscale/ratio", own)
             if ratio is not None:
                 self.budget.update(ratio)
             found |= {"penalty/price": self.budget.price, "penalty/dual": self.budget.dual}
-        found |= _detail_metrics(self._step, scored)
-        found |= self._judge_metrics()
+        found |= _detail_metrics(step, scored)
+        found |= self._judge_metrics(total)
         self._step.clear()
         self._canaries_due = True
         return found
@@ -119,13 +123,14 @@ class Rewarder:
         if self.judge is not None:
             await self.judge.close()
 
-    def _judge_metrics(self) -> dict[str, float]:
+    def _judge_metrics(self, total: Callable[[Mapping[str, float]], dict[str, float]]) -> dict[str, float]:
         """What the judge did in this step; `judge/cost` is that of the whole run."""
         if self.judge is None:
             return {}
-        now = self.judge.figures()
-        step = {name: value - self._judge_before.get(name, 0.0) for name, value in now.items()}
-        self._judge_before = now
+        own = self.judge.figures()
+        step = total({name: value - self._judge_before.get(name, 0.0) for name, value in own.items()})
+        self._judge_before = own
+        now = total(own)
         found = {f"judge/{name}": value for name, value in step.items() if name != "latency_s"}
         found["judge/cost"] = now["cost"]
         if step.get("requests"):

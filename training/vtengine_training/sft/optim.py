@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,12 +23,19 @@ def learning_rate(phase: PhaseConfig, step: int) -> float:
 
 
 class MasterAdamW:
-    """Keeps a float32 copy of every parameter; `step` updates the copies and writes them back into the modules."""
+    """Keeps a float32 copy of every parameter; `step` updates the copies and writes them back into the modules.
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> None:
+    own_masters=False: the parameters are float32 themselves and are updated where they are (sharded ones: DTensors).
+    """
+
+    def __init__(
+        self, named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, own_masters: bool = True
+    ) -> None:
         self.config = config
         self.live = dict(named)
-        self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
+        self.master: dict[str, Tensor] = dict(self.live)
+        if own_masters:
+            self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
         matrices = [p for p in self.master.values() if p.ndim > 1]
         vectors = [p for p in self.master.values() if p.ndim <= 1]
         groups = [
@@ -38,27 +46,49 @@ class MasterAdamW:
 
     def step(self, rate: float) -> float:
         """One update with the gradients of the live parameters, then clears them. Returns the gradient norm."""
-        for name, parameter in self.live.items():
-            self.master[name].grad = None if parameter.grad is None else parameter.grad.float()
+        copies = [(self.master[name], p) for name, p in self.live.items() if self.master[name] is not p]
+        for master, parameter in copies:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-        norm = nn.utils.clip_grad_norm_(self.master.values(), self.config.clip)
+        norm: Any = nn.utils.clip_grad_norm_(self.master.values(), self.config.clip)
+        if hasattr(norm, "full_tensor"):  # of sharded gradients: that of all ranks
+            norm = norm.full_tensor()
         for group in self.adam.param_groups:
             group["lr"] = rate
         if bool(torch.isfinite(norm)):
             self.adam.step()
-        with torch.no_grad():
-            for name, parameter in self.live.items():
-                parameter.copy_(self.master[name])
+        if not copies:
+            self.adam.zero_grad()
+        self.write_back()
         return float(norm)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """The parameters take the values of the masters."""
+        for name, parameter in self.live.items():
+            if self.master[name] is not parameter:
+                parameter.copy_(self.master[name])
 
     def save(self, path: Path) -> None:
         """Master weights and both moments as one safetensors file."""
-        tensors: dict[str, Tensor] = {}
+        save_file(self.tensors(), str(path))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `step` changes, by name, where it is: weight.NAME, and once there was a step, step.NAME [1],
+        exp_avg.NAME, exp_avg_sq.NAME."""
+        found: dict[str, Tensor] = {}
         for name, weight in self.master.items():
-            tensors[f"weight.{name}"] = weight
+            found[f"weight.{name}"] = weight.detach()
             for key, value in self.adam.state.get(weight, {}).items():
-                tensors[f"{key}.{name}"] = value.reshape(-1) if value.ndim == 0 else value
-        save_file(tensors, str(path))
+                found[f"{key}.{name}"] = value.reshape(-1) if value.ndim == 0 else value
+        return found
+
+    def make_moments(self, name: str) -> None:
+        """Gives a parameter the state that its first step would; `tensors` then has room for a saved one."""
+        weight = self.master[name]
+        step = torch.zeros((), dtype=torch.float32, device=weight.device)
+        moments = {key: torch.zeros_like(weight.detach()) for key in ("exp_avg", "exp_avg_sq")}
+        self.adam.state[weight] = {"step": step, **moments}
 
     def load(self, path: Path) -> None:
         """Restores what `save` wrote. Raises ValueError where the file belongs to another model."""

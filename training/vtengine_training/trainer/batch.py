@@ -146,7 +146,7 @@ def build_batch(
         sources=torch.from_numpy(sources).to(device),
         targets=torch.from_numpy(targets).to(device),
         rollout=torch.from_numpy(np.concatenate([one.logprobs[one.trainable] for one in trajectories])).to(device),
-        advantages=per_token([one.advantage for one in trajectories]),
+        advantages=torch.from_numpy(np.concatenate([one.token_advantages for one in trajectories])).to(device),
         weights=per_token(weights),
         sequences=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device),
         versions=torch.from_numpy(np.repeat([one.version for one in trajectories], counts)).to(device),

@@ -19,10 +19,12 @@ from vtengine.rollout.records import Row, episode_row
 from vtengine.rollout.seeds import derive_seed
 from vtengine_training.data.examples import Dataset, Example
 from vtengine_training.data.sampler import Sampler
-from vtengine_training.grpo.advantage import AdvantageKind, advantages, has_spread
+from vtengine_training.grpo.advantage import TurnRewards, advantages, has_spread, turn_advantages
+from vtengine_training.grpo.config import LossConfig
 from vtengine_training.rewards.base import Score
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.trainer.config import RolloutConfig
+from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.trajectory import Group, from_episode
 
 log = logging.getLogger(__name__)
@@ -53,8 +55,9 @@ class Played:
 
 @dataclass
 class Collected:
-    """A step's groups to learn from. `counts`: what happened to the others. `facts`: of every scored group, dropped
-    ones included, for the metrics. `rows`: records for `vtengine view`."""
+    """A step's groups to learn from, those of this rank. The rest is of all ranks. `counts`: how many groups are used,
+    and what happened to the others. `facts`: of every scored group, dropped ones included, for the metrics. `rows`:
+    records for `vtengine view`."""
 
     groups: list[Group]
     counts: Counter[str] = field(default_factory=Counter)
@@ -63,7 +66,11 @@ class Collected:
 
 
 class Collector:
-    """Keeps the sampler and the groups left over from earlier steps; both are part of a checkpoint."""
+    """Keeps the sampler and the groups left over from earlier steps; both are part of a checkpoint.
+
+    All ranks draw the same prompts, and each plays those whose draws it owns. How many are still missing, and which
+    groups are used, is decided over all of them: the lowest draws with spread, whatever the number of ranks.
+    """
 
     def __init__(
         self,
@@ -72,11 +79,13 @@ class Collector:
         sampler: Sampler,
         rewarder: Rewarder,
         config: RolloutConfig,
-        kind: AdvantageKind,
+        loss: LossConfig,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.setting, self.dataset, self.sampler, self.rewarder = setting, dataset, sampler, rewarder
-        self.config, self.kind, self.seed = config, kind, seed
+        self.ranks = ranks or Ranks()
+        self.config, self.loss, self.seed = config, loss, seed
         self.leftover: list[Group] = []
         self._complained: set[str] = set()
         self._scoring: list[asyncio.Task[Score | None]] = []
@@ -86,24 +95,44 @@ class Collector:
         done = Collected([])
         fresh = [group for group in self.leftover if step - group.step <= self.config.max_stale]
         done.counts["stale"] = len(self.leftover) - len(fresh)
-        done.counts["reused"] = min(len(fresh), self.config.prompts)
+        draws = self._draws(fresh)
+        reused, drawn, waves = min(len(draws), self.config.prompts), 0, 0
         bound = math.ceil(self.config.prompts * self.config.max_refill)
-        while len(fresh) < self.config.prompts and done.counts["drawn"] < bound:
-            missing = self.config.prompts - len(fresh)
-            wave = min(math.ceil(missing * self.config.oversample), bound - done.counts["drawn"])
-            done.counts["drawn"] += wave
-            done.counts["waves"] += 1
+        while len(draws) < self.config.prompts and drawn < bound:
+            missing = self.config.prompts - len(draws)
+            wave = min(math.ceil(missing * self.config.oversample), bound - drawn)
+            drawn += wave
+            waves += 1
             fresh += await self._wave(wave, step, done, keep_rows)
-        done.groups, self.leftover = fresh[: self.config.prompts], fresh[self.config.prompts :]
-        done.counts["surplus"] = len(self.leftover)
+            draws = self._draws(fresh)
+        used = set(draws[: self.config.prompts])
+        done.groups = [group for group in fresh if group.draw in used]
+        self.leftover = [group for group in fresh if group.draw not in used]
+        self._share(done)
+        surplus = len(draws) - len(used)
+        done.counts |= {"reused": reused, "drawn": drawn, "waves": waves, "used": len(used), "surplus": surplus}
         return done
+
+    def _draws(self, groups: Sequence[Group]) -> list[int]:
+        """The draws of all ranks' groups, ascending."""
+        return sorted(draw for part in self.ranks.gather([group.draw for group in groups]) for draw in part)
+
+    def _share(self, done: Collected) -> None:
+        """What one rank counted, measured and recorded, for all."""
+        if self.ranks.is_alone:
+            return
+        found = self.ranks.gather([dict(done.counts), done.facts, done.rows])
+        done.counts = sum((Counter(counts) for counts, _, _ in found), Counter())
+        done.facts = [group for _, facts, _ in found for group in facts]
+        done.rows = sorted((row for _, _, rows in found for row in rows), key=lambda row: (row["draw"], row["sample"]))
 
     async def _wave(self, count: int, step: int, done: Collected, keep_rows: bool) -> list[Group]:
         """Groups in the order of their draws, whatever order they finish in; those that teach nothing left out."""
         jobs = []
         for _ in range(count):
             draw, example = self.sampler.draw()
-            jobs += [self._job(draw, example, index) for index in range(self.config.n)]
+            if self.ranks.owns(draw):
+                jobs += [self._job(draw, example, index) for index in range(self.config.n)]
         groups: list[Group] = []
         siblings: list[Scored] = []
         try:
@@ -120,6 +149,8 @@ class Collector:
             for task in self._scoring:
                 task.cancel()
             self._scoring.clear()
+        for example in (one for part in self.ranks.gather(sorted(self.sampler.quarantined)) for one in part):
+            self.sampler.quarantine(example)
         return groups
 
     def _job(self, draw: int, example: int, index: int) -> Callable[[], Awaitable[Played]]:
@@ -163,7 +194,8 @@ class Collector:
         if not all(math.isfinite(reward) for reward in rewards):
             done.counts["reward_failed"] += 1
             return None
-        values = advantages(rewards, self.kind)
+        kind = self.loss.objective.advantage
+        values = advantages(rewards, kind)
         example = self.dataset.examples[first.example]
         facts = [sample_facts(*one, example=example) for one in zip(episodes, scores, rewards, strict=True)]
         done.facts.append(facts)
@@ -175,7 +207,11 @@ class Collector:
         if not has_spread(rewards):
             done.counts["zero_spread"] += 1
             return None
-        made = [from_episode(*one) for one in zip(episodes, values, facts, strict=True)]
+        by_turn: list[tuple[float, ...]] = [()] * len(episodes)
+        if self.loss.turn_advantages:
+            parts = [TurnRewards(fact["accuracy"], fact["format"], fact["penalty"]) for fact in facts]
+            by_turn = turn_advantages(parts, [len(episode.turns) for episode in episodes], kind)
+        made = [from_episode(*one) for one in zip(episodes, values, facts, by_turn, strict=True)]
         return Group(first.draw, first.example, step, tuple(made))
 
     def _fault(self, siblings: Sequence[Scored]) -> str | None:

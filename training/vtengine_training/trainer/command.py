@@ -10,7 +10,8 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -37,28 +38,40 @@ def run_grpo(arguments: argparse.Namespace) -> int:
         print("\n".join(f"# {line}" if line else "#" for line in plan(config)))
         return 0
     from vtengine_training.trainer.loop import Run
-    from vtengine_training.trainer.parts import export_model
+    from vtengine_training.trainer.parts import export_model, pick_device
+    from vtengine_training.trainer.ranks import Ranks
     from vtengine_training.trainer.step import TrainingDiverged
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    run = Run(config)
+    ranks = Ranks.join(pick_device(config.device))
+    say = partial(print, file=sys.stderr) if ranks.is_first else _nothing
     try:
+        run = Run(config, ranks=ranks)
         if run.resume():
-            print(f"{output}: going on from step {run.step}", file=sys.stderr)
-        (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        with report_to(output, config.steps, run.step) as report, stop_at_sigterm(run):
+            say(f"{output}: going on from step {run.step}")
+        if ranks.is_first:
+            (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        reporting = report_to(output, config.steps, run.step) if ranks.is_first else nullcontext(_nothing)
+        with reporting as report, stop_at_sigterm(run):
             asyncio.run(train(run, report))
     except TrainingDiverged as error:
-        print(f"vtengine-train: stopped at step {run.step}: {error}", file=sys.stderr)
+        say(f"vtengine-train: stopped at step {run.step}: {error}")
         return EXIT_DIVERGED
+    finally:
+        ranks.leave()
     if run.step < config.steps:
-        print(f"{output}: stopped and saved at step {run.step} of {config.steps}", file=sys.stderr)
+        say(f"{output}: stopped and saved at step {run.step} of {config.steps}")
         return EXIT_STOPPED
-    export_model(run.parts.model, run.parts.folder, output / "model")
-    print(f"{output / 'model'}: the model; {output / 'metrics.jsonl'}: how it got there", file=sys.stderr)
+    if ranks.is_first:
+        export_model(run.parts.model, run.parts.folder, output / "model")
+    say(f"{output / 'model'}: the model; {output / 'metrics.jsonl'}: how it got there")
     return 0
+
+
+def _nothing(*_: Any) -> None:
+    """What all ranks but the first report."""
 
 
 async def train(run: Run, report: Callable[[dict[str, float]], None]) -> None:

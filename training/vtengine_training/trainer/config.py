@@ -97,10 +97,13 @@ class UpdateConfig:
     the prompt that siblings have in common is computed once per micro-batch.
     constant_length: divisor of the `constant` aggregation; None = rollout.max_new_tokens.
     max_skipped: updates in a row without finite gradients, or steps in a row without any group, before the run stops.
+    warmup: steps in which the rate rises to learning_rate; schedule: how it then goes to final_rate, by the last step.
     """
 
     learning_rate: float = 1e-6
     warmup: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_rate: float = 0.0
     minibatch_prompts: int | None = None
     epochs: int = 1
     max_tokens: int = 4096
@@ -116,6 +119,8 @@ class UpdateConfig:
     def __post_init__(self) -> None:
         if not (self.learning_rate >= 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate = {self.learning_rate}: must be 0 or more")
+        if not 0 <= self.final_rate <= self.learning_rate:
+            raise ValueError(f"final_rate = {self.final_rate}: must be from 0 to learning_rate")
         _at_least(self, 1, "epochs", "max_tokens", "logits_chunk", "max_skipped")
         _at_least(self, 0, "warmup")
         for name in ("minibatch_prompts", "constant_length"):

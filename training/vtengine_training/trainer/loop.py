@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
 
 from vtengine.rollout.records import Row, RowWriter
-from vtengine_training.data.sampler import Sampler
 from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.rewards.rewarder import Rewarder
+from vtengine_training.trainer import state
 from vtengine_training.trainer.alarms import Alarms
-from vtengine_training.trainer.checkpoint import CheckpointError, find_latest, write_checkpoint
 from vtengine_training.trainer.collect import Collected
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import ModelCost
-from vtengine_training.trainer.parts import build_parts, export_model, weights_fingerprint
+from vtengine_training.trainer.parts import build_parts, weights_fingerprint
+from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.schedule import learning_rate
 from vtengine_training.trainer.step import TrainingDiverged
-from vtengine_training.trainer.trajectory import pack_groups, unpack_groups
 from vtengine_training.trainer.validate import validate
 
 log = logging.getLogger(__name__)
 Figures = dict[str, float]
 Report = Callable[[Figures], None]
-COUNTED = ("drawn", "waves", "zero_spread", "quarantined", "failed", "reward_failed", "reused", "stale", "surplus")
+COUNTED = (
+    *("drawn", "waves", "zero_spread", "quarantined", "failed", "reward_failed", "reused", "stale", "surplus", "used"),
+)
 
 
 class Run:
-    """One run in its output folder. `stop_requested`: finish the step, save, return (a signal handler sets it)."""
+    """One run in its output folder. `stop_requested`: finish the step, save, return (a signal handler sets it).
 
-    def __init__(self, config: GrpoConfig, rewarder: Rewarder | None = None) -> None:
+    With several ranks every one of them has a Run, and all call the same methods; the metrics are those of all.
+    """
+
+    def __init__(self, config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ranks | None = None) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.output = Path(config.output)
-        self.parts = build_parts(config, rewarder)
+        self.parts = build_parts(config, rewarder, self.ranks)
         self.fingerprints = {
             "data": self.parts.dataset.fingerprint,
             "model": weights_fingerprint(self.parts.folder),
@@ -65,13 +64,13 @@ class Run:
         saved = self.step
         await self.parts.rewarder.start()
         await self.parts.publisher.publish(self.parts.learner.version)
-        while self.step < self.config.steps and not self.stop_requested:
+        while self.step < self.config.steps and not self.ranks.any(self.stop_requested):
             figures = await self.advance()
             every = self.config.validation.every
             if every and (self.step % every == 0 or self.step == self.config.steps):
                 figures |= await self.validate()
             report(figures)  # before the save: a kill in between must not lose the row of a saved step
-            for alarm in self.alarms.check(figures):
+            for alarm in self.alarms.check(figures) if self.ranks.is_first else ():
                 log.warning("step %d: %s", self.step, alarm)
             if self.step % self.config.checkpoint.every == 0:
                 self.save()
@@ -90,14 +89,14 @@ class Run:
         figures |= rollout_metrics(collected.facts) | self._group_metrics(collected)
         rate = self.rate(self.step)
         await parts.publisher.release()
-        figures |= parts.learner.learn(collected.groups, rate) if collected.groups else {"lr": rate}
+        figures |= parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
         finished = time.perf_counter()
         await parts.publisher.publish(parts.learner.version)
         self.step += 1
         self._count_empty(collected)
-        if dumps:
+        if dumps and self.ranks.is_first:
             self._dump(collected.rows)
-        figures |= parts.rewarder.end_step(figures)
+        figures |= parts.rewarder.end_step(figures, self.ranks.total)
         figures |= {
             "time/rollout": generated - began,
             "time/learn": finished - generated,
@@ -113,44 +112,28 @@ class Run:
         assert self.parts.validation is not None
         concurrency = self.config.rollout.concurrency
         found = await validate(
-            self.parts.collector.setting, self.parts.validation, self.parts.rewarder.function, concurrency
+            self.parts.collector.setting,
+            self.parts.validation,
+            self.parts.rewarder.function,
+            concurrency,
+            self.ranks,
         )
         await self.parts.publisher.publish(self.parts.learner.version)  # what it cached must not depend on validation
         return found | {"time/validate": time.perf_counter() - began}
 
     def rate(self, step: int) -> float:
-        """The learning rate of step `step` (from 0): linear warm-up, then constant."""
-        update = self.config.update
-        return update.learning_rate * min(1.0, (step + 1) / update.warmup if update.warmup else 1.0)
+        """The learning rate of step `step` (from 0)."""
+        return learning_rate(self.config.update, step, self.config.steps)
 
     def save(self) -> None:
         """Writes a checkpoint; the next step's metrics say how long it took. Raises OSError, older ones intact."""
         began = time.perf_counter()
-        write_checkpoint(self.checkpoints, self.step, self._write, self.config.checkpoint.keep)
+        state.save(self)
         self.seconds_saving = time.perf_counter() - began
 
     def resume(self) -> bool:
         """Goes on from the newest checkpoint, if there is one. Raises CheckpointError where it cannot."""
-        folder = find_latest(self.checkpoints)
-        if folder is None:
-            return False
-        if self.config.resume == "never":
-            raise CheckpointError(
-                f'output = {self.output}: holds {folder.name}, and resume = "never"; use another output, or delete it'
-            )
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        self._check_state(folder, state)
-        parts = self.parts
-        parts.learner.optimizer.load(folder / "optimizer.safetensors")
-        parts.learner.version, parts.learner.skipped = state["version"], state["skipped"]
-        parts.collector.sampler = Sampler.restore(len(parts.dataset), self.config.data.seed, state["sampler"])
-        parts.collector.leftover = unpack_groups(load_file(folder / "rollouts.safetensors"), state["leftover"])
-        parts.rewarder.restore(state["rewarder"])
-        self.step, self.empty_steps = state["step"], state["empty_steps"]
-        torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
-        version, internal, gauss = state["random"]
-        random.setstate((version, tuple(internal), gauss))
-        return True
+        return state.resume(self)
 
     async def close(self) -> None:
         """Stops engine and pipeline."""
@@ -158,47 +141,8 @@ class Run:
         self.parts.pipeline.close()
         await self.parts.rewarder.close()
 
-    def _write(self, folder: Path) -> None:
-        parts = self.parts
-        export_model(parts.model, parts.folder, folder / "model")
-        parts.learner.optimizer.save(folder / "optimizer.safetensors")
-        tensors, leftover = pack_groups(parts.collector.leftover)
-        save_file(tensors, folder / "rollouts.safetensors")
-        save_file({"torch": torch.get_rng_state()}, folder / "rng.safetensors")
-        state = {
-            "step": self.step,
-            "version": parts.learner.version,
-            "skipped": parts.learner.skipped,
-            "empty_steps": self.empty_steps,
-            "sampler": parts.collector.sampler.state(),
-            "leftover": leftover,
-            "rewarder": parts.rewarder.state(),
-            "random": random.getstate(),
-            "fingerprints": self.fingerprints,
-            "data_seed": self.config.data.seed,
-            "seed": self.config.seed,
-            "config": asdict(self.config),
-        }
-        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-
-    def _check_state(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Raises CheckpointError for a checkpoint of another model, data set or order."""
-        remedies = {
-            "data": "the examples have changed since",
-            "model": "it was trained from other weights",
-        }
-        for name, reason in remedies.items():
-            if state["fingerprints"][name] != self.fingerprints[name]:
-                raise CheckpointError(f"{folder}: {reason}; give them back, or use another output")
-        for name, value in (("data_seed", self.config.data.seed), ("seed", self.config.seed)):
-            if state[name] != value:
-                field = name.replace("_", ".")
-                raise CheckpointError(
-                    f"{folder}: was made with {field} = {state[name]}, not {value}; use another output"
-                )
-
     def _count_empty(self, collected: Collected) -> None:
-        self.empty_steps = 0 if collected.groups else self.empty_steps + 1
+        self.empty_steps = 0 if collected.counts["used"] else self.empty_steps + 1
         if self.empty_steps >= self.config.update.max_skipped:
             counts = {name: count for name, count in collected.counts.items() if count}
             raise TrainingDiverged(
@@ -208,12 +152,12 @@ class Run:
 
     def _group_metrics(self, collected: Collected) -> Figures:
         found = {f"groups/{name}": float(collected.counts[name]) for name in COUNTED}
-        found["groups/used"] = float(len(collected.groups))
         if collected.facts:
             found["groups/zero_spread_ratio"] = collected.counts["zero_spread"] / len(collected.facts)
-        versions = [one.version for group in collected.groups for one in group.trajectories]
-        if versions:
-            found["staleness/mean"] = self.parts.learner.version - sum(versions) / len(versions)
+        own = [one.version for group in collected.groups for one in group.trajectories]
+        versions = self.ranks.total({"sum": sum(own), "count": len(own)})
+        if versions["count"]:
+            found["staleness/mean"] = self.parts.learner.version - versions["sum"] / versions["count"]
         found["data/quarantined"] = float(len(self.parts.collector.sampler.quarantined))
         return found
 
@@ -227,7 +171,8 @@ class Run:
                 figures["patches/encoded"],
                 self.config.update.train_vision,
             )
-            found["mfu"] = work / figures["time/learn"] / (self.config.peak_tflops * 1e12)
+            peak = self.config.peak_tflops * 1e12 * self.ranks.size
+            found["mfu"] = work / figures["time/learn"] / peak
         return found
 
     def _dump(self, rows: list[Row]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from vtengine.engine.base import Backend, SamplingParams
-from vtengine.model import Qwen2_5_VL, load_model, save_model
+from vtengine.model import Qwen2_5_VL, save_model
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import PROFILE_FILE, load_profile
 from vtengine.rollout.group import Setting
@@ -21,14 +21,14 @@ from vtengine_training.data.examples import Dataset
 from vtengine_training.data.load import load_examples
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.eval.runner import model_folder
-from vtengine_training.rewards.rewarder import Rewarder
-from vtengine_training.sft.optim import MasterAdamW
+from vtengine_training.rewards.rewarder import RewardConfig, Rewarder
 from vtengine_training.sync.base import Publisher
 from vtengine_training.trainer.collect import Collector
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB
-from vtengine_training.trainer.policy import Policy
-from vtengine_training.trainer.rollout_engine import build_engine, build_publisher, pixels_dtype
+from vtengine_training.trainer.models import build_models
+from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.rollout_engine import build_engine, pixels_dtype
 from vtengine_training.trainer.step import Learner
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.toml")
@@ -38,7 +38,7 @@ SAMPLE_BYTES = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A run's machinery. An embedded engine reads `model`, the learner's own parameters."""
+    """A run's machinery. An embedded engine reads `model`: the learner's own parameters, or a copy."""
 
     folder: Path
     model: Qwen2_5_VL
@@ -52,43 +52,43 @@ class Parts:
     publisher: Publisher
 
 
-def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None) -> Parts:
+def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ranks | None = None) -> Parts:
     """Loads and starts everything; close engine and pipeline afterwards. Raises ValueError with field and remedy."""
     folder = model_folder(config.model)
     device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    place = data_folder(config)
-    dataset = load_examples(config.data, place, "train", config.data.seed)
-    validation = load_examples(config.validation, place, "validation") if config.validation.every else None
+    ranks = ranks or Ranks()
+    dataset, validation = ranks.one_before_others(lambda: _datasets(config))
     tokenizer = Tokenizer.load(folder)
-    dtype = getattr(torch, config.dtype)
-    model = load_model(folder, device, dtype)
-    update, rollout = config.update, config.rollout
-    banned = tokenizer.banned_ids
-    policy = Policy.build(
-        model, rollout.temperature, banned, update.logits_chunk, update.train_vision, update.logits == "fused"
+    models = build_models(config, folder, device, tokenizer.banned_ids, ranks)
+    rollout, model = config.rollout, models.generating
+    learner = Learner(
+        models.policy, models.reference, models.optimizer, config.loss, config.update, rollout.max_new_tokens, ranks
     )
-    reference = None
-    if config.loss.kl_coef:
-        frozen = load_model(folder, device, dtype).requires_grad_(False)
-        reference = Policy.build(
-            frozen, rollout.temperature, banned, update.logits_chunk, train_vision=False, fused=policy.fused
-        )
-    model.visual.requires_grad_(update.train_vision)
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    optimizer = MasterAdamW(named, update.optimizer)
-    learner = Learner(policy, reference, optimizer, config.loss, update, rollout.max_new_tokens)
-    rewarder = rewarder or Rewarder(config.reward)
+    rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
     setting = build_setting(config, folder, model, tokenizer)
     assert isinstance(setting.pipeline, ImagePipeline)
     sampler = Sampler(len(dataset), config.data.seed)
-    kind = config.loss.objective.advantage
-    collector = Collector(setting, dataset, sampler, rewarder, rollout, kind, config.seed)
-    publisher = build_publisher(config, setting.backend, model)
+    collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, ranks)
+    publisher = models.publisher(config, setting.backend)
     return Parts(
         folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher
     )
+
+
+def share_judge(config: RewardConfig, ranks: Ranks) -> RewardConfig:
+    """The judge's limits hold for the whole run: each rank gets its share of them."""
+    judge = config.judge
+    concurrency = max(1, judge.concurrency // ranks.size)
+    per_minute = judge.requests_per_minute and max(1, judge.requests_per_minute // ranks.size)
+    return replace(config, judge=replace(judge, concurrency=concurrency, requests_per_minute=per_minute))
+
+
+def _datasets(config: GrpoConfig) -> tuple[Dataset, Dataset | None]:
+    place = data_folder(config)
+    validation = load_examples(config.validation, place, "validation") if config.validation.every else None
+    return load_examples(config.data, place, "train", config.data.seed), validation
 
 
 def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Setting:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,19 @@ from vtengine.model import PackedTree, Qwen2_5_VL
 from vtengine_training.trainer.batch import MicroBatch
 
 
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments): how one enters a model that is whole."""
+    return function(*arguments)
+
+
 @dataclass(frozen=True, eq=False)
 class Policy:
     """A model as a distribution over replies: the engine's temperature and bans applied, as when it sampled.
 
     banned: ids that can never be sampled. chunk: positions whose logits exist at the same time. train_vision: whether
     gradients reach the vision tower. fused: logits by the kernels token_logprob and grpo_loss; otherwise by torch, with
-    gradients by autograd, more positions than a chunk computed again in the backward pass.
+    gradients by autograd, more positions than a chunk computed again in the backward pass. enter: calls a function that
+    uses the model; a sharded model is gathered in there.
     """
 
     model: Qwen2_5_VL
@@ -33,6 +40,7 @@ class Policy:
     chunk: int
     train_vision: bool = True
     fused: bool = True
+    enter: Callable[..., Any] = call
 
     @staticmethod
     def build(
@@ -42,15 +50,20 @@ class Policy:
         chunk: int,
         train_vision: bool = True,
         fused: bool = True,
+        enter: Callable[..., Any] = call,
     ) -> Policy:
         """Adds the ids that the engine itself never samples."""
         config = model.config
         ids = {*banned, config.image_token_id, config.video_token_id}
         kept = tuple(sorted(i for i in ids if i < config.text.vocab_size))
-        return Policy(model, temperature, kept, chunk, train_vision, fused)
+        return Policy(model, temperature, kept, chunk, train_vision, fused, enter)
 
     def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(log-probabilities, entropies), float32 [N], of the batch's trainable tokens. Natural logarithms."""
+        found: tuple[Tensor, Tensor] = self.enter(self._logprobs, batch)
+        return found
+
+    def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         with _attention_kernel(self.model.device):
             hidden = self._hidden(batch)
         if self.fused:
@@ -59,9 +72,15 @@ class Policy:
 
     def loss(self, batch: MicroBatch, tokens: Tokens, objective: Objective) -> Loss:
         """The loss of the batch's trainable tokens, its gradients formed on the way."""
+        found: tuple[Tensor, Loss] = self.enter(self._loss, batch, tokens, objective)
+        return found[1]
+
+    def _loss(self, batch: MicroBatch, tokens: Tokens, objective: Objective) -> tuple[Tensor, Loss]:
+        """(its total, the loss): a sharded model watches for the gradient of the tensors that it returns."""
         with _attention_kernel(self.model.device):
             hidden = self._hidden(batch)
-        return grpo_loss(hidden, self._head(), batch.targets, tokens, objective, chunk=self.chunk)
+        loss = grpo_loss(hidden, self._head(), batch.targets, tokens, objective, chunk=self.chunk)
+        return loss.total, loss
 
     def _head(self) -> Head:
         weight = self.model.head_weight

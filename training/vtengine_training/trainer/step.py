@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,9 +18,13 @@ from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.trainer.batch import MicroBatch, build_batch, plan_micro_batches
 from vtengine_training.trainer.config import UpdateConfig
 from vtengine_training.trainer.objective import kernel_objective, kernel_tokens
+from vtengine_training.trainer.padding import needs_padding, padding
 from vtengine_training.trainer.policy import Policy
+from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.trajectory import Group, Trajectory
 
+Outline = list[tuple[int, list[int]]]
+"""(number of the draw, trainable tokens of each sibling) of every group of a mini-batch, on all ranks, in order."""
 MAXIMA = ("mismatch/max",)
 """Figures of which the largest counts; the others are sums over tokens."""
 
@@ -30,14 +35,18 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class MiniBatch:
-    """One optimiser update: micro-batches, with their trajectories' old log-probabilities if they are set."""
+    """One optimiser update: this rank's micro-batches; those from num_own on are padding and have no effect."""
 
     batches: tuple[MicroBatch, ...]
-    num_tokens: int
+    num_own: int
 
 
 class Learner:
-    """Turns groups into updates. `version` counts the updates made; `skipped` those in a row that were not finite."""
+    """Turns groups into updates. `version` counts the updates made; `skipped` those in a row that were not finite.
+
+    Each rank brings its own groups. Mini-batches are cut from those of all ranks in the order of their draws, and the
+    weights of the tokens are set over all of them, so that loss and gradients are the same for any number of ranks.
+    """
 
     def __init__(
         self,
@@ -47,11 +56,12 @@ class Learner:
         loss: LossConfig,
         update: UpdateConfig,
         constant_length: int,
+        ranks: Ranks | None = None,
     ) -> None:
         if loss.kl_coef and reference is None:
             raise ValueError(f"loss.kl_coef = {loss.kl_coef}: needs a reference model")
         self.policy, self.reference, self.optimizer = policy, reference, optimizer
-        self.loss, self.update = loss, update
+        self.loss, self.update, self.ranks = loss, update, ranks or Ranks()
         self.constant_length = update.constant_length or constant_length
         self.version = 0
         self.skipped = 0
@@ -72,33 +82,50 @@ class Learner:
             for index, minibatch in enumerate(minibatches):
                 fresh = epoch == 0 and (index == 0 or old is not None)
                 self._update(minibatch, None if old is None else old[index], rate, sums, began if fresh else None)
-        figures = sums.means()
+        figures = sums.means(self.ranks)
         figures |= {"lr": rate, "updates": float(updates), "version": float(self.version)}
         return figures
 
     def _minibatches(self, groups: Sequence[Group]) -> Iterator[MiniBatch]:
-        size = self.update.minibatch_prompts or max(1, len(groups))
-        for start in range(0, len(groups), size):
-            yield self.build(groups[start : start + size])
+        outline = self._outline(groups)
+        size = self.update.minibatch_prompts or max(1, len(outline))
+        for start in range(0, len(outline), size):
+            part = outline[start : start + size]
+            draws = {draw for draw, _ in part}
+            yield self.build([group for group in groups if group.draw in draws], part)
 
-    def build(self, groups: Sequence[Group]) -> MiniBatch:
-        """Weights from the whole mini-batch, then its cut into micro-batches."""
-        lengths = [one.num_trainable for group in groups for one in group.trajectories]
-        owners = [index for index, group in enumerate(groups) for _ in group.trajectories]
+    def _outline(self, groups: Sequence[Group]) -> Outline:
+        own = [(group.draw, [one.num_trainable for one in group.trajectories]) for group in groups]
+        return sorted((draw, lengths) for part in self.ranks.gather(own) for draw, lengths in part)
+
+    def build(self, groups: Sequence[Group], outline: Outline | None = None) -> MiniBatch:
+        """Weights from the whole mini-batch, which `outline` describes; then the cut of the own groups into
+        micro-batches, as many as the rank with the most has."""
+        outline = outline or self._outline(groups)
+        lengths = [length for _, siblings in outline for length in siblings]
+        owners = [index for index, (_, siblings) in enumerate(outline) for _ in siblings]
         weights = token_weights(lengths, owners, self.loss.objective.aggregation, self.constant_length)
         place: dict[tuple[int, int], int] = {}
-        for g, group in enumerate(groups):
-            for t in range(len(group.trajectories)):
-                place[g, t] = len(place)
+        for draw, siblings in outline:
+            for t in range(len(siblings)):
+                place[draw, t] = len(place)
         batches = []
         update = self.update
         plan = plan_micro_batches([group.trajectories for group in groups], update.max_tokens, update.share_prefix)
         for members in plan:
             chosen: list[Trajectory] = [groups[g].trajectories[t] for g, t in members]
-            own = [weights[place[member]] for member in members]
+            own = [weights[place[groups[g].draw, t]] for g, t in members]
+            if not self.ranks.is_alone and needs_padding(chosen):
+                chosen, own = [*chosen, self._padding], [*own, 0.0]
             device = self.policy.model.device
             batches.append(build_batch(chosen, own, device, update.share_images, update.share_prefix))
-        return MiniBatch(tuple(batches), sum(lengths))
+        missing = max(self.ranks.gather(len(batches))) - len(batches)
+        empty = [build_batch([self._padding], [0.0], self.policy.model.device)] * missing
+        return MiniBatch((*batches, *empty), len(batches))
+
+    @cached_property
+    def _padding(self) -> Trajectory:
+        return padding(self.policy)
 
     def backward(
         self, minibatch: MiniBatch, old: Sequence[Tensor] | None, sums: _Sums, sampled_by: int | None = None
@@ -110,13 +137,14 @@ class Learner:
         loss = 0.0
         for index, batch in enumerate(minibatch.batches):
             logprobs, result = self._loss(batch, None if old is None else old[index])
-            if sampled_by is not None:
+            if sampled_by is not None and index < minibatch.num_own:
                 seen = logprobs.detach() if old is None else old[index]
                 same = batch.versions == sampled_by
                 sums.add(mismatch_figures(seen[same], batch.rollout[same]), int(same.sum()))
-            sums.add(result.figures, len(logprobs))
-            sums.work(batch)
-            if torch.isfinite(result.total):
+            if index < minibatch.num_own:
+                sums.add(result.figures, len(logprobs))
+                sums.work(batch)
+            if not self.ranks.is_alone or torch.isfinite(result.total):  # the others wait in the backward pass
                 result.total.backward()  # type: ignore[no-untyped-call]
             loss += float(result.total.detach())
         return loss
@@ -154,7 +182,7 @@ class Learner:
     def _update(
         self, minibatch: MiniBatch, old: Sequence[Tensor] | None, rate: float, sums: _Sums, sampled_by: int | None
     ) -> None:
-        loss = self.backward(minibatch, old, sums, sampled_by)
+        loss = self.ranks.sum(self.backward(minibatch, old, sums, sampled_by))
         if math.isfinite(loss):
             norm = self.optimizer.step(rate)
         else:
@@ -193,6 +221,19 @@ class _Sums:
                 self.totals[name] += value
                 self.counts[name] += tokens
 
+    def _merge(self, ranks: Ranks) -> None:
+        if ranks.is_alone:
+            return
+        own = [dict(self.totals), dict(self.counts), self.num_packed, self.num_patches]
+        self.totals, self.counts = defaultdict(float), defaultdict(int)
+        self.num_packed = self.num_patches = 0
+        for totals, counts, packed, patches in ranks.gather(own):
+            for name, value in totals.items():
+                self.totals[name] = max(self.totals[name], value) if name in MAXIMA else self.totals[name] + value
+                self.counts[name] = 1 if name in MAXIMA else self.counts[name] + counts.get(name, 0)
+            self.num_packed += packed
+            self.num_patches += patches
+
     def work(self, batch: MicroBatch) -> None:
         """What a forward and backward pass had to do."""
         self.num_packed += len(batch.token_ids)
@@ -205,8 +246,9 @@ class _Sums:
         else:
             self.num_skipped += 1
 
-    def means(self) -> dict[str, float]:
-        """Per-token means, and means over the updates; `tokens/*` and `patches/*` are sums."""
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Per-token means, and means over the updates; `tokens/*` and `patches/*` are sums. Of all ranks."""
+        self._merge(ranks)
         found = {name: total / max(1, self.counts[name]) for name, total in self.totals.items() if name != "tokens"}
         found["tokens/trained"] = self.totals["tokens"]
         found["tokens/packed"] = float(self.num_packed)

@@ -20,6 +20,7 @@ class Trajectory:
     """token_ids int64 [T], positions int64 [3, T], trainable bool [T], logprobs float32 [T] as the engine sampled.
 
     version: the oldest weights that sampled a token of it. facts: figures for the metrics, by name.
+    turn_advantages: one per sampled turn, if they differ; without them every token has `advantage`.
     """
 
     token_ids: np.ndarray
@@ -30,6 +31,16 @@ class Trajectory:
     version: int
     advantage: float
     facts: Mapping[str, float]
+    turn_advantages: tuple[float, ...] = ()
+
+    @property
+    def token_advantages(self) -> np.ndarray:
+        """float32 [trainable tokens]. A turn is a run of trainable tokens: what the environment says lies between."""
+        if not self.turn_advantages:
+            return np.full(self.num_trainable, self.advantage, dtype=np.float32)
+        begins = self.trainable & ~np.concatenate([[False], self.trainable[:-1]])
+        turn = np.cumsum(begins)[self.trainable] - 1
+        return np.array(self.turn_advantages, dtype=np.float32)[turn]
 
     @property
     def num_trainable(self) -> int:
@@ -54,7 +65,9 @@ class Group:
     trajectories: tuple[Trajectory, ...]
 
 
-def from_episode(episode: Episode, advantage: float, facts: Mapping[str, float]) -> Trajectory:
+def from_episode(
+    episode: Episode, advantage: float, facts: Mapping[str, float], turn_advantages: tuple[float, ...] = ()
+) -> Trajectory:
     """The training side of an episode. Raises ValueError where nothing was sampled."""
     transcript = episode.transcript
     if not transcript.sampled:
@@ -68,6 +81,7 @@ def from_episode(episode: Episode, advantage: float, facts: Mapping[str, float])
         min(span.weight_version for span in transcript.sampled),
         advantage,
         dict(facts),
+        turn_advantages,
     )
 
 
@@ -88,7 +102,8 @@ def pack_groups(groups: Sequence[Group]) -> tuple[dict[str, Tensor], list[dict[s
                 tensors.setdefault(f"pixels.{span.image.content_hash}", span.image.pixel_values.contiguous())
                 spans.append([span.start, span.end, span.image.content_hash, list(span.image.grid_thw)])
             facts = dict(one.facts)
-            members.append({"images": spans, "version": one.version, "advantage": one.advantage, "facts": facts})
+            own = {"version": one.version, "advantage": one.advantage, "turn_advantages": one.turn_advantages}
+            members.append({"images": spans, "facts": facts, **own})
         described.append({"draw": group.draw, "example": group.example, "step": group.step, "members": members})
     return tensors, described
 
@@ -118,6 +133,7 @@ def unpack_groups(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str
                     one["version"],
                     one["advantage"],
                     one["facts"],
+                    tuple(one["turn_advantages"]),
                 )
             )
         groups.append(Group(group["draw"], group["example"], group["step"], tuple(members)))

@@ -12,6 +12,7 @@ from vtengine_training.data.examples import Dataset, Example
 from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.rewards.base import RewardFn, Score
 from vtengine_training.trainer.collect import sample_facts
+from vtengine_training.trainer.ranks import Ranks
 
 KEPT = (
     *("reward/accuracy", "reward/format", "upscale/ratio", "upscale/precision", "upscale/recall", "upscale/needless"),
@@ -21,18 +22,23 @@ KEPT = (
 Answered = tuple[Example, Episode, Score | None]
 
 
-async def validate(setting: Setting, dataset: Dataset, function: RewardFn, concurrency: int) -> dict[str, float]:
-    """`val/*`: the rollout metrics of one greedy episode per question, without penalty.
+async def validate(
+    setting: Setting, dataset: Dataset, function: RewardFn, concurrency: int, ranks: Ranks | None = None
+) -> dict[str, float]:
+    """`val/*`: the rollout metrics of one greedy episode per question, without penalty; each rank asks its share.
 
     `val/questions` counts those that could be scored; the others (unreadable image, no verdict) are left out.
     """
     greedy = replace(setting, sampling=replace(setting.sampling, temperature=0.0))
-    jobs = (_job(greedy, example, function) for example in dataset.examples)
+    ranks = ranks or Ranks()
+    own = [example for number, example in enumerate(dataset.examples) if ranks.owns(number)]
+    jobs = (_job(greedy, example, function) for example in own)
     facts = []
     async for example, episode, score in in_order(jobs, concurrency):
         if score is not None and score.is_usable and episode.turns and episode.status != "failed":
             reward = (score.accuracy or 0.0) + score.format
             facts.append([sample_facts(episode, score, reward, example)])
+    facts = [one for part in ranks.gather(facts) for one in part]
     found = rollout_metrics(facts)
     return {"val/questions": float(len(facts))} | {f"val/{name}": found[name] for name in KEPT if name in found}
 

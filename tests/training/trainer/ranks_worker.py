@@ -1,0 +1,98 @@
+"""One of several ranks, started by the tests: `python ranks_worker.py CONFIG.toml OUT {gradients|curve|...}`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from vtengine_training.trainer.command import train
+from vtengine_training.trainer.config import GrpoConfig
+from vtengine_training.trainer.loop import Run
+from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.sharding import gathered
+from vtengine_training.trainer.step import Learner, _Sums
+
+from tests.training.trainer.toy import rewarder
+from vtengine.config import load_config
+
+
+def gradients(run: Run, max_tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """loss.M and M.NAME: loss and whole gradients of one mini-batch cut at M tokens."""
+    learner, found = run.parts.learner, {}
+    groups = asyncio.run(run.parts.collector.collect(1)).groups
+    for bound in max_tokens:
+        update = replace(run.config.update, max_tokens=bound)
+        probe = Learner(
+            learner.policy,
+            learner.reference,
+            learner.optimizer,
+            learner.loss,
+            update,
+            learner.constant_length,
+            run.ranks,
+        )
+        for parameter in learner.policy.model.parameters():
+            parameter.grad = None
+        loss = run.ranks.sum(probe.backward(probe.build(groups), None, _Sums()))
+        found[f"loss.{bound}"] = torch.tensor([loss], dtype=torch.float64)
+        for name, parameter in learner.policy.model.named_parameters():
+            if parameter.grad is not None:
+                found[f"{bound}.{name}"] = gathered(parameter.grad, torch.float32)
+    asyncio.run(run.close())
+    return found
+
+
+def curve(run: Run, stop: int) -> list[dict[str, float]]:
+    """The metrics of a run until after step `stop`, from where it is."""
+    rows: list[dict[str, float]] = []
+    run.resume()
+
+    def report(figures: dict[str, float]) -> None:
+        rows.append(figures)
+        run.stop_requested = figures["step"] >= stop
+
+    asyncio.run(train(run, report))
+    return rows
+
+
+def skipped(run: Run) -> list[float]:
+    """A step in which one rank's rewards are broken: [updates skipped, largest change of a weight], of each rank."""
+    learner = run.parts.learner
+    groups = asyncio.run(run.parts.collector.collect(1)).groups
+    before = {name: p.detach().clone() for name, p in learner.policy.model.named_parameters()}
+    if run.ranks.is_first:
+        broken = [replace(one, advantage=float("nan")) for one in groups[0].trajectories]
+        groups[0] = replace(groups[0], trajectories=tuple(broken))
+    figures = learner.learn(groups, 1e-3)
+    change = max(float((gathered(p - before[name], torch.float32)).abs().max()) for name, p in
+                 learner.policy.model.named_parameters())  # fmt: skip
+    asyncio.run(run.close())
+    return [figures["updates/skipped"], change]
+
+
+def main(config: GrpoConfig, out: Path, what: str) -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks.join(torch.device("cpu"))
+    run = Run(config, rewarder(), ranks)
+    if what == "gradients":
+        tensors = gradients(run, (1, 200, 10**6))
+        if ranks.is_first:
+            save_file(tensors, out)
+    elif what.startswith("curve"):
+        rows = curve(run, int(what.partition("-")[2]))
+        if ranks.is_first:
+            out.write_text(json.dumps(rows))
+    elif what == "skipped":
+        found = ranks.gather(skipped(run))
+        if ranks.is_first:
+            out.write_text(json.dumps(found))
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(load_config(GrpoConfig, Path(sys.argv[1]), []), Path(sys.argv[2]), sys.argv[3])

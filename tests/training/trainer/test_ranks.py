@@ -1,0 +1,132 @@
+"""Two ranks against one: same loss, same gradients, same run; nobody waits for ever; any number of ranks goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from vtengine_training.trainer.checkpoint import find_latest
+from vtengine_training.trainer.loop import Run
+from vtengine_training.trainer.ranks import Ranks
+
+from tests.training.trainer import ranks_worker
+from tests.training.trainer.toy import rewarder
+from vtengine.config import to_toml
+
+REPO = Path(__file__).resolve().parents[3]
+ALONE = {"concurrency": 1}
+TIMED = ("time/", "samples/", "mismatch/")
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """ranks(config, what, size=2): what the first of `size` ranks found."""
+
+    def start(config, what: str, size: int = 2):
+        path, out = tmp_path / "ranks.toml", tmp_path / f"{what}.out"
+        path.write_text(to_toml(config))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {
+            "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}:{REPO / 'training'}",
+            **{"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        }
+        command = [sys.executable, str(REPO / "tests/training/trainer/ranks_worker.py"), str(path), str(out), what]
+        processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(size)]
+        try:
+            assert [process.wait(timeout=240) for process in processes] == [0] * size
+        finally:
+            for process in processes:
+                process.kill()
+        return load_file(out) if what == "gradients" else json.loads(out.read_text())
+
+    return start
+
+
+def timeless(rows):
+    return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
+
+
+def close_rows(found, expected, tolerance=1e-5):
+    for row, wanted in zip(timeless(found), timeless(expected), strict=True):
+        assert row.keys() == wanted.keys()
+        assert row == pytest.approx(wanted, rel=tolerance, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "changes"),
+    [(3, {"loss": {"aggregation": "prompt-mean"}}), (1, {"loss": {"kl_coef": 0.1, "entropy_coef": 0.01}})],
+)
+def test_same_loss_and_gradients(make_config, ranks, prompts, changes) -> None:
+    """Ranks with unequal shares, and, for one prompt, a rank without any; 1, some and many micro-batches."""
+    config = make_config(rollout={"prompts": prompts, **ALONE}, **changes)
+    expected = ranks_worker.gradients(Run(config, rewarder()), (1, 200, 10**6))
+    found = ranks(config, "gradients")
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (found[name] - wanted).abs().max() <= 1e-6, name
+
+
+def test_same_run_and_goes_on_with_any_number_of_ranks(make_config, ranks, tmp_path) -> None:
+    settings = {
+        "rollout": {"prompts": 3, "oversample": 1.5, "max_refill": 4.0, "dump_every": 2, **ALONE},
+        "update": {"minibatch_prompts": 2, "learning_rate": 1e-3, "max_tokens": 200},
+        "validation": {"every": 2, "files": make_config().data.files},
+        "steps": 5,
+    }
+    config = make_config(**settings, output=str(tmp_path / "one"))
+    expected = ranks_worker.curve(Run(config, rewarder()), 99)
+    several = make_config(**settings, output=str(tmp_path / "several"))
+    found = ranks(several, "curve-2")
+    found += ranks_worker.curve(Run(several, rewarder()), 3)
+    found += ranks(several, "curve-99")
+    close_rows(found, expected, 1e-3)
+    ends = [find_latest(tmp_path / name / "checkpoints") for name in ("one", "several")]
+    first, second = (load_file(folder / "model" / "model.safetensors") for folder in ends if folder is not None)
+    for name, tensor in first.items():
+        assert (tensor - second[name]).abs().max() < 1e-4, name
+    dumps = [
+        (tmp_path / name / "rollouts" / "step-000002.jsonl").read_text().splitlines() for name in ("one", "several")
+    ]
+    assert [json.loads(row)["answer"] for row in dumps[0]] == [json.loads(row)["answer"] for row in dumps[1]]
+
+
+def test_a_broken_reward_on_one_rank_skips_the_update_on_all(make_config, ranks) -> None:
+    found = ranks(make_config(rollout={"prompts": 4, **ALONE}), "skipped")
+    assert found == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_torchrun_writes_once_what_exists_once(make_config, tmp_path) -> None:
+    config = make_config(
+        steps=2, reward={"penalty": {"form": "off"}, "accuracy": "function", "function": "toy_reward:low_bytes"}
+    )
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(config))
+    paths = (REPO, REPO / "kernels", REPO / "training", Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "vtengine_training.cli", "grpo", str(path)]
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    output = Path(config.output)
+    assert done.stderr.count("step 2/2") == 1
+    assert [json.loads(row)["step"] for row in (output / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert (output / "model" / "model.safetensors").is_file()
+    folder = find_latest(output / "checkpoints")
+    assert folder is not None
+    assert sorted(p.name for p in (folder / "ranks").iterdir()) == ["0", "1"]
+    assert len(list((folder / "optimizer").glob("*.safetensors"))) == 2
+
+
+def test_one_process_needs_no_group() -> None:
+    alone = Ranks()
+    assert alone.gather({"a": 1}) == [{"a": 1}] and alone.first(2) == 2 and alone.sum(0.1) == 0.1
+    assert alone.is_first and alone.owns(7) and not alone.any(False)
+    assert alone.one_before_others(lambda: 3) == 3

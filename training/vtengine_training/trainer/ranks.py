@@ -1,0 +1,128 @@
+"""The processes of a run and what they tell each other. A run of one process has no process group at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)
+"""How long a rank waits for the others: the slowest rollouts of a step, or a judge that thinks."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of `size` processes this is. Every method but the properties is a meeting: all ranks call it, in order.
+
+    What travels is plain JSON data: nothing is unpickled.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def join(device: torch.device) -> Ranks:
+        """Meets the processes that torchrun started, by its environment; alone without one.
+
+        With a GPU each process takes the one of its local rank. Raises ValueError where there are too few.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return Ranks()
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            if local >= torch.cuda.device_count():
+                raise ValueError(
+                    f"local rank {local}: there are {torch.cuda.device_count()} GPUs; use a smaller --nproc-per-node"
+                )
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        return Ranks(dist.get_rank(), size)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes records, metrics and whatever exists once."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    def owns(self, number: int) -> bool:
+        """Whether the number-th of many equal tasks is this rank's."""
+        return number % self.size == self.rank
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All ranks in one row."""
+        return init_device_mesh(device.type, (self.size,))
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in their order, on every rank."""
+        if self.is_alone:
+            return [value]
+        data = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]))
+        longest = int(max(lengths))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(received, padded)
+        return [_read(one, int(length)) for one, length in zip(received, lengths, strict=True)]
+
+    def first(self, value: Any = None) -> Any:
+        """The first rank's `value`."""
+        return self.gather(value if self.is_first else None)[0]
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums by name; a name may be missing on some ranks."""
+        found: dict[str, float] = {}
+        for part in self.gather(dict(values)):
+            for name, value in part.items():
+                found[name] = found.get(name, 0) + value
+        return found
+
+    def sum(self, value: float) -> float:
+        """The same number on every rank; NaN where one is."""
+        return float(sum(self.gather(value)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true somewhere."""
+        return any(self.gather(bool(flag)))
+
+    def one_before_others(self, make: Callable[[], T]) -> T:
+        """make() on every rank, on the first one first: what it writes, the others find. A ValueError or OSError of the
+        first one is raised by all."""
+        if self.is_alone:
+            return make()
+        failure = ""
+        if self.is_first:
+            try:
+                return make()
+            except (ValueError, OSError) as error:
+                failure = str(error)
+                raise
+            finally:
+                self.first(failure)
+        if failure := self.first():
+            raise ValueError(failure)
+        return make()
+
+    def leave(self) -> None:
+        """The end of the meetings."""
+        if not self.is_alone and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _read(data: Tensor, length: int) -> Any:
+    return json.loads(data[:length].numpy().tobytes())

@@ -1,0 +1,177 @@
+"""What a checkpoint of a run holds, written and read. Tensors as safetensors, the rest as JSON: nothing is unpickled.
+
+model/        a Hugging Face checkpoint      optimizer/   masters and moments, in one piece per rank
+state.json    what all ranks have in common  ranks/R/     leftover groups, random state and rewarder of rank R
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vtengine_training.data.sampler import Sampler
+from vtengine_training.trainer.checkpoint import CheckpointError, find_latest, write_checkpoint
+from vtengine_training.trainer.optimizer_state import load_optimizer, save_optimizer
+from vtengine_training.trainer.parts import export_model
+from vtengine_training.trainer.trajectory import Group, pack_groups, unpack_groups
+
+if TYPE_CHECKING:
+    from vtengine_training.trainer.loop import Run
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the step that the run is at, by all ranks into one folder that they share.
+
+    Raises OSError, on every rank, if one of them could not write; older checkpoints are then as they were.
+    """
+    ranks, failure, asked = run.ranks, "", False
+
+    def write(folder: Path) -> None:
+        nonlocal asked
+        asked = True
+        ranks.first(str(folder))
+        _write_all(run, folder)
+
+    if not ranks.is_first:
+        if folder := ranks.first():
+            _write_all(run, Path(folder), raises=False)
+        if failure := ranks.first():
+            raise OSError(failure)
+        return
+    try:
+        write_checkpoint(run.checkpoints, run.step, write, run.config.checkpoint.keep)
+    except OSError as error:
+        failure = str(error)
+        if not asked:
+            ranks.first("")
+        raise
+    finally:
+        ranks.first(failure)
+
+
+def _write_all(run: Run, folder: Path, raises: bool = True) -> None:
+    """Every rank its part. Raises OSError where one failed."""
+    errors = []
+    for part in (partial(save_optimizer, run.parts.learner.optimizer, folder / "optimizer", run.ranks),
+                 partial(_write_own, run, folder)):  # fmt: skip
+        try:
+            part()
+        except (OSError, SafetensorError) as error:
+            errors.append(str(error))
+    failures = [error for part in run.ranks.gather(errors) for error in part]
+    if failures and raises:
+        raise OSError("; ".join(failures))
+
+
+def _write_own(run: Run, folder: Path) -> None:
+    """This rank's files; the first one also writes what exists once."""
+    parts, own = run.parts, folder / "ranks" / str(run.ranks.rank)
+    own.mkdir(parents=True)
+    tensors, leftover = pack_groups(parts.collector.leftover)
+    save_file(tensors, own / "rollouts.safetensors")
+    save_file({"torch": torch.get_rng_state()}, own / "rng.safetensors")
+    of_rank = {"leftover": leftover, "random": random.getstate(), "rewarder": parts.rewarder.state()}
+    (own / "state.json").write_text(json.dumps(of_rank), encoding="utf-8")
+    if not run.ranks.is_first:
+        return
+    export_model(parts.model, parts.folder, folder / "model")
+    state = {
+        "step": run.step,
+        "ranks": run.ranks.size,
+        "version": parts.learner.version,
+        "skipped": parts.learner.skipped,
+        "empty_steps": run.empty_steps,
+        "sampler": parts.collector.sampler.state(),
+        "fingerprints": run.fingerprints,
+        "data_seed": run.config.data.seed,
+        "seed": run.config.seed,
+        "config": asdict(run.config),
+    }
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def resume(run: Run) -> bool:
+    """Goes on from the newest checkpoint, if there is one. Raises CheckpointError where it cannot.
+
+    The number of ranks may have changed: the optimiser's pieces are cut anew, and leftover groups go to the ranks that
+    now own their draws.
+    """
+    folder = _latest(run)
+    if folder is None:
+        return False
+    if run.config.resume == "never":
+        raise CheckpointError(
+            f'output = {run.output}: holds {folder.name}, and resume = "never"; use another output, or delete it'
+        )
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    _check_state(run, folder, state)
+    parts, config = run.parts, run.config
+    load_optimizer(parts.learner.optimizer, folder / "optimizer", run.ranks)
+    parts.learner.version, parts.learner.skipped = state["version"], state["skipped"]
+    parts.collector.sampler = Sampler.restore(len(parts.dataset), config.data.seed, state["sampler"])
+    run.step, run.empty_steps = state["step"], state["empty_steps"]
+    parts.collector.leftover = []
+    for rank in range(state["ranks"]):
+        own = folder / "ranks" / str(rank)
+        of_rank = json.loads((own / "state.json").read_text(encoding="utf-8"))
+        parts.collector.leftover += _owned(run, own, of_rank)
+        if rank == run.ranks.rank:
+            _restore_random(own, of_rank)
+        if rank == min(run.ranks.rank, state["ranks"] - 1):
+            parts.rewarder.restore(of_rank["rewarder"])
+    parts.collector.leftover.sort(key=lambda group: group.draw)
+    return True
+
+
+def _latest(run: Run) -> Path | None:
+    """The first rank looks: files are hashed, and once is enough."""
+    found: list[str | None] = [None, None]
+    if run.ranks.is_first:
+        try:
+            folder = find_latest(run.checkpoints)
+            found = [None if folder is None else str(folder), None]
+        except CheckpointError as error:
+            found = [None, str(error)]
+    path, fault = run.ranks.first(found)
+    if fault is not None:
+        raise CheckpointError(fault)
+    return None if path is None else Path(path)
+
+
+def _owned(run: Run, folder: Path, state: Mapping[str, Any]) -> list[Group]:
+    if not any(run.ranks.owns(group["draw"]) for group in state["leftover"]):
+        return []
+    groups = unpack_groups(load_file(folder / "rollouts.safetensors"), state["leftover"])
+    return [group for group in groups if run.ranks.owns(group.draw)]
+
+
+def _restore_random(folder: Path, state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
+    version, internal, gauss = state["random"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _check_state(run: Run, folder: Path, state: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a checkpoint of another model, data set or order."""
+    remedies = {
+        "data": "the examples have changed since",
+        "model": "it was trained from other weights",
+    }
+    if "ranks" not in state:
+        raise CheckpointError(f"{folder}: has an older layout; begin anew from {folder / 'model'} with another output")
+    for name, reason in remedies.items():
+        if state["fingerprints"][name] != run.fingerprints[name]:
+            raise CheckpointError(f"{folder}: {reason}; give them back, or use another output")
+    for name, value in (("data_seed", run.config.data.seed), ("seed", run.config.seed)):
+        if state[name] != value:
+            field = name.replace("_", ".")
+            raise CheckpointError(f"{folder}: was made with {field} = {state[name]}, not {value}; use another output")
