@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vtengine_training.grpo.advantage import advantages, deviation, has_spread
+from vtengine_training.grpo.advantage import TurnRewards, advantages, deviation, has_spread, turn_advantages
 from vtengine_training.grpo.weights import token_weights
 
 from tests.training.grpo.reference import reference_advantages
@@ -59,3 +59,22 @@ def test_by_hand() -> None:
     assert token_weights([2, 6, 4], [0, 0, 1], "prompt-mean", 9) == [1 / 16, 1 / 16, 1 / 8]
     with pytest.raises(ValueError, match="groups"):
         token_weights([1], [], "token-mean", 9)
+
+
+def test_turns_are_credited_with_their_own_parts() -> None:
+    """Two that asked (one right, one wrong), two that answered at once; 0.1 for asking."""
+    siblings = [TurnRewards(1, 0.5, 0.1), TurnRewards(0, 0.5, 0.1), TurnRewards(1, 0.0, 0.0), TurnRewards(0, 0.5, 0.0)]
+    found = turn_advantages(siblings, [2, 3, 1, 1], "centred")
+    assert [len(one) for one in found] == [2, 3, 1, 1]
+    asking, answering, whole = (0.9, -0.1, 1.0, 0.0), (1.5, 0.5, 1.0, 0.5), (1.4, 0.4, 1.0, 0.5)
+    mean = [sum(part) / 4 for part in (asking, answering, whole)]
+    assert found[0] == pytest.approx((0.9 - mean[0], 1.5 - mean[1]))
+    assert found[1] == pytest.approx((-0.1 - mean[0], -0.1 - mean[0], 0.5 - mean[1]))
+    assert found[2] == pytest.approx((1.0 - mean[2],)) and found[3] == pytest.approx((0.5 - mean[2],))
+
+
+def test_without_a_second_turn_it_is_the_usual_advantage() -> None:
+    siblings = [TurnRewards(float(k % 2), 0.5, 0.0) for k in range(4)]
+    assert [one for (one,) in turn_advantages(siblings, [1] * 4)] == advantages([one.whole for one in siblings])
+    with pytest.raises(ValueError, match="equally many"):
+        turn_advantages(siblings, [1])

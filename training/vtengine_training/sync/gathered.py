@@ -1,4 +1,4 @@
-"""The engine generates with a whole copy of weights that the learner holds in pieces, or as a base and an adapter."""
+"""Every process has a whole copy of weights that the learner holds in pieces; engines read it, or are sent it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtengine.engine.base import Backend
 from vtengine.model import ModelConfig, Qwen2_5_VL, hf_tensors, load_tensors
-from vtengine_training.sync.base import Weights
+from vtengine_training.sync.base import Publisher, Weights
 
 
 @dataclass(frozen=True, eq=False)
 class CopiedParameters:
-    """A `Publisher` for an engine of this process that has parameters of its own: `model`, written where they are.
+    """A `Publisher`: writes the learner's weights into `model` where they are, then lets `onward` publish them.
 
     To be called while nothing is generated.
     """
 
-    backend: Backend
+    onward: Publisher
     model: Qwen2_5_VL
     weights: Weights
 
     async def release(self) -> None:
-        """Nothing: pages and weights stay."""
+        await self.onward.release()
 
     async def publish(self, version: int) -> None:
         load_tensors(self.model, self.weights())
-        await self.backend.load_weights({}, version)
+        await self.onward.publish(version)
 
 
 def gathered_weights(config: ModelConfig, whole: Callable[[str], Tensor]) -> Weights:

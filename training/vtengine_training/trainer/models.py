@@ -33,27 +33,29 @@ class Models:
     reference: Policy | None
     optimizer: MasterAdamW
 
-    def publisher(self, config: GrpoConfig, backend: Backend) -> Publisher:
-        """How the engine gets what was learned."""
+    def publisher(self, config: GrpoConfig, backend: Backend, ranks: Ranks) -> Publisher:
+        """How the engine gets what was learned. Servers that all ranks share are sent the first one's copy."""
         learned, generating = self.policy.model, self.generating
+        onward: Publisher = build_publisher(config, backend, generating)
         if learned is generating:
-            return build_publisher(config, backend, generating)
+            return onward
+        if config.rollout.backend.startswith("http"):
+            from vtengine_training.sync.sglang import ByFirstRank, SglangPublisher
+
+            assert isinstance(onward, SglangPublisher)
+            onward = ByFirstRank(onward, ranks.is_first, lambda: ranks.gather(None))
         weights = gathered_weights(
             generating.config, lambda name: gathered(learned.get_parameter(name), generating.dtype)
         )
-        return CopiedParameters(backend, generating, weights)
+        return CopiedParameters(onward, generating, weights)
 
 
 def build_models(
     config: GrpoConfig, folder: Path, device: torch.device, banned: Collection[int], ranks: Ranks
 ) -> Models:
-    """Loads the checkpoint folder. Raises ModelLoadError, or ValueError for what several ranks cannot do."""
-    if not ranks.is_alone and config.rollout.backend != "embedded":
-        raise ValueError(
-            f'rollout.backend = "{config.rollout.backend}": several processes generate with the embedded engine only; '
-            "use it, or start one process"
-        )
+    """Loads the checkpoint folder. Raises ModelLoadError."""
     model = load_model(folder, device, getattr(torch, config.dtype))
+    model.visual.requires_grad_(config.update.train_vision)
     if ranks.is_alone:
         policy, reference = _whole(config, folder, model, banned)
     else:
@@ -67,7 +69,6 @@ def _whole(
     config: GrpoConfig, folder: Path, model: Qwen2_5_VL, banned: Collection[int]
 ) -> tuple[Policy, Policy | None]:
     update, temperature = config.update, config.rollout.temperature
-    model.visual.requires_grad_(update.train_vision)
     fused = update.logits == "fused"
     policy = Policy.build(model, temperature, banned, update.logits_chunk, update.train_vision, fused)
     if not config.loss.kl_coef:
@@ -81,7 +82,6 @@ def _sharded(
 ) -> tuple[Policy, Policy | None]:
     """Copies of `model` in pieces: float32 masters that learn, and, if it is needed, a frozen one in its own dtype."""
     update, temperature = config.update, config.rollout.temperature
-    model.requires_grad_(False)
 
     def policy(sharded: Sharded, train_vision: bool) -> Policy:
         fused = update.logits == "fused"
