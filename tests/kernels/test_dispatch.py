@@ -23,6 +23,8 @@ def test_report_names_every_implementation():
     assert {(entry.op, entry.impl) for entry in report} == {
         *(("patchify", impl) for impl in ("cpu", "ref")),
         *(("prefix_attention", impl) for impl in ("cpu", "triton", "ref")),
+        *(("paged_prefill", impl) for impl in ("triton", "ref")),
+        *(("kv_store", impl) for impl in ("triton", "torch", "ref")),
         *(("shared_prefix_attention", impl) for impl in ("flash", "tiles", "ref")),
         *(("visual_scatter", impl) for impl in ("triton", "ref")),
         *((op, impl) for op in ("token_logprob", "grpo_loss") for impl in ("triton", "cpu", "torch", "ref")),

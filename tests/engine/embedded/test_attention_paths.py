@@ -55,6 +55,15 @@ def test_with_gathered_pages(monkeypatch):
     assert answers_are_cold(tiny_model()) == 8
 
 
+def test_with_long_rows_in_place(monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "prefill_available", lambda keys: True)
+    prefill = attention.paged_prefill
+    monkeypatch.setattr(attention, "paged_prefill", lambda *args: calls.append(args[-1]) or prefill(*args))
+    assert answers_are_cold(tiny_model()) == 8
+    assert max(calls) > attention.SHORT_ROW_TOKENS
+
+
 def test_with_padded_decode_batches_as_graphs_have_them():
     sizes = []
 

@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from vtengine_kernels.kv_store import kv_store
+from vtengine_kernels.paged_prefill import available as prefill_available
+from vtengine_kernels.paged_prefill import paged_prefill
 from vtengine_kernels.prefix_attention import available, prefix_attention
 
 from vtengine.model.attention import PackedCausal
@@ -51,8 +54,7 @@ class KVCache:
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v [T, Hkv, D] to token slots [T] (page * page_size + offset)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+        kv_store(k, v, self.keys[layer], self.values[layer], slots)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class PagedAttention:
     """Each row by the cheapest way there is.
 
     Rows without a cached prefix: plain causal attention. Single tokens and short rows: the `prefix_attention` kernel,
-    which reads pages in place. What it does not take, and long rows: gathered pages, then scaled_dot_product_attention.
+    which reads pages in place. Long rows: `paged_prefill`, in place too, where it has a kernel (CUDA). The rest:
+    gathered pages, then scaled_dot_product_attention.
     """
 
     def __init__(self, cache: KVCache, layout: RowLayout, slots: Tensor, scratch: Scratch) -> None:
@@ -84,7 +87,9 @@ class PagedAttention:
         cached = (layout.length > layout.count) | (layout.count == 1)
         short = cached & (layout.count <= SHORT_ROW_TOKENS) & available(cache.keys[0])
         self._short = _Short.plan(layout, np.flatnonzero(short), slots.device) if short.any() else None
-        groups = _group(layout, np.flatnonzero(cached & ~short))
+        long = cached & ~short & prefill_available(cache.keys[0])
+        self._long = _Long.plan(layout, np.flatnonzero(long), slots.device) if long.any() else None
+        groups = _group(layout, np.flatnonzero(cached & ~short & ~long))
         self._batches = [_Batch.plan(layout, rows, cache, slots.device) for rows in groups]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -99,6 +104,8 @@ class PagedAttention:
             out[rows] = self._fresh.packed.attend(layer, q[rows], k[rows], v[rows])
         if self._short is not None:
             out[self._short.tokens] = self._short.attend(q[self._short.tokens], self._cache, layer)
+        if self._long is not None:
+            out[self._long.tokens] = self._long.attend(q[self._long.tokens], self._cache, layer)
         for batch in self._batches:
             keys = self._scratch.gather(0, self._cache.keys[layer], batch.pages)
             values = self._scratch.gather(1, self._cache.values[layer], batch.pages)
@@ -147,6 +154,29 @@ class _Short:
 
     def attend(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
         return prefix_attention(q, cache.keys[layer], cache.values[layer], self.tables, self.lengths)
+
+
+@dataclass(frozen=True)
+class _Long:
+    """Rows of many tokens behind a cached prefix: tokens of the pass, and per row what `paged_prefill` takes."""
+
+    tokens: Tensor
+    tables: Tensor
+    lengths: Tensor
+    offsets: Tensor
+    longest: int
+
+    @staticmethod
+    def plan(layout: RowLayout, rows: np.ndarray, device: torch.device) -> _Long:
+        count = layout.count[rows]
+        tokens = np.concatenate([np.arange(b, b + n) for b, n in zip(layout.begin[rows], count, strict=True)])
+        arrays = (tokens, layout.pages[rows], layout.length[rows], np.concatenate([[0], np.cumsum(count)]))
+        on_device = [_tensor(array.astype(np.int64), device) for array in arrays]
+        return _Long(on_device[0], on_device[1], on_device[2], on_device[3], int(count.max()))
+
+    def attend(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]
+        return paged_prefill(q, keys, values, self.tables, self.lengths, self.offsets, self.longest)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,74 @@
+"""paged_prefill: rows of many query tokens, each row over the cached keys and values of its own sequence.
+
+Row n has the queries offsets[n] .. offsets[n + 1] - 1 of the pass, which are the last of the lengths[n] tokens of its
+sequence: the i-th of c queries sees tokens 0 .. lengths[n] - c + i. Token t lies in page tables[n, t // page_size] at
+t % page_size. Query head h reads key head h * Hkv // Hq. Nothing is gathered: pages are read where they are.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vtengine_kernels.paged_prefill import ref, triton
+
+Impl = Literal["auto", "triton", "ref"]
+
+_IMPLS: dict[str, ModuleType] = {"triton": triton, "ref": ref}
+
+__all__ = ["Impl", "available", "paged_prefill"]
+
+
+def available(keys: Tensor) -> bool:
+    """Whether impl "auto" has something better than the reference for keys like these."""
+    return triton.takes(keys) and triton.missing() is None
+
+
+def paged_prefill(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, offsets: Tensor, longest: int,
+    *, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
+    """q [T, Hq, D], keys and values [pages, page_size, Hkv, D] -> [T, Hq, D]. The scale is 1 / sqrt(D).
+
+    tables int64 [N, P], lengths int64 [N], offsets int64 [N + 1] from 0 to T; longest: most queries of a row, on the
+    host. Every row has at least one query and no more than its length; lengths fit the tables (not checked, nor are
+    page numbers). What lies beyond a length may hold anything, NaN too. "triton": CUDA, 16-bit and float32, head sizes
+    up to 128. "ref": all. ValueError: shapes or dtypes that do not fit. RuntimeError: `impl` is not available here.
+    """
+    _check(q, keys, values, tables, lengths, offsets)
+    chosen = ("triton" if available(keys) else "ref") if impl == "auto" else impl
+    if chosen not in _IMPLS:
+        raise ValueError(f"paged_prefill: impl = {impl!r}: must be one of auto, {', '.join(_IMPLS)}")
+    module = _IMPLS[chosen]
+    reason = module.missing()
+    if reason is not None:
+        raise RuntimeError(f"paged_prefill: impl = {chosen!r} is not available: {reason}")
+    if not module.takes(keys):
+        raise ValueError(f"paged_prefill: impl = {chosen!r} takes no {keys.dtype} {list(keys.shape)} on {keys.device}")
+    return module.paged_prefill(q, keys, values, tables, lengths, offsets, longest)
+
+
+def _check(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, offsets: Tensor) -> None:
+    if (
+        q.ndim != 3
+        or keys.ndim != 4
+        or keys.shape != values.shape
+        or keys.shape[3] != q.shape[2]
+        or q.shape[1] % keys.shape[2]
+    ):
+        raise ValueError(
+            f"paged_prefill: keys {list(keys.shape)}, values {list(values.shape)}: must be [pages, page_size, Hkv, D] "
+            f"for q {list(q.shape)} [T, Hq, D], Hq a multiple of Hkv"
+        )
+    if not q.dtype == keys.dtype == values.dtype:
+        raise ValueError(f"paged_prefill: q {q.dtype}, keys {keys.dtype}, values {values.dtype}: must be equal")
+    rows = len(lengths)
+    shapes = tables.ndim == 2 and len(tables) == rows and lengths.shape == (rows,) and offsets.shape == (rows + 1,)
+    if not shapes or {tables.dtype, lengths.dtype, offsets.dtype} != {torch.int64}:
+        raise ValueError(
+            f"paged_prefill: tables {list(tables.shape)} {tables.dtype}, lengths {list(lengths.shape)} "
+            f"{lengths.dtype}, offsets {list(offsets.shape)} {offsets.dtype}: must be int64 [N, P], [N] and [N + 1]"
+        )

@@ -1,0 +1,142 @@
+"""The Triton implementation: a program per row, block of queries and key head; all query heads of the group together.
+
+Keys and values are so read once for the whole group. Runs on the CPU too, under TRITON_INTERPRET=1 (set before triton
+is imported).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    # Suffixes: M pairs of a query and a head of the group, D head size, T tokens of a block.
+    @triton.jit
+    def _paged_prefill_kernel(
+        q_ptr,
+        keys_ptr,
+        values_ptr,
+        tables_ptr,
+        lengths_ptr,
+        offsets_ptr,
+        out_ptr,
+        scale,
+        q_stride,
+        out_stride,
+        table_stride,
+        page_stride,
+        token_stride,
+        GROUP: tl.constexpr,
+        SIZE: tl.constexpr,
+        PAGE: tl.constexpr,
+        QUERIES: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+    ):
+        row, head = tl.program_id(0), tl.program_id(2)
+        begin, end = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
+        first_query = tl.program_id(1) * QUERIES
+        count = end - begin
+        if first_query < count:
+            length = tl.load(lengths_ptr + row)
+            m, d, t = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
+            query_M = first_query + m // GROUP
+            real_M = (m < QUERIES * GROUP) & (query_M < count)
+            limit_M = tl.where(real_M, length - count + query_M, 0)  # the last token that a query sees
+            in_MD = real_M[:, None] & (d[None, :] < SIZE)
+            column_MD = (head * GROUP + m % GROUP)[:, None] * SIZE + d[None, :]
+            q_MD = tl.load(q_ptr + (begin + query_M)[:, None] * q_stride + column_MD, mask=in_MD, other=0.0)
+            highest_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+            total_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            sums_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+            seen_tokens = length - count + tl.minimum(first_query + QUERIES, count)
+            for first in range(0, seen_tokens, BLOCK_T):
+                token_T = first + t
+                there_T = token_T < seen_tokens
+                page_T = tl.load(tables_ptr + row * table_stride + token_T // PAGE, mask=there_T, other=0)
+                at_T = page_T * page_stride + (token_T % PAGE) * token_stride + head * SIZE
+                in_TD = there_T[:, None] & (d[None, :] < SIZE)
+                k_TD = tl.load(keys_ptr + at_T[:, None] + d[None, :], mask=in_TD, other=0.0)
+                scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee") * scale
+                scores_MT = tl.where(token_T[None, :] <= limit_M[:, None], scores_MT, float("-inf"))
+                new_M = tl.maximum(highest_M, tl.max(scores_MT, axis=1))
+                weights_MT = tl.exp(scores_MT - new_M[:, None])
+                fade_M = tl.exp(highest_M - new_M)
+                v_TD = tl.load(values_ptr + at_T[:, None] + d[None, :], mask=in_TD, other=0.0)
+                total_M = total_M * fade_M + tl.sum(weights_MT, axis=1)
+                sums_MD = sums_MD * fade_M[:, None]
+                sums_MD += tl.dot(weights_MT.to(v_TD.dtype), v_TD, input_precision="ieee")
+                highest_M = new_M
+            out_MD = (sums_MD / total_M[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + (begin + query_M)[:, None] * out_stride + column_MD, out_MD, mask=in_MD)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why there is no Triton here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in Python."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def takes(keys: Tensor) -> bool:
+    return (keys.is_cuda or interpreted()) and keys.shape[3] <= 128
+
+
+def blocks(group: int, size: int, itemsize: int) -> dict[str, int]:
+    """QUERIES of a block and the block sizes, powers of two of at least 16; larger ones spill registers."""
+    block_m = max(64 if itemsize == 2 and size == _padded(size) else 32, _padded(group))
+    return {
+        "QUERIES": block_m // group,
+        "BLOCK_M": block_m,
+        "BLOCK_D": _padded(size),
+        "BLOCK_T": 32,
+    }
+
+
+def paged_prefill(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, offsets: Tensor, longest: int
+) -> Tensor:
+    """Contract: the package's docstring. All on one device."""
+    q = q if q.stride()[1:] == (q.shape[2], 1) else q.contiguous()
+    tokens, heads, size = q.shape
+    kv_heads, group = keys.shape[2], heads // keys.shape[2]
+    out = q.new_empty((tokens, heads, size))
+    sizes = blocks(group, size, q.element_size())
+    if tokens:
+        _paged_prefill_kernel[(len(lengths), -(-longest // sizes["QUERIES"]), kv_heads)](
+            q,
+            keys,
+            values,
+            tables,
+            lengths,
+            offsets,
+            out,
+            size**-0.5,
+            q.stride(0),
+            out.stride(0),
+            tables.stride(0),
+            keys.stride(0),
+            keys.stride(1),
+            GROUP=group,
+            SIZE=size,
+            PAGE=keys.shape[1],
+            **sizes,
+        )
+    return out
+
+
+def _padded(count: int) -> int:
+    return max(16, 1 << (count - 1).bit_length())
