@@ -55,7 +55,7 @@ report: $(STAMP)
 
 gpu: $(STAMP)
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	    set -e; $(PY) -m pytest -m gpu $(PYTEST_ARGS); \
+	    set -e; $(PY) -m vtengine.cli doctor; $(PY) -m pytest -m gpu $(PYTEST_ARGS); \
 	    for suite in $(GPU_SUITES); do $(PY) benchmarks/run.py --suite $$suite $(BENCH_ARGS); done; \
 	else \
 	    echo 'make gpu: no CUDA device seen by torch. Skipped: the tests marked gpu$(if $(GPU_SUITES),; the benchmarks $(GPU_SUITES)).'; \

@@ -49,7 +49,7 @@ TABLES = {
 def run(context: Any) -> list[dict[str, Any]]:
     folder = model_folder()
     model, tokenizer = load_model(folder, dtype=torch.float32), Tokenizer.load(folder)
-    rounds = 1 if context.quick else 5
+    rounds = 1 if context.quick else 3
     bench = _Bench(model, tokenizer)
     asyncio.run(bench.batch(8))  # warm-up
     rows = [bench.batch_row(size, rounds) for size in (BATCHES[:3] if context.quick else BATCHES)]

@@ -23,7 +23,7 @@ from vtengine.protocol.conversation import Limits
 from vtengine.rollout.tokenizer import Tokenizer
 
 TESTS = ["tests/engine", "tests/rollout"]
-QUESTIONS, CONCURRENCIES, ROUNDS = 256, (1, 8, 64), 1
+QUESTIONS, CONCURRENCIES, ROUNDS = 256, (1, 8, 64), 3
 ASK_ONE_IN = 2
 YARDSTICKS = ((1, 1), (64, 64))  # (concurrency, most requests in one padded call)
 
