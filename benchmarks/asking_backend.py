@@ -7,10 +7,11 @@ and the model goes on from there. Every engine gets the same beginnings, and the
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vtengine.engine.base import Backend, Completion, Request, TokenChunk
 from vtengine.protocol.profile import Profile
@@ -35,11 +36,26 @@ class AskingBackend:
         return len(request.images) == 1 and int(request.images[0].content_hash[:8], 16) % self.one_in == 0
 
     async def generate(self, request: Request) -> Completion:
-        """The account is that of the request as it came: the beginning counts as reply, not as prompt."""
-        if not self.is_begun(request):
+        begun = self._begun(request)
+        if begun is None:
             return await self.inner.generate(request)
-        begun = replace(request, token_ids=request.token_ids + self.beginning)
-        completion = await self.inner.generate(begun)
+        return self._whole(request, await self.inner.generate(begun))
+
+    async def stream(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
+        begun = self._begun(request)
+        if begun is not None:
+            yield TokenChunk(self.beginning)
+        chunks = cast("AsyncGenerator[TokenChunk, None]", self.inner.stream(begun or request))
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                done = chunk.completion
+                yield chunk if begun is None or done is None else replace(chunk, completion=self._whole(request, done))
+
+    def _begun(self, request: Request) -> Request | None:
+        return replace(request, token_ids=request.token_ids + self.beginning) if self.is_begun(request) else None
+
+    def _whole(self, request: Request, completion: Completion) -> Completion:
+        """The account is that of the request as it came: the beginning counts as reply, not as prompt."""
         return replace(
             completion,
             token_ids=self.beginning + completion.token_ids,
@@ -47,10 +63,6 @@ class AskingBackend:
             prompt_tokens=len(request.token_ids),
             cached_tokens=min(completion.cached_tokens, len(request.token_ids)),
         )
-
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        completion = await self.generate(request)
-        yield TokenChunk(completion.token_ids, completion)
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         await self.inner.load_weights(source, version)

@@ -1,0 +1,173 @@
+"""What `vtengine serve` costs: the same questions through the server and straight through the episode loop.
+
+The shipped model, greedy, fp32, 64 at a time; every other picture is made to be asked about twice. Direct: `run_batch` in
+this process. Server: the real application in this process, asked by a process of its own over 64 kept connections, which
+has its requests ready beforehand (load_client.py); the images travel as base64 in either case. Each run has a fresh
+engine and empty caches; the sides take turns within each round. `overhead` is the median over the rounds of a side's
+time over that of the direct side in the same round, less one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from asking_backend import AskingBackend
+from two_turn_run import SAMPLING, Asked, held_out_questions, model_folder
+from vtengine_training.glance.views import LIMITS
+
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.model import Qwen2_5_VL, load_model
+from vtengine.protocol.conversation import Limits
+from vtengine.protocol.profile import load_profile
+from vtengine.rollout.group import Setting, run_batch
+from vtengine.rollout.tokenizer import Tokenizer
+from vtengine.server.app import create_app, create_house
+from vtengine.server.config import ServerLimits
+from vtengine.server.run import Server, address, bind
+from vtengine.vision.pipeline import ImagePipeline
+
+TESTS = ["tests/server/test_completions.py", "tests/server/test_choices.py"]
+QUESTIONS, CONCURRENCY, ROUNDS = 256, 64, 5
+SIDES = ("direct", "server", "server, streamed")
+CLIENT = Path(__file__).parents[1] / "load_client.py"
+
+TABLES = {
+    "serving-overhead": {
+        "columns": {
+            "side": "Side",
+            "concurrency": "Concurrency",
+            "questions_per_s": "Questions/s",
+            "overhead": "Overhead",
+            "loop_cpu_ms": "Event loop, CPU ms per question",
+            "client_cpu_ms": "Client, CPU ms per question",
+            "first_byte_ms": "First byte, ms",
+            "last_byte_ms": "Last byte, ms",
+            "same_answers": "Same answers",
+        },
+        "where": {"part": "overhead"},
+    }
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One side, once. loop_s: CPU of the thread that runs the event loop; the rest of the CPU is the engine's.
+
+    first_s, last_s: of each request, as the client saw them; empty where there is none.
+    """
+
+    wall_s: float
+    loop_s: float
+    answers: tuple[str, ...]
+    client_s: float = 0.0
+    first_s: tuple[float, ...] = ()
+    last_s: tuple[float, ...] = ()
+
+
+def run(context: Any) -> list[dict[str, Any]]:
+    folder = model_folder()
+    model = load_model(folder, dtype=torch.float32)
+    asked = held_out_questions(16 if context.quick else QUESTIONS)
+    concurrency = 8 if context.quick else CONCURRENCY
+    for side in SIDES:  # warm-up: allocator, threads, compiled op
+        once(side, folder, model, asked[:16], concurrency)
+    passes: dict[str, list[Pass]] = {side: [] for side in SIDES}
+    for index in range(2 if context.quick else ROUNDS):
+        for side in SIDES[index % 3 :] + SIDES[: index % 3]:
+            passes[side].append(once(side, folder, model, asked, concurrency))
+    return [_row(side, passes, concurrency) for side in SIDES]
+
+
+def once(side: str, folder: Path, model: Qwen2_5_VL, asked: Sequence[Asked], concurrency: int) -> Pass:
+    async def go() -> Pass:
+        tokenizer, profile = Tokenizer.load(folder), load_profile(folder)
+        engine = EmbeddedEngine(model, tokenizer, EngineConfig(max_running=concurrency))
+        pipeline = ImagePipeline(LIMITS, "compact", torch.float32)
+        backend = AskingBackend(engine, tokenizer, profile)
+        setting = Setting(backend, pipeline, tokenizer, profile, Limits("adaptive", 2), SAMPLING)
+        try:
+            if side == "direct":
+                return await _direct(setting, asked, concurrency)
+            return await _served(setting, asked, concurrency, streams=side != "server")
+        finally:
+            await engine.close()
+            pipeline.close()
+
+    return asyncio.run(go())
+
+
+async def _direct(setting: Setting, asked: Sequence[Asked], concurrency: int) -> Pass:
+    wall, busy = time.perf_counter(), time.thread_time()
+    questions = [one.question for one in asked]
+    answers = [sample.episode.answer async for sample in run_batch(setting, questions, concurrency=concurrency)]
+    wall, busy = time.perf_counter() - wall, time.thread_time() - busy
+    return Pass(wall, busy, tuple(answer or "" for answer in answers))
+
+
+async def _served(setting: Setting, asked: Sequence[Asked], concurrency: int, streams: bool) -> Pass:
+    listening = bind("127.0.0.1", 0)
+    limits = ServerLimits(max_running=concurrency, max_waiting=4 * concurrency)
+    house = create_house(setting, "glance", limits)
+    server = Server(create_app(house), house)
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    with tempfile.NamedTemporaryFile("wb", suffix=".jsonl") as file:
+        for one in asked:
+            file.write(json.dumps(_body(one, streams)).encode() + b"\n")
+        file.flush()
+        line = [sys.executable, str(CLIENT), address(listening), file.name, "--concurrency", str(concurrency)]
+        pipe = subprocess.PIPE
+        client = await asyncio.create_subprocess_exec(*line, stdin=pipe, stdout=pipe, limit=1 << 26)
+        assert client.stdin is not None and client.stdout is not None
+        await client.stdout.readline()
+        busy = time.thread_time()
+        client.stdin.write(b"\n")
+        report = json.loads(await client.stdout.readline())
+        busy = time.thread_time() - busy
+        await client.wait()
+    server.stop()
+    await serving
+    listening.close()
+    if report["failed"]:
+        raise RuntimeError(f"{len(report['failed'])} requests failed: {report['failed'][0]}")
+    times = (tuple(report["first_s"]), tuple(report["last_s"]))
+    return Pass(report["wall_s"], busy, tuple(report["contents"]), report["client_cpu_s"], *times)
+
+
+def _body(one: Asked, streams: bool) -> dict[str, Any]:
+    image = {"type": "image_url", "image_url": {"url": one.question.image}}
+    content = [image, {"type": "text", "text": one.question.text}]
+    return {"model": "glance", "stream": streams, "messages": [{"role": "user", "content": content}]}
+
+
+def _row(side: str, passes: dict[str, list[Pass]], concurrency: int) -> dict[str, Any]:
+    mine, direct = passes[side], passes["direct"]
+    count = len(mine[0].answers)
+    wall_s = statistics.median(one.wall_s for one in mine)
+    ratios = [one.wall_s / other.wall_s for one, other in zip(mine, direct, strict=True)]
+    pairs = list(zip(mine[-1].answers, direct[-1].answers, strict=True))
+    firsts, lasts = [s for one in mine for s in one.first_s], [s for one in mine for s in one.last_s]
+    return {
+        "part": "overhead",
+        "side": side,
+        "concurrency": concurrency,
+        "questions": count,
+        "rounds": len(mine),
+        "questions_per_s": count / wall_s,
+        "overhead": statistics.median(ratios) - 1,
+        "loop_cpu_ms": 1e3 * statistics.median(one.loop_s for one in mine) / count,
+        "client_cpu_ms": 1e3 * statistics.median(one.client_s for one in mine) / count if firsts else None,
+        "first_byte_ms": 1e3 * statistics.median(firsts) if firsts else None,
+        "last_byte_ms": 1e3 * statistics.median(lasts) if lasts else None,
+        "same_answers": sum(a == b for a, b in pairs) / len(pairs),
+    }
