@@ -1,10 +1,10 @@
 """What `vtengine serve` costs: the same questions through the server and straight through the episode loop.
 
-The shipped model, greedy, fp32, 64 at a time; every other picture is made to be asked about twice. Direct: `run_batch` in
-this process. Server: the real application in this process, asked by a process of its own over 64 kept connections, which
-has its requests ready beforehand (load_client.py); the images travel as base64 in either case. Each run has a fresh
-engine and empty caches; the sides take turns within each round. `overhead` is the median over the rounds of a side's
-time over that of the direct side in the same round, less one.
+The shipped model, greedy, fp32, 64 at a time; every other picture is made to be asked about twice. Direct: `run_batch`
+in this process. Server: the real application in this process, asked by a process of its own over 64 kept connections,
+which has its requests ready beforehand (load_client.py); the images travel as base64 in either case. Each run has a
+fresh engine and empty caches; the sides take turns within each round. `overhead` is the median over the rounds of a
+side's time over that of the direct side in the same round, less one.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ _SERVE = """examples:
 
 clients: any that speaks OpenAI's /v1/chat/completions; the base URL ends in /v1. docs/serving.md says the rest.
 limits for --config and --set: max_body_bytes, max_image_bytes, max_image_pixels, max_images, max_text_chars,
-  max_choices, max_running, max_waiting, max_held_bytes, request_timeout_s, drain_s, keep_alive_s, retry_after_s"""
+  max_choices, max_running, max_waiting, max_held_bytes, request_timeout_s, drain_s, max_text_events_per_s,
+  keep_alive_s, retry_after_s"""
 
 _VIEW = """examples:
   vtengine view answers.jsonl -o answers.html

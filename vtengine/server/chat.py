@@ -23,6 +23,8 @@ from vtengine.server.splitter import StopCutter
 from vtengine.server.stream import Stream
 
 log = logging.getLogger(__name__)
+SMALL_BODY = 256 << 10
+"""Bytes: reading fewer takes less time than handing them to a thread."""
 GONE = 499
 """Status in log and metrics when the client left first."""
 
@@ -74,7 +76,7 @@ class ChatExchange(Response):
         with house.gate.enter() as visit:
             body = await read_body(receive, headers, house.limits.max_body_bytes, visit.hold)
             self.has_body = True
-            chat = await asyncio.to_thread(parse_chat, body)
+            chat = parse_chat(body) if len(body) < SMALL_BODY else await asyncio.to_thread(parse_chat, body)
             del body
             job = self._prepare(chat)
             del chat

@@ -15,7 +15,8 @@ class ServerLimits:
     max_running: episodes at a time; max_waiting: those that wait for one of those places, more get status 429.
     max_held_bytes: of all bodies in memory at once, more get status 429 as well.
     request_timeout_s: from the first byte of a request to the last of its reply. drain_s: how long running requests
-    may go on after the signal to stop. keep_alive_s: the longest silence in a stream before a comment is sent.
+    may go on after the signal to stop. max_text_events_per_s: of all streams together; where tokens come faster,
+    several share an event. keep_alive_s: the longest silence in a stream before a comment is sent.
     retry_after_s: what a refused client is told to wait.
     """
 
@@ -30,6 +31,7 @@ class ServerLimits:
     max_held_bytes: int = 1024 * MIB
     request_timeout_s: float = 300.0
     drain_s: float = 30.0
+    max_text_events_per_s: int = 400
     keep_alive_s: float = 15.0
     retry_after_s: int = 1
 
@@ -47,6 +49,7 @@ class ServerLimits:
         self._require("max_waiting", 0)
         self._require("max_held_bytes", self.max_body_bytes)
         self._require("retry_after_s", 0)
+        self._require("max_text_events_per_s", 1)
         for name in ("request_timeout_s", "keep_alive_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be > 0 seconds")

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
-from vtengine.rollout.episode import Asked, Episode, Event, Replied, TextDelta
+from vtengine.rollout.episode import Asked, Episode, Replied, TextDelta
 from vtengine.server.account import (
     TURN_BREAK,
     Json,
@@ -22,11 +22,9 @@ from vtengine.server.admission import Visit
 from vtengine.server.choices import run_choice, together
 from vtengine.server.connection import Reply
 from vtengine.server.house import House
+from vtengine.server.mailbox import Mailbox, Told, Word
 from vtengine.server.prepare import Job
 from vtengine.server.splitter import ReplySplitter, StopCutter
-
-Told = tuple[int, Event | Episode]
-"""A choice's index and what it tells; its episode comes last."""
 
 
 class Stream:
@@ -54,7 +52,7 @@ class Stream:
                 elif self.reply.started:
                     await self.reply.send_comment()
 
-    def _read(self, index: int, event: Event | Episode) -> None:
+    def _read(self, index: int, event: Word) -> None:
         for delta, extension, finish in self.choices[index].read(event):
             choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
             chunk = {**self.frame, "choices": [choice]}
@@ -72,49 +70,29 @@ class Stream:
         """What has happened since the last look, nothing for a silence of keep_alive_s. Closing it cancels the
         episodes. Raises ApiError when one of them gives no completion.
         """
-        queue: asyncio.Queue[Told | None] = asyncio.Queue()
+        house = self.house
+        box = Mailbox(lambda: house.gate.running_now / house.limits.max_text_events_per_s)
 
         async def run(index: int) -> None:
-            told = run_choice(self.job, index, self.visit, self.house, lambda event: queue.put_nowait((index, event)))
-            queue.put_nowait((index, await told))
+            told = run_choice(self.job, index, self.visit, house, lambda event: box.put((index, event)))
+            box.put((index, await told))
 
         episodes = asyncio.ensure_future(together(run(index) for index in range(self.job.num_choices)))
-        episodes.add_done_callback(lambda _: queue.put_nowait(None))
+        episodes.add_done_callback(lambda _: box.wake())
         try:
             while True:
-                try:
-                    async with asyncio.timeout(self.house.limits.keep_alive_s):
-                        told = await queue.get()
-                except TimeoutError:
-                    yield []
-                    continue
-                batch: list[Told] = []
-                while told is not None:
-                    _append(batch, told)
-                    if queue.empty():
-                        break
-                    told = queue.get_nowait()
-                if told is None and not self.reply.started:
+                batch = await box.take(house.limits.keep_alive_s)
+                ended = episodes.done()
+                if ended and not self.reply.started:
                     episodes.result()  # a fault becomes the status
-                if batch:
+                if batch or not ended:
                     yield batch
-                if told is None:
+                if ended:
                     episodes.result()
                     return
         finally:
             episodes.cancel()
             await asyncio.gather(episodes, return_exceptions=True)
-
-
-def _append(batch: list[Told], told: Told) -> None:
-    """Text joins the text before it, so that a server that falls behind has less to send."""
-    index, event = told
-    if isinstance(event, TextDelta) and batch and batch[-1][0] == index:
-        last = batch[-1][1]
-        if isinstance(last, TextDelta):
-            batch[-1] = (index, TextDelta(event.turn, last.text + event.text))
-            return
-    batch.append(told)
 
 
 Chunk = tuple[Json, Json | None, str | None]
@@ -132,7 +110,7 @@ class _Choice:
         self.has_content = self.has_reasoning = False
         self.breaks = False  # a turn has begun whose reasoning is to be set off from that before it
 
-    def read(self, event: Event | Episode) -> list[Chunk]:
+    def read(self, event: Word) -> list[Chunk]:
         self.chunks = []
         if isinstance(event, Asked):
             self._asked(event)
