@@ -20,7 +20,7 @@ SUITES := $(filter-out $(if $(wildcard .venv-peers/.installed),,trl_grpo),$(SUIT
 
 export PYTHON TORCH_INDEX
 
-.PHONY: help venv demo test check format bench report gpu sglang-venv test-sglang clean
+.PHONY: help venv demo test check format bench report gpu sglang-venv vllm-venv gpu-sglang test-sglang clean
 help:
 	@sed -n '1,8s/^# \{0,1\}//p' Makefile
 
@@ -73,5 +73,17 @@ $(SGLANG_VENV)/.installed: $(wildcard tests/sglang_env/*) pyproject.toml
 test-sglang: $(STAMP) sglang-venv
 	OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -m '$(SGLANG_MARKS)' $(or $(PYTEST_ARGS),tests/engine/sglang/test_real.py)
 
+# vLLM on the CPU (2.3 GB), a peer in the suite backends
+VLLM_VENV := .venv-vllm
+vllm-venv: $(VLLM_VENV)/.installed
+$(VLLM_VENV)/.installed: benchmarks/vllm_env/install.sh benchmarks/vllm_env/requirements.txt
+	@benchmarks/vllm_env/install.sh $(VLLM_VENV)
+	@touch $@
+
+# two turns of a model of the size of CONFIG (a folder with config.json; its weights are random) through SGLang on a GPU
+CONFIG ?=
+gpu-sglang:
+	$(or $(wildcard $(PY)),$(PYTHON),python3) benchmarks/gpu_sglang.py $(if $(CONFIG),--config $(CONFIG)) $(BENCH_ARGS)
+
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
