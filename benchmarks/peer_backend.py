@@ -40,6 +40,14 @@ SGLANG_FLAGS = (
 SGLANG_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
 
 
+class PeerMissing(RuntimeError):
+    """A peer that cannot take part, and why."""
+
+    def __init__(self, engine: str, message: str) -> None:
+        super().__init__(message)
+        self.engine = engine
+
+
 @dataclass(frozen=True)
 class Started:
     """startup_s: from the start of the process to its first word. pid: leads a process group of its own."""
@@ -77,7 +85,7 @@ class VllmBackend:
         assert self._process.stdout is not None and self._process.stderr is not None
         ready = self._process.stdout.readline()
         if not ready:
-            raise RuntimeError(f"vLLM did not start: {self._process.stderr.read().decode(errors='replace')[-2000:]}")
+            raise PeerMissing("vLLM", self._process.stderr.read().decode(errors="replace")[-500:])
         self.started = Started(self._process.pid, float(json.loads(ready)["ready"]))
 
     async def generate(self, request: Request) -> Completion:
@@ -198,7 +206,7 @@ def sglang_server(folder: Path, *flags: str, python: Path = SGLANG_PYTHON) -> It
     try:
         while not _answers(url + "/model_info"):
             if process.poll() is not None or time.perf_counter() - began_s > START_S:
-                raise RuntimeError(f"SGLang did not start: {' '.join(line)}")
+                raise PeerMissing("SGLang", f"the server did not start: {' '.join(line)}")
             time.sleep(0.2)
         yield Started(process.pid, time.perf_counter() - began_s, url)
     finally:

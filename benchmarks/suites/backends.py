@@ -24,6 +24,7 @@ from peer_backend import (
     SGLANG_FLAGS,
     SGLANG_PYTHON,
     VLLM_PYTHON,
+    PeerMissing,
     Started,
     VllmBackend,
     flush_sglang,
@@ -90,8 +91,8 @@ def run(context: Any) -> list[dict[str, Any]]:
                 if started is not None and side.resumption == "on":
                     process = {"startup_s": started.startup_s, "peak_mib": started.peak_mib()}
                     rows.append({"part": "process", "engine": side.engine, **process, "note": ""})
-        except FileNotFoundError as missing:
-            rows.append({"part": "process", "engine": str(missing), "note": "not measured: make its environment first"})
+        except PeerMissing as missing:
+            rows.append({"part": "process", "engine": missing.engine, "note": f"not measured: {missing}"})
     truth = next(one for (engine, _, _), one in runs.items() if engine == "transformers")
     return [_row(*key, one, truth, asked) for key, one in runs.items()] + rows
 
@@ -171,7 +172,7 @@ def _probe(name: str, count: int) -> dict[str, Any]:
 
 def _require(engine: str, python: Path) -> None:
     if not python.is_file():
-        raise FileNotFoundError(engine)
+        raise PeerMissing(engine, "its environment is not there")
 
 
 def _word(resume: bool) -> str:
