@@ -80,10 +80,11 @@ $(VLLM_VENV)/.installed: benchmarks/vllm_env/install.sh benchmarks/vllm_env/requ
 	@benchmarks/vllm_env/install.sh $(VLLM_VENV)
 	@touch $@
 
-# two turns of a model of the size of CONFIG (a folder with config.json; its weights are random) through SGLang on a GPU
+# two turns of a model of the size of CONFIG (a folder with config.json; its weights are random) through SGLang on a GPU;
+# PYTHON= an interpreter that has SGLang, where .venv has none
 CONFIG ?=
 gpu-sglang:
-	$(or $(wildcard $(PY)),$(PYTHON),python3) benchmarks/gpu_sglang.py $(if $(CONFIG),--config $(CONFIG)) $(BENCH_ARGS)
+	$(or $(PYTHON),$(wildcard $(PY)),python3) benchmarks/gpu_sglang.py $(if $(CONFIG),--config $(CONFIG)) $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) $(SGLANG_VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
