@@ -79,7 +79,8 @@ def test_streamed_choices_equal_whole_ones(serve: Serve) -> None:
         assert reasoning == choice.message.reasoning_content
         assert mine[0].choices[0].delta.role == "assistant" and mine[-1].choices[0].finish_reason == "stop"
         assert mine[-1].vtengine["status"] == "answered"
-    assert server.house.gate.inside == server.house.gate.waiting == server.house.gate.running_now == 0
+    wait_for(lambda: server.house.gate.inside == 0)
+    assert server.house.gate.waiting == server.house.gate.running_now == 0
 
 
 def test_choices_interleave_while_they_are_written(serve: Serve) -> None:
@@ -135,7 +136,8 @@ def test_a_choice_that_fails_fails_the_request(serve: Serve, stream: bool) -> No
         for _ in answer if stream else ():
             pass
     assert caught.value.code == "backend_failed"
-    assert server.house.gate.inside == server.house.gate.running_now == server.house.gate.waiting == 0
+    wait_for(lambda: server.house.gate.inside == 0)
+    assert server.house.gate.running_now == server.house.gate.waiting == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])
