@@ -83,7 +83,11 @@ class VllmBackend:
         self._reader: asyncio.Task[None] | None = None
         self._pngs: dict[tuple[str, tuple[int, int, int]], str] = {}
         assert self._process.stdout is not None and self._process.stderr is not None
-        ready = self._process.stdout.readline()
+        try:
+            ready = self._process.stdout.readline()
+        except BaseException:  # interrupted while it starts
+            self.stop()
+            raise
         if not ready:
             raise PeerMissing("vLLM", self._process.stderr.read().decode(errors="replace")[-500:])
         self.started = Started(self._process.pid, float(json.loads(ready)["ready"]))

@@ -119,6 +119,7 @@ VLLM = BENCHMARKS.parent / ".venv-vllm" / "bin" / "python"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not VLLM.is_file(), reason="needs make vllm-venv")
 def test_vllm_loads_the_shipped_checkpoint_and_answers() -> None:
     from peer_backend import VllmBackend
