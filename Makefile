@@ -5,6 +5,7 @@
 #                          (without it, PyPI's build is taken, which on Linux carries the CUDA libraries: 3 GB)
 # PYTEST_ARGS=tests/repo   what `make test` is to run;  JOBS=4  processes it uses
 # SUITES="patchify"        what `make bench` is to run; BENCH_ARGS=--quick
+# make bench-peers         the suites that compare with other projects, in an environment that has these (benchmarks/peers)
 VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -12,6 +13,7 @@ JOBS  ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -g
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SUITES ?= $(basename $(notdir $(filter-out benchmarks/suites/gpu_%,$(wildcard benchmarks/suites/[a-z]*.py))))
+PEER_SUITES := patchify
 GPU_SUITES ?= $(basename $(notdir $(wildcard benchmarks/suites/gpu_*.py)))
 PYTHON_CODE := vtengine kernels training benchmarks tests examples setup.py
 SOURCES := $(shell find csrc -type f 2>/dev/null)
@@ -22,7 +24,7 @@ export PYTHON TORCH_INDEX
 
 .PHONY: help venv demo test check format bench report gpu sglang-venv vllm-venv gpu-sglang test-sglang clean
 help:
-	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
 venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt .ci/venv $(SOURCES)
@@ -47,8 +49,20 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix $(wildcard $(PYTHON_CODE))
 
 bench: $(STAMP)
-	@set -e; for suite in $(SUITES); do $(PY) benchmarks/run.py --suite $$suite $(BENCH_ARGS); done
+	@set -e; $(foreach suite,$(SUITES),$(call python_for,$(suite)) benchmarks/run.py --suite $(suite) $(BENCH_ARGS);)
 	$(PY) benchmarks/report.py
+
+# an environment with what benchmarks/peers lists, and the Python of a suite: that one's, where it is there and wanted
+.PHONY: bench-peers peers-venv
+PEERS_VENV := .venv-peers
+python_for = $(if $(and $(filter $(1),$(PEER_SUITES)),$(wildcard $(PEERS_VENV)/.installed)),$(PEERS_VENV)/bin/python,$(PY))
+peers-venv: $(PEERS_VENV)/.installed
+$(PEERS_VENV)/.installed: constraints.txt $(wildcard benchmarks/peers/*)
+	@benchmarks/peers/install.sh $(PEERS_VENV)
+	@touch $@
+
+bench-peers: peers-venv
+	@$(MAKE) bench SUITES="$(PEER_SUITES)"
 
 report: $(STAMP)
 	$(PY) benchmarks/report.py

@@ -10,7 +10,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "numpy", "pillow", "transformers", "tokenizers", "opencv-python-headless", "torchvision")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pillow",
+    "transformers",
+    "tokenizers",
+    "opencv-python-headless",
+    "torchvision",
+    "hf-processors-rs",
+)
 
 
 def stamp(root: Path) -> dict[str, Any]:

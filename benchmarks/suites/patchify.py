@@ -1,18 +1,16 @@
-"""patchify against what people use: transformers' two processors, Pillow + numpy, OpenCV, torch's own resize.
+"""patchify against what people use: transformers, hf-processors-rs, torchvision's resize, Pillow, OpenCV.
 
-Every candidate makes the full float32 rows of one view from the same uint8 image; `levels_off` is its largest
-difference from Pillow's resize in 8-bit levels (0 = exact). The floor is a memory copy that reads and writes as many
-bytes as image and rows have together, with the same number of threads. torchvision and OpenCV take part where they are
-installed. vtengine's outputs come from its buffer pool, except in the row "fresh memory". Times are the least over the
-rounds, `cpu_ms` and `median_ms` are medians. Rows with `part` = "ours" compare vtengine with itself: views together and
-apart, forms of the output, threads.
+Every candidate makes the full float32 rows of one view from the same uint8 image: "high" is one bicubic resize to the
+grid, "quarter" VisionThink's low view, half by Lanczos and then bicubic. `levels_off` is the largest difference from
+Pillow's resize in 8-bit levels (0 = exact). The floor is a memory copy that reads and writes as many bytes as image and
+rows have together, with the same number of threads. vtengine's outputs come from its buffer pool, except in the row
+"fresh memory". Times are the least over the rounds, `cpu_ms` and `median_ms` are medians. Rows with `part` = "ours"
+compare vtengine with itself: views together and apart, forms of the output, threads. Rows with `part` = "aims" hold
+what was set out to reach beside what was reached. `make bench-peers` runs the suite where the peers are installed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,16 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from patchify_peers import BACKENDS, peers
 from PIL import Image
 from vtengine_kernels import buffers, library
-from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD, Target, patchify
-from vtengine_kernels.patchify.normalise import level_table
+from vtengine_kernels.patchify import CLIP_STD, Step, Target, patchify
 
-from vtengine.vision.plan import PixelLimits, plan_high, plan_low
+from vtengine.vision.plan import PixelLimits, plan_high, plan_low, plan_low_half_first
 
-_KEPT: list[Any] = []  # torch forgets declared operators with their library
-TESTS = ["tests/kernels"]
+TESTS = [f"tests/kernels/test_patchify_{part}.py" for part in ("levels", "values", "targets", "bad_input")]
 SIZES = [(512, 512), (1024, 768), (2048, 1024), (4096, 3072)]
+COMPOSED = "torchvision's resize + torch"
+AIMS_2_THREADS = {"high": (3, 4, 10, 15), "quarter": (6, 8, 12, 18)}  # times transformers' default, by size
 _COLUMNS = {
     "image": "Image",
     "candidate": "Implementation",
@@ -43,17 +42,22 @@ _COLUMNS = {
 }
 TABLES = {
     "patchify-high": {"columns": _COLUMNS, "where": {"part": "peers", "view": "high"}},
-    "patchify-low": {"columns": _COLUMNS, "where": {"part": "peers", "view": "low"}},
+    "patchify-quarter": {"columns": _COLUMNS, "where": {"part": "peers", "view": "quarter"}},
     "patchify-ours": {
         "columns": {
             "image": "Image",
             "candidate": "Variant",
             "threads": "Threads",
             "ms": "ms",
+            "cpu_ms": "CPU ms",
             "relative": "ratio",
             "to": "to",
         },
         "where": {"part": "ours"},
+    },
+    "patchify-aims": {
+        "columns": {"image": "Image", "candidate": "Aim", "wanted": "Wanted", "got": "Measured", "met": "Met"},
+        "where": {"part": "aims"},
     },
 }
 
@@ -63,15 +67,21 @@ def run(context: Any) -> list[dict[str, Any]]:
     rows = []
     for width, height in SIZES[:2] if context.quick else SIZES:
         image = smooth(rng, height, width)
-        high = plan_high(width, height, PixelLimits())
-        low = plan_low(high)
+        high, quarter = plan_high(width, height, PixelLimits()), plan_low_half_first(width, height, PixelLimits())
+        assert quarter.half is not None
+        views = {
+            "high": Target(high.height, high.width),
+            "quarter": Target(quarter.height, quarter.width, before=(Step(*quarter.half),)),
+        }
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            for view, plan in (("high", high), ("low", low)):
-                rows += peers(context, image, view, Target(plan.height, plan.width), threads)
-        rows += ours(context, image, Target(low.height, low.width), Target(high.height, high.width))
+            for view, target in views.items():
+                rows += compared(context, image, view, target, threads)
+        low = plan_low(high)
+        rows += ours(context, image, Target(low.height, low.width), views["high"])
     torch.set_num_threads(1)
-    return rows + batch(context, rng)
+    rows += batch(context, rng)
+    return rows + aims(rows)
 
 
 def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -81,22 +91,20 @@ def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return np.clip(large + rng.integers(-8, 9, large.shape), 0, 255).astype(np.uint8)
 
 
-def peers(context: Any, image: np.ndarray, view: str, target: Target, threads: int) -> list[dict[str, Any]]:
+def compared(context: Any, image: np.ndarray, view: str, target: Target, threads: int) -> list[dict[str, Any]]:
     """One row per candidate for one view."""
     out = torch.zeros(target.rows, 1176)
     moved = image.nbytes + out.nbytes
+    call = partial(patchify, image, [target], num_threads=threads)
     candidates: dict[str, Callable[[], Any]] = {
-        "vtengine": lambda: patchify(image, [target], num_threads=threads)[0],
-        "vtengine, fresh memory": lambda: (
-            buffers.outputs.release() or patchify(image, [target], num_threads=threads)[0]
-        ),
-        "Pillow + numpy": partial(pillow_numpy, image, target, out),
-        "torch resize + torch": partial(torch_composed, image, target, out),
-        **optional_peers(image, target, out),
+        "vtengine": lambda: call()[0],
+        "vtengine, torchvision's arithmetic": lambda: call(mode="tv")[0],
+        "vtengine, fresh memory": lambda: buffers.outputs.release() or call()[0],
+        **peers(image, [*target.before, Step(target.height, target.width, "bicubic")], out),
         "memory copy": memory_copy(moved, threads),
     }
     exact = patchify(image, [target], impl="ref")[0]
-    levels = {name: levels_off(call, exact) for name, call in candidates.items() if name != "memory copy"}
+    levels = {name: levels_off(made, exact) for name, made in candidates.items() if name != "memory copy"}
     times = context.compare(candidates, rounds=7, min_round_s=0.02)
     floor, best = times["memory copy"].min_s, times["vtengine"].min_s
     return [
@@ -126,98 +134,6 @@ def levels_off(call: Callable[[], Any], exact: torch.Tensor) -> float:
     return round(float((difference * std * 255).abs().max()), 3)
 
 
-def pillow_numpy(image: np.ndarray, target: Target, out: torch.Tensor) -> torch.Tensor:
-    """Pillow's resize, a table for the floats, one transposing copy into memory that is there."""
-    resized = np.asarray(Image.fromarray(image).resize((target.width, target.height), Image.Resampling.BICUBIC))
-    return fill(resized, target, out)
-
-
-def fill(resized: np.ndarray, target: Target, out: torch.Tensor) -> torch.Tensor:
-    table = level_table(CLIP_MEAN, CLIP_STD)
-    windows = resized.reshape(target.height // 28, 2, 14, target.width // 28, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    rows = out.numpy().reshape(*windows.shape[:4], 3, 2, 14, 14)
-    for channel in range(3):
-        rows[:, :, :, :, channel] = table[channel][windows[:, :, :, :, channel]][:, :, :, :, None]
-    return out
-
-
-def torch_composed(image: np.ndarray, target: Target, out: torch.Tensor) -> torch.Tensor:
-    """The best one can put together: torch's 8-bit vector resize (torchvision's), patches in 8 bits, one fused add."""
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None]
-    resized = torch.nn.functional.interpolate(
-        planes, size=(target.height, target.width), mode="bicubic", antialias=True, align_corners=False
-    )[0]
-    windows = resized.view(3, target.height // 28, 2, 14, target.width // 28, 2, 14).permute(1, 4, 2, 5, 0, 3, 6)
-    std = torch.tensor(CLIP_STD).view(3, 1, 1, 1)
-    shift = -torch.tensor(CLIP_MEAN).view(3, 1, 1, 1) / std
-    rows = out.view(*windows.shape[:4], 3, 2, 14, 14)
-    levels = windows.contiguous().unsqueeze(5)
-    torch.addcmul(shift, levels, 1 / (255 * std), out=rows[:, :, :, :, :, :1])
-    rows[:, :, :, :, :, 1:] = rows[:, :, :, :, :, :1]
-    return out
-
-
-def optional_peers(image: np.ndarray, target: Target, out: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """transformers, torchvision and OpenCV, as far as they are installed."""
-    found: dict[str, Callable[[], Any]] = {}
-    pixels = target.height * target.width
-    limits = {"min_pixels": pixels, "max_pixels": pixels}  # the processors' own rule then gives this very size
-    with_torchvision = import_torchvision()  # first: transformers looks for it
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        found["transformers, PIL processor"] = processor_call(Qwen2VLImageProcessorPil(**limits), image, out, target)
-    except ImportError:
-        pass
-    if with_torchvision:
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
-
-        found["transformers, default processor"] = processor_call(Qwen2VLImageProcessor(**limits), image, out, target)
-    try:
-        import cv2
-
-        cv2.setNumThreads(torch.get_num_threads())
-        size = (target.width, target.height)
-        found["OpenCV + numpy"] = lambda: fill(cv2.resize(image, size, interpolation=cv2.INTER_AREA), target, out)
-    except ImportError:
-        pass
-    return found
-
-
-@functools.cache
-def import_torchvision() -> bool:
-    """PyPI's torchvision is built for CUDA. Beside a torch without it, it does not import for want of two operators
-    that image processing does not use; so they are declared first."""
-    if not torch.cuda.is_available():
-        library_of_ops = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in (
-            "nms(Tensor dets, Tensor scores, float iou) -> Tensor",
-            "qnms(Tensor a, Tensor b, float c) -> Tensor",
-        ):
-            with contextlib.suppress(RuntimeError):  # declared already
-                library_of_ops.define(schema)
-        _KEPT.append(library_of_ops)
-    try:
-        importlib.import_module("torchvision")
-    except (ImportError, RuntimeError):
-        return False
-    return True
-
-
-def processor_call(processor: Any, image: np.ndarray, out: torch.Tensor, target: Target) -> Callable[[], Any]:
-    """As shipped: the caller hands over an array and gets new tensors. Where the processor's rule gives another size
-    than the view has, the caller resizes with Pillow first."""
-
-    def whole() -> Any:
-        return processor(images=[image], return_tensors="pt")["pixel_values"]
-
-    def in_two_steps() -> Any:
-        small = Image.fromarray(image).resize((target.width, target.height), Image.Resampling.BICUBIC)
-        return processor(images=[small], return_tensors="pt", do_resize=False)["pixel_values"]
-
-    return whole if tuple(whole().shape) == tuple(out.shape) else in_two_steps
-
-
 def memory_copy(moved: int, threads: int) -> Callable[[], None]:
     """Reads moved / 2 bytes and writes as many."""
     source, to = np.zeros(moved // 2, np.uint8), np.zeros(moved // 2, np.uint8)
@@ -234,9 +150,8 @@ def ours(context: Any, image: np.ndarray, low: Target, high: Target) -> list[dic
     rows = []
     for form, (dtype, layout, columns) in forms.items():
         outs = [torch.zeros(target.rows, columns, dtype=dtype) for target in (low, high)]
-        options = {"dtype": dtype, "layout": layout}
         for threads in (1, 2):
-            call = partial(patchify, image, num_threads=threads, **options)
+            call = partial(patchify, image, num_threads=threads, dtype=dtype, layout=layout)
             times = context.compare(
                 {
                     "low": partial(call, [low], out=outs[:1]),
@@ -261,12 +176,12 @@ def batch(context: Any, rng: np.random.Generator) -> list[dict[str, Any]]:
     images = [smooth(rng, 768, 1024) for _ in range(16)]
     targets = [Target(*side) for side in ((392, 504), (756, 1036))]
     outs = [[torch.zeros(target.rows, 588, dtype=torch.bfloat16) for target in targets] for _ in images]
-    options = {"dtype": torch.bfloat16, "layout": "compact"}
+    call = partial(patchify, dtype=torch.bfloat16, layout="compact")
     pools = {workers: ThreadPoolExecutor(workers) for workers in (1, 2)}
 
     def all_images(workers: int) -> list[Any]:
         jobs = zip(images, outs, strict=True)
-        return list(pools[workers].map(lambda job: patchify(job[0], targets, out=job[1], **options), jobs))
+        return list(pools[workers].map(lambda job: call(job[0], targets, out=job[1]), jobs))
 
     times = context.compare({str(workers): partial(all_images, workers) for workers in pools}, rounds=7)
     one = times["1"].min_s
@@ -283,3 +198,34 @@ def batch(context: Any, rng: np.random.Generator) -> list[dict[str, Any]]:
         }
         for workers, time in times.items()
     ]
+
+
+def aims(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was set out to reach, as far as the peers it names were here."""
+    found = []
+
+    def aim(image: str, name: str, wanted: float, got: float, *, at_most: bool = False) -> None:
+        met = got <= wanted if at_most else got >= wanted
+        found.append({"part": "aims", "image": image, "candidate": name, "wanted": wanted, "got": got, "met": met})
+
+    named = {f"{width}x{height}": index for index, (width, height) in enumerate(SIZES)}
+    for row in rows:
+        image, view, threads = row["image"], row.get("view"), row["threads"]
+        if row["part"] == "ours":
+            if row.get("to") == "low + high apart":
+                aim(image, f"{row['candidate']}, threads: {threads}", 1.1, row["relative"], at_most=True)
+            elif row.get("to") and threads == 2:
+                aim(image, "times one worker", 1.8, row["relative"])
+        elif row["candidate"] == COMPOSED and threads == 1 and named[image] >= 2:
+            aim(
+                image,
+                f"{view}: times the best composed pipeline, 1 thread",
+                3 if view == "high" else 2,
+                row["vtengine_faster"],
+            )
+        elif row["candidate"] == BACKENDS["torchvision"] and threads == 2:
+            wanted = AIMS_2_THREADS[view][named[image]]
+            aim(image, f"{view}: times transformers as shipped, 2 threads", wanted, row["vtengine_faster"])
+        elif row["candidate"] == "vtengine" and threads == 2 and view == "high" and named[image] == 3:
+            aim(image, "high: times a memory copy, 2 threads", 1.5, row["floor_ratio"], at_most=True)
+    return found

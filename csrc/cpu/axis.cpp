@@ -28,9 +28,17 @@ double sinc(double x) {
 
 double lanczos(double x) { return -3.0 <= x && x < 3.0 ? sinc(x) * sinc(x / 3) : 0.0; }
 
-int32_t fixed_point(double weight) {
-    const double scaled = weight * (1 << kPrecisionBits);
-    return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5);
+// Fractional bits with which weights up to `largest` fit 16 bits.
+int int16_bits(double largest) {
+    int bits = 0;
+    while (bits < kPrecisionBits && static_cast<int>(0.5 + largest * (1 << (bits + 1))) < 1 << 15) ++bits;
+    return bits;
+}
+
+// Rounded to `bits` fractional bits; has kPrecisionBits of them.
+int32_t fixed_point(double weight, int bits) {
+    const double scaled = weight * (1 << bits);
+    return static_cast<int32_t>(scaled < 0 ? scaled - 0.5 : scaled + 0.5) * (1 << (kPrecisionBits - bits));
 }
 
 // Taps [first, last) of one output, weights that round to zero cut off at both ends; at least one is left.
@@ -44,31 +52,42 @@ void trim(const std::vector<int32_t>& row, int32_t* skip, int32_t* count) {
 
 }  // namespace
 
-Axis::Axis(int64_t in, int64_t out, int kind) : size_in(in), size_out(out), filter(kind), taps(0) {
+Axis::Axis(int64_t in, int64_t out, int kind, bool sixteen)
+    : size_in(in), size_out(out), filter(kind), int16(sixteen), taps(0) {
     const double scale = static_cast<double>(in) / static_cast<double>(out);
     const double stretch = std::max(scale, 1.0);
     const double support = (kind == VT_LANCZOS ? 3.0 : 2.0) * stretch;
     const double shrink = 1.0 / stretch;
+    std::vector<std::vector<double>> exact(out);
     std::vector<std::vector<int32_t>> rows(out);
-    std::vector<double> values;
+    double largest = 0.0;
     first.resize(out);
     count.resize(out);
     for (int64_t i = 0; i < out; ++i) {
         const double center = (i + 0.5) * scale;
         const int64_t low = std::max<int64_t>(static_cast<int64_t>(center - support + 0.5), 0);
         const int64_t high = std::min<int64_t>(static_cast<int64_t>(center + support + 0.5), in);
+        std::vector<double>& values = exact[i];
         values.resize(high - low);
+        first[i] = static_cast<int32_t>(low);
         double total = 0.0;
         for (int64_t x = low; x < high; ++x) {
             const double distance = (x - low + low - center + 0.5) * shrink;
             values[x - low] = kind == VT_LANCZOS ? lanczos(distance) : bicubic(distance);
             total += values[x - low];
         }
-        for (double value : values) rows[i].push_back(fixed_point(total != 0.0 ? value / total : value));
+        for (double& value : values) {
+            if (total != 0.0) value /= total;
+            largest = std::max(largest, value);
+        }
+    }
+    const int bits = int16 ? int16_bits(largest) : kPrecisionBits;
+    for (int64_t i = 0; i < out; ++i) {
+        for (double value : exact[i]) rows[i].push_back(fixed_point(value, bits));
         int32_t skip = 0;
         trim(rows[i], &skip, &count[i]);
         rows[i].erase(rows[i].begin(), rows[i].begin() + skip);
-        first[i] = static_cast<int32_t>(low + skip);
+        first[i] += skip;
         taps = std::max(taps, static_cast<int>(count[i]));
     }
     weight.assign(out * taps, 0);
@@ -78,19 +97,20 @@ Axis::Axis(int64_t in, int64_t out, int kind) : size_in(in), size_out(out), filt
     }
 }
 
-std::shared_ptr<const Axis> find_axis(int64_t size_in, int64_t size_out, int filter) {
+std::shared_ptr<const Axis> find_axis(int64_t size_in, int64_t size_out, int filter, bool int16) {
     static std::mutex mutex;
     static std::list<std::shared_ptr<const Axis>> cache;
     {
         std::lock_guard<std::mutex> lock(mutex);
         for (auto it = cache.begin(); it != cache.end(); ++it) {
-            if ((*it)->size_in == size_in && (*it)->size_out == size_out && (*it)->filter == filter) {
+            const Axis& axis = **it;
+            if (axis.size_in == size_in && axis.size_out == size_out && axis.filter == filter && axis.int16 == int16) {
                 cache.splice(cache.begin(), cache, it);
                 return cache.front();
             }
         }
     }
-    auto made = std::make_shared<const Axis>(size_in, size_out, filter);
+    auto made = std::make_shared<const Axis>(size_in, size_out, filter, int16);
     std::lock_guard<std::mutex> lock(mutex);
     cache.push_front(made);
     if (cache.size() > kCachedAxes) cache.pop_back();

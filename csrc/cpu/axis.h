@@ -1,4 +1,4 @@
-// One axis of a Pillow-exact resize: 22-bit fixed-point weights, and the same weights as each instruction set wants them.
+// One axis of an exact resize: 22-bit fixed-point weights, and the same weights as each instruction set wants them.
 #pragma once
 
 #include <cstdint>
@@ -46,10 +46,12 @@ struct ColumnPack {
 
 class Axis {
   public:
-    Axis(int64_t size_in, int64_t size_out, int filter);
+    // int16: weights of 16 bits, as torch has them, shifted up to the precision of all.
+    Axis(int64_t size_in, int64_t size_out, int filter, bool int16);
 
     int64_t size_in, size_out;
     int filter;
+    bool int16;
     int taps;                      // most taps of any output, weights that round to 0 left out at both ends
     bool narrow = true;            // every weight fits three signed bytes
     std::vector<int32_t> first;    // [size_out] first source index
@@ -69,7 +71,7 @@ class Axis {
 };
 
 // The axis from a small cache (computing the weights of a large Lanczos axis takes as long as using them).
-std::shared_ptr<const Axis> find_axis(int64_t size_in, int64_t size_out, int filter);
+std::shared_ptr<const Axis> find_axis(int64_t size_in, int64_t size_out, int filter, bool int16);
 
 // Three signed bytes b2, b1, b0 with b0 + 256 b1 + 65536 b2 = weight.
 inline void split_bytes(int32_t weight, int8_t* b2, int8_t* b1, int8_t* b0) {

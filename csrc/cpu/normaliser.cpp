@@ -10,8 +10,8 @@ namespace vtengine {
 Normaliser make_normaliser(const vt_options& options) {
     Normaliser norm;
     norm.table = options.table;
-    norm.unit_high = static_cast<float>(1.0 / 255);
-    norm.unit_low = static_cast<float>(1.0 / 255 - norm.unit_high);
+    norm.unit_high = static_cast<float>(options.unit);
+    norm.unit_low = static_cast<float>(options.unit - norm.unit_high);
     norm.exact = true;
     for (int c = 0; c < 3; ++c) {
         const double inverse = 1.0 / options.std[c];

@@ -20,22 +20,60 @@ VT_AVX2 inline __m256i levels(__m256i low, __m256i high) {
     return _mm256_srai_epi32(total, kPrecisionBits);
 }
 
-VT_AVX2 void group(const PairQuad* quad, const int32_t* windows, int32_t entries, const uint8_t* const* in,
-                   uint8_t* const* out, int64_t lines, int64_t at) {
+VT_AVX2 inline __m256i picked(const uint8_t* line, const int32_t* windows, __m256i index) {
+    const __m256i from = _mm256_inserti128_si256(_mm256_castsi128_si256(window(line + windows[0])),
+                                                 window(line + windows[1]), 1);
+    return _mm256_shuffle_epi8(from, index);
+}
+
+VT_AVX2 inline void store_levels(uint8_t* to, __m256i low, __m256i high) {
+    const __m256i words = _mm256_packs_epi32(levels(low, high), _mm256_setzero_si256());
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    const __m128i all = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), all);
+}
+
+// Few entries: their weights stay in registers over all lines.
+template <int E>
+VT_AVX2 void group(const PairQuad* quad, const int32_t* windows, const uint8_t* const* in, uint8_t* const* out,
+                   int64_t lines, int64_t at) {
+    __m256i index[E], w_low[E], w_high[E];
+    for (int e = 0; e < E; ++e) {
+        index[e] = loaded(quad[e].index);
+        w_low[e] = loaded(quad[e].low);
+        w_high[e] = loaded(quad[e].high);
+    }
     for (int64_t line = 0; line < lines; ++line) {
         __m256i low = _mm256_set1_epi32(1 << (kPrecisionBits - 1)), high = _mm256_setzero_si256();
-        for (int32_t e = 0; e < entries; ++e) {
-            const __m256i from = _mm256_inserti128_si256(_mm256_castsi128_si256(window(in[line] + windows[2 * e])),
-                                                         window(in[line] + windows[2 * e + 1]), 1);
-            const __m256i x = _mm256_shuffle_epi8(from, loaded(quad[e].index));
-            low = _mm256_add_epi32(low, _mm256_madd_epi16(x, loaded(quad[e].low)));
-            high = _mm256_add_epi32(high, _mm256_madd_epi16(x, loaded(quad[e].high)));
+#pragma GCC unroll 4
+        for (int e = 0; e < E; ++e) {
+            const __m256i x = picked(in[line], windows + 2 * e, index[e]);
+            low = _mm256_add_epi32(low, _mm256_madd_epi16(x, w_low[e]));
+            high = _mm256_add_epi32(high, _mm256_madd_epi16(x, w_high[e]));
         }
-        const __m256i words = _mm256_packs_epi32(levels(low, high), _mm256_setzero_si256());
-        const __m256i bytes = _mm256_packus_epi16(words, words);
-        const __m128i all = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(out[line] + at), all);
+        store_levels(out[line] + at, low, high);
     }
+}
+
+// Many entries: their weights are read once for L lines.
+template <int L>
+VT_AVX2 void long_group(const PairQuad* quad, const int32_t* windows, int32_t entries, const uint8_t* const* in,
+                        uint8_t* const* out, int64_t at) {
+    __m256i low[L], high[L];
+    for (int l = 0; l < L; ++l) {
+        low[l] = _mm256_set1_epi32(1 << (kPrecisionBits - 1));
+        high[l] = _mm256_setzero_si256();
+    }
+    for (int32_t e = 0; e < entries; ++e) {
+        const __m256i index = loaded(quad[e].index), w_low = loaded(quad[e].low), w_high = loaded(quad[e].high);
+#pragma GCC unroll 3
+        for (int l = 0; l < L; ++l) {
+            const __m256i x = picked(in[l], windows + 2 * e, index);
+            low[l] = _mm256_add_epi32(low[l], _mm256_madd_epi16(x, w_low));
+            high[l] = _mm256_add_epi32(high[l], _mm256_madd_epi16(x, w_high));
+        }
+    }
+    for (int l = 0; l < L; ++l) store_levels(out[l] + at, low[l], high[l]);
 }
 
 VT_AVX2 void column(const int32_t* weight, int count, const uint8_t* const* in, int64_t at, uint8_t* out) {
@@ -69,9 +107,21 @@ VT_AVX2 void horizontal(const Axis& axis, const uint8_t* const* in, uint8_t* con
     const PairPack& pack = axis.pair();
     if (!pack.fits) return horizontal_scalar(axis, in, out, lines);
     for (size_t g = 0; g + 1 < pack.begin.size(); ++g) {
-        const int32_t begin = pack.begin[g];
-        group(&pack.entries[begin], &pack.window[2 * begin], pack.begin[g + 1] - begin, in, out, lines,
-              static_cast<int64_t>(g) * kPairLanes);
+        const int32_t begin = pack.begin[g], entries = pack.begin[g + 1] - begin;
+        const PairQuad* quad = &pack.entries[begin];
+        const int32_t* windows = &pack.window[2 * begin];
+        const int64_t at = static_cast<int64_t>(g) * kPairLanes;
+        if (entries == 1) {
+            group<1>(quad, windows, in, out, lines, at);
+        } else if (entries == 2) {
+            group<2>(quad, windows, in, out, lines, at);
+        } else if (entries == 3) {
+            group<3>(quad, windows, in, out, lines, at);
+        } else {
+            int64_t line = 0;
+            for (; line + 3 <= lines; line += 3) long_group<3>(quad, windows, entries, in + line, out + line, at);
+            for (; line < lines; ++line) long_group<1>(quad, windows, entries, in + line, out + line, at);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 from vtengine_kernels import library
@@ -26,6 +27,7 @@ def report() -> list[Availability]:
             "patchify", "images are prepared 10 to 100 times slower, with numpy, and need several times the memory"
         ),
         Availability("patchify", "ref", True, "numpy, one thread"),
+        _triton("patchify"),  # for images that are brought to a GPU, where it is the only one
         _native(
             "prefix_attention", "decoding copies and pads its keys and values: 1.5 to 2 times slower at 64 requests"
         ),
@@ -84,6 +86,8 @@ def _rows(op: str) -> list[Availability]:
 def _triton(op: str) -> Availability:
     if importlib.util.find_spec("triton") is None:
         return Availability(op, "triton", False, "triton is not installed; on a CUDA machine: `pip install triton`")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return Availability(op, "triton", True, "Triton's interpreter, for tests")
     import torch
 
     if not torch.cuda.is_available():

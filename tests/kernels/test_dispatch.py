@@ -21,7 +21,7 @@ def fresh_search():
 def test_report_names_every_implementation():
     report = dispatch.report()
     assert {(entry.op, entry.impl) for entry in report} == {
-        *(("patchify", impl) for impl in ("cpu", "ref")),
+        *(("patchify", impl) for impl in ("cpu", "ref", "triton")),
         *(("prefix_attention", impl) for impl in ("cpu", "triton", "ref")),
         *(("paged_prefill", impl) for impl in ("triton", "ref")),
         *(("kv_store", impl) for impl in ("triton", "torch", "ref")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from vtengine_kernels.patchify import Target, patchify
+from vtengine_kernels.patchify import Step, Target, patchify
 
 GOOD = np.zeros((40, 50, 3), dtype=np.uint8)
 
@@ -54,12 +54,22 @@ def test_boxes(box):
 
 
 @pytest.mark.parametrize(
+    "before",
+    [[Step(20, 20)], (Step(9, 9),) * 3, ((20, 20),), (Step(0, 20),), (Step(20, 2.5),), (Step(20, 20, "box"),), None],
+    ids=str,
+)
+def test_steps(before):
+    with pytest.raises(ValueError, match=r"targets\[0\]\.before"):
+        patchify(GOOD, [Target(28, 28, before=before)])
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"filter": "nearest"}, "filter = 'nearest'"),
         ({"layout": "rows"}, "layout = 'rows'"),
         ({"dtype": torch.float16}, r"dtype = torch\.float16"),
-        ({"order": "pil14"}, "order = 'pil14'"),
+        ({"mode": "pil14"}, "mode = 'pil14'"),
         ({"num_threads": 0}, "num_threads = 0"),
         ({"num_threads": 2.0}, "num_threads = 2.0"),
         ({"num_threads": 10**6}, "num_threads"),
@@ -70,6 +80,8 @@ def test_boxes(box):
         ({"std": (0.5, 1e-60, 0.5)}, "std = "),
         ({"std": (0.5, -1.0, 0.5)}, "std = "),
         ({"impl": "gpu"}, "impl = 'gpu'"),
+        ({"device": "meta"}, "device = meta: an image on cpu"),
+        ({"device": "gpu"}, "device = 'gpu'"),
     ],
     ids=str,
 )
@@ -84,6 +96,7 @@ OUTPUTS = {
     "type": ([torch.full((4, 1176), 7.0, dtype=torch.float64)], r"out\[0\]: must be a torch\.float32"),
     "array": ([np.zeros((4, 1176), dtype=np.float32)], r"out\[0\]: must be"),
     "strided": ([torch.full((1176, 4), 7.0).t()], r"out\[0\]\.stride"),
+    "elsewhere": ([torch.zeros(4, 1176, device="meta")], r"out\[0\]: must be a torch\.float32 tensor on cpu"),
     "gradient": ([torch.full((4, 1176), 7.0, requires_grad=True)], "requires_grad"),
 }
 
@@ -93,7 +106,13 @@ def test_outputs(case):
     out, message = OUTPUTS[case]
     with pytest.raises(ValueError, match=message):
         patchify(GOOD, [Target(28, 28)], out=out)
-    assert all((torch.as_tensor(one) == 7).all() or (torch.as_tensor(one) == 0).all() for one in out)
+    assert all(
+        (torch.as_tensor(one) == 7).all() or (torch.as_tensor(one) == 0).all() for one in out if not is_meta(one)
+    )
+
+
+def is_meta(tensor):
+    return isinstance(tensor, torch.Tensor) and tensor.is_meta
 
 
 def test_targets_must_be_targets():
@@ -106,3 +125,11 @@ def test_nothing_is_written_when_a_later_target_is_wrong():
     with pytest.raises(ValueError, match=r"targets\[1\]"):
         patchify(GOOD, [Target(28, 28), Target(30, 28)], out=out)
     assert all((one == 7).all() for one in out)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match="device = 'cuda'"):
+        patchify(GOOD, [Target(28, 28)], device="cuda")
+    with pytest.raises(RuntimeError, match="impl = 'triton' is not available"):
+        patchify(GOOD, [Target(28, 28)], impl="triton")

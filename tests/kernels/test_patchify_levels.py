@@ -1,4 +1,4 @@
-"""The resized image, level by level, against Pillow: no difference is allowed."""
+"""The resized image, level by level, against Pillow and against torch: no difference is allowed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from vtengine_kernels.patchify import Target
+from vtengine_kernels.patchify import Step, Target
 from vtengine_kernels.patchify.fixed_point import vertical_first
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
-PILLOW_ORDER = "pil13" if int(PIL.__version__.split(".")[0]) >= 13 else "pil12"
+MODES = ["pil13", "pil12", "tv"]
+PILLOW = "pil13" if int(PIL.__version__.split(".")[0]) >= 13 else "pil12"
 IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "layout": "compact"}
 EXTREMES = [
     ((1, 1), (28, 28)),
@@ -42,17 +43,35 @@ def levels_of(rows: torch.Tensor, height: int, width: int) -> np.ndarray:
     return windows.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height, width, 3)
 
 
-def pillow_passes(image: np.ndarray, height: int, width: int, kind: str, order: str) -> np.ndarray:
-    """The two passes as two calls, which fixes their order whatever the version of Pillow."""
+def resized(image: np.ndarray, height: int, width: int, kind: str, mode: str) -> np.ndarray:
+    """By Pillow, the two passes as two calls, which fixes their order whatever its version; "tv": by torch."""
+    if mode == "tv":
+        return torch_resized(image, height, width, kind)
     pixels, resample = Image.fromarray(image), FILTERS[kind]
-    if vertical_first(image.shape[0], image.shape[1], height, width, order):
+    if vertical_first(image.shape[0], image.shape[1], height, width, mode):
         return np.asarray(pixels.resize((pixels.width, height), resample).resize((width, height), resample))
     return np.asarray(pixels.resize((width, pixels.height), resample).resize((width, height), resample))
 
 
-def differing(run, image, height, width, kind, order, **options) -> int:
-    rows = run(image, [Target(height, width)], filter=kind, order=order, **IDENTITY, **options)[0]
-    return int((levels_of(rows, height, width) != pillow_passes(image, height, width, kind, order)).sum())
+def torch_resized(image: np.ndarray, height: int, width: int, kind: str) -> np.ndarray:
+    """What torchvision calls for 8-bit tensors. A size that stays is left alone there."""
+    planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    if image.shape[:2] == (height, width):
+        return image
+    try:
+        made = torch.nn.functional.interpolate(
+            planes, size=(height, width), mode=kind, antialias=True, align_corners=False
+        )
+    except (NotImplementedError, ValueError):
+        pytest.skip(f"torch {torch.__version__} has no 8-bit {kind}")
+    return made[0].permute(1, 2, 0).numpy()
+
+
+def differing(run, image, height, width, kind, mode, before=(), **options) -> int:
+    rows = run(image, [Target(height, width, before=before)], filter=kind, mode=mode, **IDENTITY, **options)[0]
+    for step in before:
+        image = resized(image, step.height, step.width, step.filter, mode)
+    return int((levels_of(rows, height, width) != resized(image, height, width, kind, mode)).sum())
 
 
 @pytest.mark.parametrize("kind", FILTERS)
@@ -60,27 +79,50 @@ def differing(run, image, height, width, kind, order, **options) -> int:
 def test_extreme_sizes(run, picture, kind, size):
     (height_in, width_in), (height, width) = size
     image = picture(height_in, width_in)
-    rows = run(image, [Target(height, width)], filter=kind, order=PILLOW_ORDER, **IDENTITY)[0]
+    rows = run(image, [Target(height, width)], filter=kind, mode=PILLOW, **IDENTITY)[0]
     whole = np.asarray(Image.fromarray(image).resize((width, height), FILTERS[kind]))
     assert (levels_of(rows, height, width) != whole).sum() == 0
+    assert differing(run, image, height, width, kind, "tv") == 0
+
+
+def wrong_sizes(run, picture, kind: str, mode: str, count: int, halved: bool = False) -> list[tuple]:
+    """Of `count` random sizes, those with a difference; one thread and two, ordinary and streaming stores."""
+    rng = np.random.default_rng(7)
+    wrong = []
+    for index in range(count):
+        height_in, width_in = (int(side) for side in rng.integers(1, (40, 200)[index % 2], 2))
+        height, width = (28 * int(side) for side in rng.integers(1, 6, 2))
+        before = (Step(max(1, height_in // 2), max(1, width_in // 2)),) if halved else ()
+        options = {"num_threads": 1 + index // 2 % 2, "stream": (None, True, False)[index % 3]}
+        off = differing(run, picture(height_in, width_in), height, width, kind, mode, before, **options)
+        if off:
+            wrong.append((height_in, width_in, height, width, options, off))
+    return wrong
 
 
 @pytest.mark.parametrize("kind", FILTERS)
-@pytest.mark.parametrize("order", ["pil13", "pil12"])
-def test_500_random_sizes(run, picture, kind, order):
-    """In every implementation, with one thread and two, ordinary and streaming stores."""
-    rng = np.random.default_rng(7)
-    wrong = []
-    for index in range(500):
-        height_in, width_in = (int(side) for side in rng.integers(1, (40, 200)[index % 2], 2))
-        height, width = (28 * int(side) for side in rng.integers(1, 6, 2))
-        threads, stream = 1 + index // 2 % 2, (None, True, False)[index % 3]
-        count = differing(
-            run, picture(height_in, width_in), height, width, kind, order, num_threads=threads, stream=stream
-        )
-        if count:
-            wrong.append((height_in, width_in, height, width, threads, stream, count))
-    assert wrong == []
+@pytest.mark.parametrize("mode", MODES)
+def test_random_sizes(run, picture, kind, mode):
+    assert wrong_sizes(run, picture, kind, mode, 60) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_sizes_halved_first(run, picture, mode):
+    """VisionThink's low view: half by Lanczos, then bicubic to the grid, 8 bits in between."""
+    assert wrong_sizes(run, picture, "bicubic", mode, 60, halved=True) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("mode", MODES)
+def test_500_random_sizes(run, picture, kind, mode):
+    assert wrong_sizes(run, picture, kind, mode, 500) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_500_random_sizes_halved_first(run, picture, mode):
+    assert wrong_sizes(run, picture, "bicubic", mode, 500, halved=True) == []
 
 
 @given(
@@ -88,12 +130,16 @@ def test_500_random_sizes(run, picture, kind, order):
     st.integers(1, 700),
     st.integers(1, 20),
     st.integers(1, 20),
+    st.lists(st.builds(Step, st.integers(1, 400), st.integers(1, 400), st.sampled_from(sorted(FILTERS))), max_size=2),
     st.sampled_from(sorted(FILTERS)),
-    st.sampled_from(["pil13", "pil12"]),
+    st.sampled_from(MODES),
+    st.integers(1, 3),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_size(compiled, picture, height_in, width_in, rows, columns, kind, order):
-    assert differing(compiled, picture(height_in, width_in), 28 * rows, 28 * columns, kind, order) == 0
+def test_any_size(compiled, picture, height_in, width_in, rows, columns, before, kind, mode, threads):
+    image = picture(height_in, width_in)
+    off = differing(compiled, image, 28 * rows, 28 * columns, kind, mode, tuple(before), num_threads=threads)
+    assert off == 0
 
 
 @pytest.mark.parametrize("kind", FILTERS)
@@ -112,4 +158,5 @@ def test_photographs(compiled, data_dir):
             opened.draft("RGB", (1200, 1200))
             image = np.asarray(opened.convert("RGB"))
         height, width = image.shape[0] // 56 * 28 + 28, image.shape[1] // 56 * 28 + 28
-        assert differing(compiled, image, height, width, "bicubic", "pil13") == 0
+        for mode in MODES:
+            assert differing(compiled, image, height, width, "bicubic", mode) == 0

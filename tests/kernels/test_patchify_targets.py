@@ -97,6 +97,16 @@ def test_read_only_image_and_tensor(run, picture):
     assert torch.equal(run(torch.from_numpy(image.copy()), [Target(56, 56)])[0], expected)
 
 
+def test_an_image_at_any_address(run, picture):
+    image = picture(33, 47)
+    memory = np.zeros(image.size + 64, dtype=np.uint8)
+    expected = run(image, [Target(28, 56)])[0]
+    for shift in (1, 3, 17, 63):
+        moved = memory[shift : shift + image.size].reshape(image.shape)
+        moved[:] = image
+        assert torch.equal(run(moved, [Target(28, 56)])[0], expected)
+
+
 def test_many_callers_at_once(picture):
     image, targets = picture(300, 400), [Target(140, 196), Target(308, 392)]
     expected = patchify(image, targets)

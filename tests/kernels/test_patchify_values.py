@@ -1,4 +1,4 @@
-"""The floats: bit-equal to the transformers PIL processor, in every layout and type."""
+"""The floats: bit-equal to the two transformers processors, in every layout and type."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD, Target, ref
 from vtengine_kernels.patchify.normalise import level_table
 
-PILLOW_ORDER = "pil13" if int(PIL.__version__.split(".")[0]) >= 13 else "pil12"
+PILLOW = "pil13" if int(PIL.__version__.split(".")[0]) >= 13 else "pil12"
 SIZES = [(1, 1), (28, 28), (90, 37), (300, 500), (511, 130), (768, 1024)]
 
 
@@ -24,7 +24,7 @@ def test_equal_to_transformers(run, picture, processor, size):
     image = picture(*size)
     made = processor(images=[Image.fromarray(image)], return_tensors="pt")
     _, grid_height, grid_width = made["image_grid_thw"][0].tolist()
-    rows = run(image, [Target(14 * grid_height, 14 * grid_width)], order=PILLOW_ORDER)[0]
+    rows = run(image, [Target(14 * grid_height, 14 * grid_width)], mode=PILLOW)[0]
     assert rows.dtype == made["pixel_values"].dtype
     assert torch.equal(rows, made["pixel_values"])
 
@@ -55,11 +55,12 @@ def test_bfloat16_is_the_rounded_float(run, picture, layout):
         ((1e30, -1e30, 0.1), (1e-30, 1e30, 1e-38)),  # overflows: the arithmetic gives way to the table
     ],
 )
-def test_any_mean_and_std(run, mean, std):
+@pytest.mark.parametrize("mode", ["pil13", "tv"])
+def test_any_mean_and_std(run, mean, std, mode):
     ramp = torch.arange(28 * 28 * 3, dtype=torch.int64).remainder(256).to(torch.uint8).view(28, 28, 3).numpy()
     for dtype in (torch.float32, torch.bfloat16):
-        rows = run(ramp, [Target(28, 28)], mean=mean, std=std, dtype=dtype)[0]
-        expected = torch.from_numpy(ref.lookup(level_table(mean, std), ref.patches(ramp, 2))).to(dtype)
+        rows = run(ramp, [Target(28, 28)], mean=mean, std=std, dtype=dtype, mode=mode)[0]
+        expected = torch.from_numpy(ref.lookup(level_table(mean, std, mode), ref.patches(ramp, 2))).to(dtype)
         assert torch.equal(rows.view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -69,7 +70,21 @@ def test_the_table_is_what_transformers_computes(processor):
     levels = np.arange(256, dtype=np.uint8).reshape(1, 1, 256).repeat(3, axis=0)
     rescaled = processor.rescale(levels, 1 / 255)
     expected = processor.normalize(rescaled, list(CLIP_MEAN), list(CLIP_STD))
-    assert np.array_equal(level_table(CLIP_MEAN, CLIP_STD), np.asarray(expected)[:, 0].astype(np.float32))
+    assert np.array_equal(level_table(CLIP_MEAN, CLIP_STD, "pil13"), np.asarray(expected)[:, 0].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(CLIP_MEAN, CLIP_STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.0, 1.0), (1.0, 3.0, 1e-3))]
+)
+def test_tv_floats_are_those_of_the_torchvision_processor(run, mean, std):
+    """Its formula, in torch: mean and std times 255 once, then two operations on the levels as floats."""
+    levels = torch.arange(28 * 28 * 3).remainder(256).to(torch.uint8).view(28, 28, 3)
+    scale = 1.0 / (1 / 255)
+    shift, divisor = (torch.tensor(values)[:, None, None] * scale for values in (mean, std))
+    planes = levels.permute(2, 0, 1).to(torch.float32).sub(shift).div_(divisor)
+    expected = planes.view(3, 1, 2, 14, 1, 2, 14).permute(1, 4, 2, 5, 0, 3, 6).reshape(4, 588)
+    rows = run(levels.numpy(), [Target(28, 28)], mean=mean, std=std, mode="tv", layout="compact")[0]
+    assert torch.equal(rows, expected)
 
 
 def test_order_of_rows_and_columns(run):

@@ -141,6 +141,8 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("name", None, "name: missing"),
         ("name", 3, "name = 3: must be text"),
         ("on_bad_call", "ignore", 'must be "end" or "retry"'),
+        ("low_view", "quarter", "low_view = 'quarter': must be one of one_resize, half_first"),
+        ("resize_mode", "pil14", "resize_mode = 'pil14': must be one of pil13, pil12, tv"),
         ("turn", "x", "turn: must be a table"),
         ("turn.joinr", "x", "turn.joinr: unknown; did you mean joiner"),
         ("turn.close", None, "turn.close: missing"),
@@ -182,3 +184,9 @@ def test_unknown_name() -> None:
 
 def test_fill_reads_inserted_text_never_again() -> None:
     assert fill("{a} {b} {c}", {"a": "{b}", "b": "2"}) == "{b} 2 {c}"
+
+
+def test_how_pixels_are_made_is_part_of_a_profile() -> None:
+    ours, theirs = load_profile("vtengine"), load_profile("visionthink")
+    assert (ours.resize_mode, ours.low_view) == ("pil13", "one_resize")
+    assert (theirs.resize_mode, theirs.low_view) == ("pil12", "half_first")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtengine.vision.errors import ImageError
-from vtengine.vision.plan import PixelLimits, ViewPlan, plan_crop, plan_high, plan_low, plan_scale
+from vtengine.vision.plan import PixelLimits, ViewPlan, plan_crop, plan_high, plan_low, plan_low_half_first, plan_scale
 
 SIDES = st.integers(1, 8192)
 LIMITS = st.builds(
@@ -155,3 +155,17 @@ def test_plan_imports_the_standard_library_only() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
     )
     assert shown.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("size", "half", "view"),
+    [
+        ((1024, 768), (384, 512), (392, 504)),
+        ((1023, 769), (384, 511), (392, 504)),
+        ((40, 2000), (1000, 28), (1008, 28)),
+        ((1, 1), (28, 28), (56, 56)),
+    ],
+    ids=str,
+)
+def test_the_low_view_of_a_halved_image(size: tuple[int, int], half: tuple[int, int], view: tuple[int, int]) -> None:
+    assert plan_low_half_first(*size, DEFAULT) == ViewPlan(None, *view, half)

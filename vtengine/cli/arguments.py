@@ -200,6 +200,7 @@ def _add_engine(parser: Parser, seed: int | None = 0) -> None:
     stated = "another for each request" if seed is None else seed
     add("--seed", type=_whole(0), default=seed, metavar="S", help=f"same seed, same samples (default: {stated})")
     add("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1")
+    add("--image-device", choices=("auto", "cpu"), default="auto", help="makes pixel values (auto: where the model is)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
     add(
         "--kv-gb",

@@ -111,7 +111,16 @@ def _build(
     pixels_dtype = dtype if dtype == torch.bfloat16 and not over_http else torch.float32
     bounds, images = pixel_limits(folder), decode_limits or DecodeLimits()
     sources = SourceLimits(max_bytes=images.max_bytes, allow_http=arguments.allow_http)
-    pipeline = ImagePipeline(bounds, "compact", pixels_dtype, decode_limits=images, source_limits=sources)
+    pipeline = ImagePipeline(
+        bounds,
+        "compact",
+        pixels_dtype,
+        resize_mode=profile.resize_mode,
+        low_view=profile.low_view,
+        device=_image_device(arguments, device),
+        decode_limits=images,
+        source_limits=sources,
+    )
     limits = Limits(
         arguments.resolution,
         arguments.max_turns,
@@ -239,6 +248,19 @@ def _device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: is not supported; use cpu or cuda")
     return device
+
+
+def _image_device(arguments: argparse.Namespace, device: torch.device) -> torch.device:
+    """Where pixel values are made: beside an embedded model on CUDA, if Triton is there; else on the CPU."""
+    import torch
+    from vtengine_kernels import dispatch
+
+    on_gpu = device.type == "cuda" and arguments.backend == "embedded" and arguments.image_device == "auto"
+    if on_gpu and any(
+        (found.op, found.impl, found.available) == ("patchify", "triton", True) for found in dispatch.report()
+    ):
+        return device
+    return torch.device("cpu")
 
 
 def _dtype(arguments: argparse.Namespace) -> torch.dtype:

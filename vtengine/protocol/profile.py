@@ -1,4 +1,4 @@
-"""A protocol profile: every string the model ever sees, as a data file.
+"""A protocol profile: every string the model ever sees, and how its pixels are made, as a data file.
 
 `load_profile` reads `profiles/<name>.toml`, a path to such a file, or a checkpoint folder holding `profile.toml`.
 In a template `{word}` is a placeholder from a fixed list; other braces are plain text.
@@ -14,10 +14,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from vtengine.protocol.tools import ARGUMENTS, CROP, ToolCall
+from vtengine.vision.plan import LOW_VIEWS, RESIZE_MODES, LowView, ResizeMode
 
+T = TypeVar("T")
 OnBadCall = Literal["end", "retry"]
 PROFILE_FILE = "profile.toml"
 SHIPPED = Path(__file__).parent / "profiles"
@@ -94,13 +96,16 @@ class OfferedTool:
 @dataclass(frozen=True)
 class Profile:
     """`strings` maps "section.key" to a template. `on_bad_call`: a call that cannot be obeyed ends the episode
-    as malformed, or is answered with `response.bad_call` while turns are left."""
+    as malformed, or is answered with `response.bad_call` while turns are left. `resize_mode`,
+    `low_view`: how the pixels were made that the weights were trained with, see vtengine.vision.plan."""
 
     name: str
     about: str
     on_bad_call: OnBadCall
     strings: Mapping[str, str]
     tools: tuple[OfferedTool, ...]
+    resize_mode: ResizeMode = "pil13"
+    low_view: LowView = "one_resize"
 
     def __getitem__(self, key: str) -> str:
         return self.strings[key]
@@ -180,11 +185,13 @@ def load_profile(source: str | Path = "vtengine") -> Profile:
 
 def parse_profile(data: Mapping[str, Any]) -> Profile:
     """Checks a profile read from TOML. Raises ValueError naming the field."""
-    reject_unknown("", data, ("name", "about", "on_bad_call", "tools", *_SCHEMA, SEVERAL))
+    keys = ("name", "about", "on_bad_call", "resize_mode", "low_view", "tools", *_SCHEMA, SEVERAL)
+    reject_unknown("", data, keys)
     name = _string(data, "name", "")
     on_bad_call = data.get("on_bad_call", "end")
     if on_bad_call not in ("end", "retry"):
         raise ValueError(f'on_bad_call = {on_bad_call!r}: must be "end" or "retry"')
+    resize_mode, low_view = _choice(data, "resize_mode", RESIZE_MODES), _choice(data, "low_view", LOW_VIEWS)
     strings: dict[str, str] = {}
     sections = dict(_SCHEMA) | ({SEVERAL: _SEVERAL} if SEVERAL in data else {})
     for section, fields in sections.items():
@@ -200,7 +207,17 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     for tool in tools:
         if SEVERAL in data and tool.name == CROP and "image" not in tool.several_arguments:
             raise ValueError(f"tools.{CROP}.several_arguments: image is required: a box lies in one of the images")
-    return Profile(name, str(data.get("about", "")), on_bad_call, MappingProxyType(strings), tools)
+    return Profile(
+        name, str(data.get("about", "")), on_bad_call, MappingProxyType(strings), tools, resize_mode, low_view
+    )
+
+
+def _choice(data: Mapping[str, Any], key: str, allowed: tuple[T, ...]) -> T:
+    """One of `allowed`; the first where the key is missing."""
+    value = data.get(key, allowed[0])
+    if value not in allowed:
+        raise ValueError(f"{key} = {value!r}: must be one of {', '.join(map(str, allowed))}")
+    return allowed[allowed.index(value)]
 
 
 def _parse_tool(name: str, table: Any) -> OfferedTool:

@@ -21,12 +21,24 @@ from typing import Literal
 
 import numpy as np
 import torch
-from vtengine_kernels.patchify import Target, patchify
+from vtengine_kernels.patchify import Step, Target, patchify
 
 from vtengine.vision.decode import DecodeLimits, decode_image
 from vtengine.vision.image_input import ImageInput
 from vtengine.vision.once import OnceCache
-from vtengine.vision.plan import Box, PixelLimits, ViewPlan, plan_crop, plan_high, plan_low
+from vtengine.vision.plan import (
+    LOW_VIEWS,
+    RESIZE_MODES,
+    Box,
+    LowView,
+    PixelLimits,
+    ResizeMode,
+    ViewPlan,
+    plan_crop,
+    plan_high,
+    plan_low,
+    plan_low_half_first,
+)
 from vtengine.vision.source import SourceLimits, read_image_source
 
 Filter = Literal["bicubic", "lanczos"]
@@ -74,16 +86,24 @@ class ImagePipeline:
         cache_bytes: int = 1 << 30,
         *,
         resample: Filter = "bicubic",
+        resize_mode: ResizeMode = "pil13",
+        low_view: LowView = "one_resize",
+        device: torch.device | str = "cpu",
         decode_limits: DecodeLimits | None = None,
         source_limits: SourceLimits | None = None,
     ) -> None:
         """num_workers: threads, None = one per core, at most 8; cache_bytes: decoded pixels and finished views.
 
+        resize_mode, low_view: how pixels and the low view are made, properties of the weights (see
+        vtengine.vision.plan). device: where views are made and stay; on CUDA the bytes of an image go up and the values
+        are made there, equal bit by bit.
         A limit left out is the default of its class.
         """
         for name, value, allowed in (
             ("layout", layout, ("full", "compact")),
             ("resample", resample, ("bicubic", "lanczos")),
+            ("resize_mode", resize_mode, RESIZE_MODES),
+            ("low_view", low_view, LOW_VIEWS),
             ("dtype", dtype, (torch.float32, torch.bfloat16)),
         ):
             if value not in allowed:
@@ -92,6 +112,9 @@ class ImagePipeline:
         self._layout = layout
         self._dtype = dtype
         self._resample = resample
+        self._resize_mode = resize_mode
+        self._low_view = low_view
+        self.device = torch.device(device)
         self._decode_limits = decode_limits or DecodeLimits()
         self._source_limits = source_limits or SourceLimits()
         if num_workers is None:
@@ -110,7 +133,10 @@ class ImagePipeline:
         pixels = await self._pixels(encoded, file_hash)
         height, width, _ = pixels.values.shape
         high = plan_high(width, height, self.limits)
-        return SourceImage(pixels.content_hash, width, height, high, plan_low(high), self.limits, file_hash, encoded)
+        low = plan_low(high)
+        if self._low_view == "half_first":
+            low = plan_low_half_first(width, height, self.limits)
+        return SourceImage(pixels.content_hash, width, height, high, low, self.limits, file_hash, encoded)
 
     async def view(self, image: SourceImage, plan: ViewPlan) -> ImageInput:
         """One view of an opened image."""
@@ -171,14 +197,27 @@ class ImagePipeline:
     def _patchify(self, pixels: np.ndarray, plans: dict[str, ViewPlan]) -> list[ImageInput]:
         """The views of `plans`, keys being their content hashes, from one read of the pixels."""
         self._count("views_patchified", len(plans))
-        targets = [Target(plan.height, plan.width, plan.source_box) for plan in plans.values()]
-        made = patchify(pixels, targets, filter=self._resample, layout=self._layout, dtype=self._dtype)
+        targets = [
+            Target(plan.height, plan.width, plan.source_box, before=() if plan.half is None else (Step(*plan.half),))
+            for plan in plans.values()
+        ]
+        made = patchify(
+            pixels,
+            targets,
+            filter=self._resample,
+            layout=self._layout,
+            dtype=self._dtype,
+            mode=self._resize_mode,
+            device=self.device,
+        )
         return [ImageInput(key, plan.grid_thw, rows) for (key, plan), rows in zip(plans.items(), made, strict=True)]
 
     def _content_hash(self, image: SourceImage, plan: ViewPlan) -> str:
         """Equal for equal pixel values: everything that they depend on."""
         box = plan.source_box or (0, 0, image.width, image.height)
-        parts = (_RECIPE, image.content_hash, box, plan.height, plan.width, self._resample, self._layout, self._dtype)
+        size = (plan.height, plan.width) if plan.half is None else (*plan.half, plan.height, plan.width)
+        mode = () if self._resize_mode == "pil13" else (self._resize_mode,)
+        parts = (_RECIPE, image.content_hash, box, *size, self._resample, *mode, self._layout, self._dtype)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _count(self, name: str, by: int = 1) -> None:

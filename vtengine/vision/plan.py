@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 from vtengine.vision.errors import ImageError
 
@@ -18,6 +19,10 @@ PATCH = 14  # pixels per side of one vision-tower row
 MAX_ASPECT = 200  # long side / short side; the Qwen2-VL processor refuses more
 MIN_CROP = 28  # original pixels per side, where the image has them
 
+LowView = Literal["one_resize", "half_first"]  # see plan_low and plan_low_half_first
+ResizeMode = Literal["pil13", "pil12", "tv"]  # whose arithmetic: Pillow from 13 on, Pillow before, torchvision
+LOW_VIEWS: tuple[LowView, ...] = ("one_resize", "half_first")
+RESIZE_MODES: tuple[ResizeMode, ...] = ("pil13", "pil12", "tv")
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom exclusive
 
 
@@ -38,11 +43,15 @@ class PixelLimits:
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """The part `source_box` of the image (original pixels; None = all of it), resized to height x width pixels."""
+    """The part `source_box` of the image (original pixels; None = all of it), resized to height x width pixels.
+
+    half: (height, width) of a Lanczos resize that comes first; None: there is only one resize.
+    """
 
     source_box: Box | None
     height: int
     width: int
+    half: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("height", self.height), ("width", self.width)):
@@ -77,12 +86,19 @@ def plan_low(high: ViewPlan) -> ViewPlan:
     return plan_scale(high, Fraction(1, 2))
 
 
+def plan_low_half_first(width: int, height: int, limits: PixelLimits) -> ViewPlan:
+    """The low view that the released VisionThink weights know: the image halved by a resize of its own (each side at
+    least 28), and what the Qwen2-VL processor then makes of that."""
+    half = max(FACTOR, height // 2), max(FACTOR, width // 2)
+    return ViewPlan(None, *fit(*half, limits), half)
+
+
 def plan_scale(high: ViewPlan, scale: Fraction) -> ViewPlan:
     """`scale` of each side of the high view, 0 < scale <= 1, rounded to multiples of 28 (half to even), at least 28."""
     if not 0 < scale <= 1:
         raise ValueError(f"view.scale = {scale}: must be in (0, 1], 1 being the high view")
-    sides = (max(1, round(Fraction(side // FACTOR) * scale)) * FACTOR for side in (high.height, high.width))
-    return ViewPlan(high.source_box, *sides)
+    height, width = (max(1, round(Fraction(side // FACTOR) * scale)) * FACTOR for side in (high.height, high.width))
+    return ViewPlan(high.source_box, height, width)
 
 
 def plan_crop(width: int, height: int, low: ViewPlan, box: Box, limits: PixelLimits) -> ViewPlan:

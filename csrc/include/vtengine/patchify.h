@@ -15,11 +15,12 @@
 extern "C" {
 #endif
 
-#define VT_ABI_VERSION 1
+#define VT_ABI_VERSION 2
+#define VT_MAX_STEPS 2
 
 enum vt_isa { VT_ISA_AUTO = 0, VT_ISA_SCALAR = 1, VT_ISA_AVX2 = 2, VT_ISA_AVX512 = 3 };
 enum vt_filter { VT_BICUBIC = 0, VT_LANCZOS = 1 };
-enum vt_order { VT_PIL13 = 0, VT_PIL12 = 1 };
+enum vt_mode { VT_PIL13 = 0, VT_PIL12 = 1, VT_TV = 2 };
 enum vt_layout { VT_FULL = 0, VT_COMPACT = 1 };
 enum vt_dtype { VT_FLOAT32 = 0, VT_BFLOAT16 = 1 };
 enum vt_status { VT_OK = 0, VT_INVALID = 1, VT_NO_MEMORY = 2, VT_ISA_MISSING = 3, VT_FAILED = 4 };
@@ -30,18 +31,27 @@ typedef struct vt_image {
     int64_t height, width, row_bytes;
 } vt_image;
 
-// The part [top, bottom) x [left, right) of the image, resized to height x width (multiples of 28); out holds
-// height/14 * width/14 rows of 1176 (VT_FULL) or 588 (VT_COMPACT) values.
+// A resize to height x width that comes before the last one.
+typedef struct vt_step {
+    int64_t height, width;
+    int32_t filter;
+} vt_step;
+
+// The part [top, bottom) x [left, right) of the image, resized by each of the `steps` and then to height x width
+// (multiples of 28); out holds height/14 * width/14 rows of 1176 (VT_FULL) or 588 (VT_COMPACT) values.
 typedef struct vt_target {
     int64_t left, top, right, bottom, height, width;
     void* out;
+    int32_t steps;
+    vt_step step[VT_MAX_STEPS];
 } vt_target;
 
 typedef struct vt_options {
-    int32_t filter, order, layout, dtype, isa, num_threads;
+    int32_t filter, mode, layout, dtype, isa, num_threads;
     int32_t stream;      // 1: stores that bypass the caches, 0: ordinary stores, -1: by the size of the output
     float mean[3], std[3];
-    const float* table;  // [3][256]: the value of each level in each channel; mean and std only make it fast
+    double unit;         // a level becomes (level * unit - mean) / std
+    const float* table;  // [3][256]: the value of each level in each channel; unit, mean and std only make it fast
 } vt_options;
 
 // Writes every target. Thread-safe. Returns a vt_status.

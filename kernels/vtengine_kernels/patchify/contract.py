@@ -10,11 +10,12 @@ import numpy as np
 import torch
 
 from vtengine_kernels import buffers
-from vtengine_kernels.patchify.fixed_point import FILTERS, Box, Filter, Order
-from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD, level_table
+from vtengine_kernels.patchify.fixed_point import FILTERS, MODES, Box, Filter, Mode
+from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD, Affine, affine, level_table
 
 PATCH = 14
 WINDOW = 28  # pixels per side of a merge window: 2x2 patches
+MAX_STEPS = 2
 MAX_SIDE = 1 << 24  # Pillow holds the size of the source as a float32
 Layout = Literal["full", "compact"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -23,15 +24,26 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True)
+class Step:
+    """A resize to height x width pixels (any size) that comes before a target's own; it rounds to 8 bits too."""
+
+    height: int
+    width: int
+    filter: Filter = "lanczos"
+
+
+@dataclass(frozen=True)
 class Target:
     """One view: the part `box` of the source (left, top, right, bottom; None = all), resized to height x width pixels.
 
-    Both sides are multiples of 28. The box is cut out before resizing: no pixel outside it has influence.
+    Both sides are multiples of 28. The box is cut out before resizing: no pixel outside it has influence. `before`: at
+    most two resizes that come first.
     """
 
     height: int
     width: int
     box: Box | None = None
+    before: tuple[Step, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -41,17 +53,18 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A checked call. image: uint8 [H, W, 3], C-contiguous; table: float32 [3, 256]; outputs: one per target."""
+    """A checked call. image: uint8 [H, W, 3], C-contiguous, a tensor where it is on a GPU; device: where the outputs
+    are; table: float32 [3, 256]; outputs: one per target."""
 
-    image: np.ndarray
+    image: np.ndarray | torch.Tensor
+    device: torch.device
     targets: tuple[Target, ...]
     boxes: tuple[Box, ...]
     filter: Filter
-    order: Order
+    mode: Mode
     layout: Layout
     dtype: torch.dtype
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    affine: Affine
     table: np.ndarray
     outputs: tuple[torch.Tensor, ...]
     num_threads: int
@@ -67,49 +80,67 @@ def checked_plan(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
     num_threads: int = 1,
-    order: Order = "pil13",
+    mode: Mode = "pil13",
+    device: torch.device | str | None = None,
     out: Sequence[torch.Tensor] | None = None,
 ) -> Plan:
     """The call as an implementation wants it, outputs allocated. ValueError: an argument outside its range."""
-    check_options(filter, layout, dtype, order, num_threads)
+    check_options(filter, layout, dtype, mode, num_threads)
     check_normalisation(mean, std)
     image = checked_image(image_HWC)
+    place = checked_device(device, image)
     checked, boxes = checked_targets(targets, image.shape[0], image.shape[1])
     return Plan(
         image=image,
+        device=place,
         targets=checked,
         boxes=boxes,
         filter=filter,
-        order=order,
+        mode=mode,
         layout=layout,
         dtype=dtype,
-        mean=tuple(mean),
-        std=tuple(std),
-        table=level_table(tuple(mean), tuple(std)),
-        outputs=checked_outputs(out, checked, layout, dtype),
+        affine=affine(tuple(mean), tuple(std), mode),
+        table=level_table(tuple(mean), tuple(std), mode),
+        outputs=checked_outputs(out, checked, layout, dtype, place),
         num_threads=num_threads,
     )
 
 
-def checked_image(image: Any) -> np.ndarray:
-    """The image as a numpy view on the same memory. ValueError: not uint8 [H, W, 3], not on the CPU, not contiguous."""
-    if isinstance(image, torch.Tensor):
-        if image.device.type != "cpu":
-            raise ValueError(f"image.device = {image.device}: must be cpu; move it with image.cpu()")
-        if image.dtype is not torch.uint8:
-            raise ValueError(f"image.dtype = {image.dtype}: must be torch.uint8, levels 0..255")
-        image = image.detach().numpy()
-    if not isinstance(image, np.ndarray):
+def checked_image(image: Any) -> np.ndarray | torch.Tensor:
+    """The image, as a numpy view where it is on the CPU. ValueError: not uint8 [H, W, 3], not contiguous."""
+    if not isinstance(image, np.ndarray | torch.Tensor):
         raise ValueError(f"image = {type(image).__name__}: must be a numpy array or a torch tensor, uint8 [H, W, 3]")
-    if image.dtype != np.uint8:
+    if isinstance(image, torch.Tensor) and image.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"image.device = {image.device}: must be cpu or cuda; move it with image.cpu()")
+    if image.dtype != (torch.uint8 if isinstance(image, torch.Tensor) else np.uint8):
         raise ValueError(f"image.dtype = {image.dtype}: must be uint8, levels 0..255")
     if image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image.shape = {tuple(image.shape)}: must be [H, W, 3] (interleaved RGB)")
     if not 0 < image.shape[0] <= MAX_SIDE or not 0 < image.shape[1] <= MAX_SIDE:
         raise ValueError(f"image.shape = {tuple(image.shape)}: both sides must be 1 to {MAX_SIDE} pixels")
+    if isinstance(image, torch.Tensor):
+        if not image.is_contiguous():
+            raise ValueError(f"image.stride = {image.stride()}: must be C-contiguous; pass image.contiguous()")
+        return image.detach() if image.is_cuda else image.detach().numpy()
     if not image.flags.c_contiguous:
         raise ValueError(f"image.strides = {image.strides}: must be C-contiguous; pass np.ascontiguousarray(image)")
     return image
+
+
+def checked_device(device: torch.device | str | None, image: np.ndarray | torch.Tensor) -> torch.device:
+    """Where the outputs are to be: where the image is, unless it is to be brought up. ValueError: another way."""
+    source = image.device if isinstance(image, torch.Tensor) else torch.device("cpu")
+    try:
+        wanted = source if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {device!r}: torch sees no CUDA device here; leave it out")
+    if wanted.type == "cuda" and wanted.index is None:
+        wanted = source if source.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+    if wanted.type not in ("cpu", "cuda") or (source.type == "cuda" and wanted != source):
+        raise ValueError(f"device = {device}: an image on {source} is prepared there, or one on the CPU on cpu or cuda")
+    return wanted
 
 
 def checked_targets(targets: Sequence[Target], height: int, width: int) -> tuple[tuple[Target, ...], tuple[Box, ...]]:
@@ -133,22 +164,41 @@ def checked_targets(targets: Sequence[Target], height: int, width: int) -> tuple
             raise ValueError(
                 f"targets[{index}].box = {box}: must hold at least one pixel of the image of {width}x{height} pixels"
             )
+        check_steps(f"targets[{index}].before", target.before)
         boxes.append((left, top, right, bottom))
     return tuple(targets), tuple(boxes)
 
 
+def check_steps(name: str, steps: Any) -> None:
+    """ValueError: not at most MAX_STEPS steps of a possible size."""
+    if not isinstance(steps, tuple) or len(steps) > MAX_STEPS or not all(isinstance(step, Step) for step in steps):
+        raise ValueError(f"{name} = {steps!r}: must be a tuple of at most {MAX_STEPS} Step(height, width)")
+    for step in steps:
+        for side in (step.height, step.width):
+            if not _is_int(side) or not 0 < side <= MAX_SIDE:
+                raise ValueError(f"{name}: {step}: both sides must be 1 to {MAX_SIDE} pixels")
+        if step.filter not in FILTERS:
+            raise ValueError(f"{name}: {step}: filter must be one of {', '.join(FILTERS)}")
+
+
 def checked_outputs(
-    out: Sequence[torch.Tensor] | None, targets: tuple[Target, ...], layout: Layout, dtype: torch.dtype
+    out: Sequence[torch.Tensor] | None,
+    targets: tuple[Target, ...],
+    layout: Layout,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[torch.Tensor, ...]:
-    """New tensors, or the caller's after a check of shape, dtype, device and contiguity."""
+    """New tensors on `device`, or the caller's after a check of shape, dtype, device and contiguity."""
     shapes = [(target.rows, COLUMNS[layout]) for target in targets]
+    if out is None and device.type != "cpu":
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
     if out is None:
         return tuple(buffers.outputs.empty(shape, dtype) for shape in shapes)
     if len(out) != len(targets):
         raise ValueError(f"out = {len(out)} tensors: must be one per target, here {len(targets)}")
     for index, (tensor, shape) in enumerate(zip(out, shapes, strict=True)):
-        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu" or tensor.dtype is not dtype:
-            raise ValueError(f"out[{index}]: must be a {dtype} tensor on the CPU")
+        if not isinstance(tensor, torch.Tensor) or tensor.device != device or tensor.dtype is not dtype:
+            raise ValueError(f"out[{index}]: must be a {dtype} tensor on {device}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"out[{index}].shape = {tuple(tensor.shape)}: must be {shape}")
         if not tensor.is_contiguous():
@@ -158,13 +208,13 @@ def checked_outputs(
     return tuple(out)
 
 
-def check_options(kind: str, layout: str, dtype: torch.dtype, order: str, num_threads: int) -> None:
+def check_options(kind: str, layout: str, dtype: torch.dtype, mode: str, num_threads: int) -> None:
     """ValueError: an option outside its set."""
     for name, value, allowed in (
         ("filter", kind, tuple(FILTERS)),
         ("layout", layout, tuple(COLUMNS)),
         ("dtype", dtype, DTYPES),
-        ("order", order, ("pil13", "pil12")),
+        ("mode", mode, MODES),
     ):
         if value not in allowed:
             raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(str, allowed))}")

@@ -1,6 +1,10 @@
-"""Pillow's antialiased 8-bit resampling, as numbers: weights in 22-bit fixed point and the order of the two passes.
+"""Antialiased 8-bit resampling, as numbers: fixed-point weights and the order of the two passes.
 
-Source: Pillow, src/libImaging/Resample.c (12.x), and Pillow 13 for the order of the passes.
+Pillow's weights have 22 fractional bits. torch's (and torchvision's) have 16 bits in all, the fractional ones as many
+as the largest weight of the axis leaves; shifted up to 22 fractional bits they give the same levels by the same sum.
+
+Sources: Pillow, src/libImaging/Resample.c (12.x), and Pillow 13 for the order of the passes; PyTorch,
+aten/src/ATen/native/cpu/UpSampleKernel.cpp.
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from typing import Literal
 import numpy as np
 
 Filter = Literal["bicubic", "lanczos"]
-Order = Literal["pil13", "pil12"]
+Mode = Literal["pil13", "pil12", "tv"]
+MODES: tuple[Mode, ...] = ("pil13", "pil12", "tv")
 Box = tuple[int, int, int, int]  # left, top, right, bottom in source pixels; right and bottom exclusive
 
 PRECISION_BITS = 22  # 32 bits - 8 of the value - 2 of headroom for negative lobes
@@ -42,7 +47,7 @@ FILTERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
 }
 
 
-def weights(size_in: int, size_out: int, kind: Filter) -> tuple[np.ndarray, np.ndarray]:
+def weights(size_in: int, size_out: int, kind: Filter, mode: Mode) -> tuple[np.ndarray, np.ndarray]:
     """(first [size_out] int64, weight [size_out, taps] int32): output i is the sum over t of weight[i, t] *
     input[first[i] + t], rounded and shifted right by PRECISION_BITS. Weights past the edge of the input are 0."""
     function, support = FILTERS[kind]
@@ -59,11 +64,21 @@ def weights(size_in: int, size_out: int, kind: Filter) -> tuple[np.ndarray, np.n
     for column in weight.T:  # one after another: the rounding of the sum is part of the result
         total += column
     weight /= np.where(total != 0.0, total, 1.0)[:, None]
-    scaled = weight * (1 << PRECISION_BITS)
-    return first, np.where(scaled < 0, scaled - 0.5, scaled + 0.5).astype(np.int32)
+    bits = int16_bits(float(weight.max())) if mode == "tv" else PRECISION_BITS
+    scaled = weight * (1 << bits)
+    rounded = np.where(scaled < 0, scaled - 0.5, scaled + 0.5).astype(np.int32)
+    return first, rounded << (PRECISION_BITS - bits)
 
 
-def vertical_first(height_in: int, width_in: int, height_out: int, width_out: int, order: Order) -> bool:
+def int16_bits(largest: float) -> int:
+    """Fractional bits with which weights up to `largest` fit 16 bits, at most 22."""
+    bits = 0
+    while bits < PRECISION_BITS and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
+        bits += 1
+    return bits
+
+
+def vertical_first(height_in: int, width_in: int, height_out: int, width_out: int, mode: Mode) -> bool:
     """Whether the columns are resampled before the rows. Each pass rounds to 8 bits, so the order shows."""
     shrink = height_in - height_out
-    return order == "pil13" and shrink > 0 and shrink > 2 * (width_in - width_out)
+    return mode == "pil13" and shrink > 0 and shrink > 2 * (width_in - width_out)

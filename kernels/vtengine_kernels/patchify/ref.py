@@ -6,34 +6,35 @@ import numpy as np
 import torch
 
 from vtengine_kernels.patchify.contract import PATCH, Plan
-from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Box, Filter, Order, vertical_first, weights
+from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Filter, Mode, vertical_first, weights
 
 
 def run(plan: Plan) -> list[torch.Tensor]:
     """Writes every target of the plan into its output tensor and returns these."""
-    for target, box, out in zip(plan.targets, plan.boxes, plan.outputs, strict=True):
-        levels = resize(plan.image, box, target.height, target.width, plan.filter, plan.order)
+    for target, (left, top, right, bottom), out in zip(plan.targets, plan.boxes, plan.outputs, strict=True):
+        levels = np.asarray(plan.image)[top:bottom, left:right]
+        for step in target.before:
+            levels = resize(levels, step.height, step.width, step.filter, plan.mode)
+        levels = resize(levels, target.height, target.width, plan.filter, plan.mode)
         rows = patches(levels, 2 if plan.layout == "full" else 1)
         out.copy_(torch.from_numpy(lookup(plan.table, rows)))
     return list(plan.outputs)
 
 
-def resize(image: np.ndarray, box: Box, height: int, width: int, kind: Filter, order: Order) -> np.ndarray:
-    """uint8 [h, w, 3]: Pillow's `image.crop(box).resize((width, height), kind)`, level by level."""
-    left, top, right, bottom = box
-    levels = image[top:bottom, left:right]
+def resize(levels: np.ndarray, height: int, width: int, kind: Filter, mode: Mode) -> np.ndarray:
+    """uint8 [height, width, 3]: Pillow's `image.resize((width, height), kind)`, or torch's, level by level."""
     axes = [1, 0]
-    if vertical_first(bottom - top, right - left, height, width, order):
+    if vertical_first(levels.shape[0], levels.shape[1], height, width, mode):
         axes = [0, 1]
     for axis in axes:
-        levels = _resample(levels, (height, width)[axis], axis, kind)
+        levels = _resample(levels, (height, width)[axis], axis, kind, mode)
     return levels
 
 
-def _resample(levels: np.ndarray, size: int, axis: int, kind: Filter) -> np.ndarray:
+def _resample(levels: np.ndarray, size: int, axis: int, kind: Filter, mode: Mode) -> np.ndarray:
     if levels.shape[axis] == size:
         return levels
-    first, weight = weights(levels.shape[axis], size, kind)
+    first, weight = weights(levels.shape[axis], size, kind, mode)
     shape = [1, 1, 1]
     shape[axis] = size
     total = np.full((*levels.shape[:axis], size, *levels.shape[axis + 1 :]), 1 << (PRECISION_BITS - 1), dtype=np.int32)

@@ -96,11 +96,17 @@ def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer
     rollout = config.rollout
     engine = build_engine(config, folder, model, tokenizer)
     cache_bytes = rollout.image_cache_mib * MIB
-    pipeline = ImagePipeline(
-        pixel_limits(folder, config.max_pixels), "compact", pixels_dtype(config), cache_bytes=cache_bytes
-    )
     own = folder if (folder / PROFILE_FILE).is_file() else "vtengine"
     profile = load_profile(config.profile or own)
+    bounds = pixel_limits(folder, config.max_pixels)
+    pipeline = ImagePipeline(
+        bounds,
+        "compact",
+        pixels_dtype(config),
+        cache_bytes=cache_bytes,
+        resize_mode=profile.resize_mode,
+        low_view=profile.low_view,
+    )
     limits = Limits(rollout.resolution, rollout.max_turns, max_context_tokens=rollout.max_context_tokens)
     sampling = SamplingParams(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, seed=config.seed)
     return Setting(engine, pipeline, tokenizer, profile, limits, sampling)

@@ -1,0 +1,113 @@
+"""patchify on a GPU: bytes to bfloat16 compact patches, against the time that a copy of as many bytes takes.
+
+"kernels": the image is on the GPU and the launches are replayed from a CUDA graph, which leaves the kernels; "GPU":
+the same as ordinary calls; "main memory": with the upload. The floor is that of the bytes of image and rows at the copy
+rate measured in the same run; `floor_4_3_us` at 4.3 TB/s, an H200's. The CPU's own patchify with the upload of its rows
+stands beside it. Every result is compared with the CPU's, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from vtengine_kernels.patchify import Step, Target, patchify
+
+from vtengine.vision.plan import PixelLimits, plan_high, plan_low, plan_low_half_first
+
+TESTS = ["tests/kernels/test_patchify_triton.py"]
+SIZES = [(512, 512), (1024, 768), (2048, 1024), (4096, 3072)]
+CALLS = 50  # per timing: a single launch would be measured with its way to the device
+TABLES = {
+    "patchify-gpu": {
+        "columns": {
+            "image": "Image",
+            "views": "Views",
+            "source": "From",
+            "us": "us",
+            "floor_us": "Copy of as many bytes, us",
+            "floor_ratio": "x copy",
+            "floor_4_3_us": "at 4.3 TB/s, us",
+            "cpu_us": "CPU, 1 thread, and upload, us",
+        }
+    }
+}
+
+
+def run(context: Any) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    rate = copy_rate(context)
+    rows = []
+    for width, height in SIZES[:1] if context.quick else SIZES:
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for views, targets in targets_of(width, height).items():
+            rows += measured(context, image, views, targets, rate)
+    return rows
+
+
+def targets_of(width: int, height: int) -> dict[str, list[Target]]:
+    """Names of views and what makes them."""
+    high, half = plan_high(width, height, PixelLimits()), plan_low_half_first(width, height, PixelLimits())
+    assert half.half is not None
+    low = plan_low(high)
+    views = [Target(plan.height, plan.width) for plan in (low, high)]
+    twice = Target(half.height, half.width, before=(Step(*half.half),))
+    return {"high": views[1:], "low": views[:1], "low and high": views, "low, half first": [twice]}
+
+
+def measured(context: Any, image: np.ndarray, views: str, targets: list[Target], rate: float) -> list[dict[str, Any]]:
+    """One row for each place that the image comes from. RuntimeError: a value differs from the CPU's."""
+    options = {"dtype": torch.bfloat16, "layout": "compact"}
+    on_cpu, on_gpu = torch.from_numpy(image), torch.from_numpy(image).cuda()
+    want = patchify(image, targets, **options)
+    got = patchify(on_gpu, targets, **options)
+    if not all(torch.equal(ours.cpu(), theirs) for ours, theirs in zip(got, want, strict=True)):
+        raise RuntimeError(f"{views} of {image.shape}: the GPU's values differ from the CPU's")
+    outs = [rows.clone() for rows in got]
+    from_gpu = partial(patchify, on_gpu, targets, out=outs, **options)
+    calls = {
+        "kernels": captured(from_gpu).replay,
+        "GPU": partial(repeat, from_gpu),
+        "main memory": partial(repeat, partial(patchify, on_cpu, targets, device="cuda", out=outs, **options)),
+        "CPU": partial(repeat, lambda: [rows.cuda() for rows in patchify(image, targets, **options)], 1),
+    }
+    times = context.compare(calls, rounds=7, after=torch.cuda.synchronize)
+    moved = image.nbytes + sum(rows.nbytes for rows in outs)
+    return [
+        {
+            "image": f"{image.shape[1]}x{image.shape[0]}",
+            "views": views,
+            "source": source,
+            "us": 1e6 * times[source].min_s / CALLS,
+            "floor_us": 1e6 * moved / rate,
+            "floor_ratio": times[source].min_s / CALLS / (moved / rate),
+            "floor_4_3_us": 1e6 * moved / 4.3e12,
+            "cpu_us": 1e6 * times["CPU"].min_s,
+        }
+        for source in ("kernels", "GPU", "main memory")
+    ]
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """CALLS calls, ready to be replayed; the call was made before, so nothing is compiled or uploaded in it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        repeat(call)
+    return graph
+
+
+def repeat(call: Callable[[], object], times: int = CALLS) -> None:
+    for _ in range(times):
+        call()
+
+
+def copy_rate(context: Any) -> float:
+    """Bytes read and written per second by a copy of 256 MiB on the device."""
+    source = torch.zeros(1 << 28, dtype=torch.uint8, device="cuda")
+    to = torch.empty_like(source)
+    copies = {"copy": partial(repeat, lambda: to.copy_(source))}
+    time = context.compare(copies, rounds=7, after=torch.cuda.synchronize)["copy"]
+    return 2 * CALLS * source.nbytes / time.min_s

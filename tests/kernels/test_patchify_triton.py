@@ -1,0 +1,123 @@
+"""The Triton kernels of patchify without a GPU: interpreted in a process of its own, and compiled for three of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from vtengine_kernels.patchify import Step, Target, patchify, triton
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+CASES = {  # (height, width) of the source, target, options
+    "one pixel": ((1, 1), Target(28, 28), {}),
+    "prime sides": ((53, 61), Target(28, 56), {}),
+    "prime sides, torch": ((53, 61), Target(28, 56), {"mode": "tv"}),
+    "up": ((19, 17), Target(56, 84), {"filter": "lanczos"}),
+    "up and down": ((101, 13), Target(28, 56), {"mode": "pil12"}),
+    "columns first": ((67, 50), Target(28, 56), {"mode": "pil13"}),
+    "one column": ((97, 1), Target(56, 28), {}),
+    "rows stay": ((28, 43), Target(28, 28), {"layout": "full"}),
+    "columns stay": ((47, 56), Target(28, 56), {"layout": "full", "dtype": torch.bfloat16}),
+    "nothing to resize": ((28, 56), Target(28, 56), {"dtype": torch.bfloat16}),
+    "wider than a block": ((28, 150), Target(28, 140), {}),
+    "a box": ((60, 70), Target(28, 28, box=(11, 7, 48, 60)), {}),
+    "halved first": ((83, 59), Target(28, 28, before=(Step(41, 29),)), {"dtype": torch.bfloat16}),
+}
+INTERPRETED = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_patchify_triton import CASES, image_of
+import torch
+from vtengine_kernels.patchify import patchify
+for name, (size, target, options) in CASES.items():
+    options = {{"layout": "compact", **options}}
+    views = [target, target] if name == "a box" else [target]
+    got = patchify(image_of(*size), views, impl="triton", **options)
+    want = patchify(image_of(*size), views, impl="ref", **options)
+    assert [len(rows) for rows in got] == [target.rows] * len(views)
+    assert all(map(torch.equal, got, want)), name
+    print(name)
+"""
+
+
+def image_of(height: int, width: int) -> torch.Tensor:
+    """uint8 [height, width, 3], noise with many levels at both ends."""
+    noise = torch.randint(-128, 384, (height, width, 3), generator=torch.Generator().manual_seed(height * width))
+    return noise.clamp(0, 255).to(torch.uint8)
+
+
+def test_interpreted_it_equals_the_reference_bit_by_bit() -> None:
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    code = INTERPRETED.format(folder=str(Path(__file__).parent))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == list(CASES)
+
+
+def compiled(function: object, constants: dict[str, object], types: dict[str, str], arch: int) -> object:
+    """A kernel for a GPU that need not be there; pointers and line strides are multiples of 16, as on the host."""
+    compiler = importlib.import_module("triton.compiler")
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    even = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name.endswith(("_ptr", "_row", "columns"))
+    }
+    source = compiler.ASTSource(function, signature, constexprs=constants, attrs=even)
+    return importlib.import_module("triton").compile(source, target=target, options={"num_warps": triton.NUM_WARPS})
+
+
+def resources(ptx: str, arch: int, folder: Path) -> tuple[int, int]:
+    """(registers per thread, bytes spilled), by the assembler that comes with Triton."""
+    ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(arch).path
+    (folder / "kernel.ptx").write_text(ptx)
+    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    command = [ptxas, "-v", f"--gpu-name={name}", "kernel.ptx", "-o", "kernel.cubin"]
+    told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    return max(map(int, re.findall(r"Used (\d+) registers", told))), sum(
+        map(int, re.findall(r"(\d+) bytes spill", told))
+    )
+
+
+@pytest.mark.skipif(triton.interpreted(), reason="TRITON_INTERPRET is set")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("across", [True, False], ids=["across", "down"])
+def test_it_compiles_without_spills(tmp_path: Path, record_property, arch: int, across: bool) -> None:
+    types = {"source_ptr": "*u8", "first_ptr": "*i32", "weight_ptr": "*i32"}
+    shared = {"ACROSS": across, "BITS": 22, **triton.BLOCK}
+    values = {"out_ptr": "*i16", "table_ptr": "*i16"}
+    kernels = {
+        "pass": compiled(triton._pass_kernel, shared, types | {"out_ptr": "*u8"}, arch),
+        "patches": compiled(triton._patches_kernel, shared | {"FRAMES": 1}, types | values, arch),
+    }
+    for name, kernel in kernels.items():
+        registers, spilled = resources(kernel.asm["ptx"], arch, tmp_path)
+        record_property(f"{name} sm_{arch}", f"{registers} registers, {spilled} bytes spilled")
+        assert spilled == 0 and registers <= 96, (name, registers, spilled)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["full", "compact"])
+def test_on_the_gpu_it_equals_the_reference_bit_by_bit(dtype: torch.dtype, layout: str) -> None:
+    cases = [*CASES.values(), ((768, 1024), Target(756, 1036), {}), ((1000, 1500), Target(504, 756), {"mode": "tv"})]
+    for size, target, options in cases:
+        image, options = image_of(*size), options | {"dtype": dtype, "layout": layout}
+        want = patchify(image, [target], impl="ref", **options)[0]
+        for got in (
+            patchify(image, [target], device="cuda", **options)[0],
+            patchify(image.cuda(), [target], **options)[0],
+        ):
+            assert got.is_cuda and torch.equal(got.cpu(), want), (size, target, options)
