@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from vtengine_training.trainer.checkpoint import find_latest
 from vtengine_training.trainer.loop import Run
+from vtengine_training.trainer.models import build_models
 from vtengine_training.trainer.ranks import Ranks
 
 from tests.training.trainer import ranks_worker
@@ -123,6 +125,12 @@ def test_torchrun_writes_once_what_exists_once(make_config, tmp_path) -> None:
     assert folder is not None
     assert sorted(p.name for p in (folder / "ranks").iterdir()) == ["0", "1"]
     assert len(list((folder / "optimizer").glob("*.safetensors"))) == 2
+
+
+def test_several_ranks_refuse_sglang(make_config, tiny_folder) -> None:
+    config = make_config(rollout={"backend": "http://127.0.0.1:1"})
+    with pytest.raises(ValueError, match="embedded engine only"):
+        build_models(config, tiny_folder, torch.device("cpu"), (), Ranks(0, 2))
 
 
 def test_one_process_needs_no_group() -> None:

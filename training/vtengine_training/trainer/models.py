@@ -33,17 +33,12 @@ class Models:
     reference: Policy | None
     optimizer: MasterAdamW
 
-    def publisher(self, config: GrpoConfig, backend: Backend, ranks: Ranks) -> Publisher:
-        """How the engine gets what was learned. Servers that all ranks share are sent the first one's copy."""
+    def publisher(self, config: GrpoConfig, backend: Backend) -> Publisher:
+        """How the engine gets what was learned."""
         learned, generating = self.policy.model, self.generating
-        onward: Publisher = build_publisher(config, backend, generating)
+        onward = build_publisher(config, backend, generating)
         if learned is generating:
             return onward
-        if config.rollout.backend.startswith("http"):
-            from vtengine_training.sync.sglang import ByFirstRank, SglangPublisher
-
-            assert isinstance(onward, SglangPublisher)
-            onward = ByFirstRank(onward, ranks.is_first, lambda: ranks.gather(None))
         weights = gathered_weights(
             generating.config, lambda name: gathered(learned.get_parameter(name), generating.dtype)
         )
@@ -53,7 +48,12 @@ class Models:
 def build_models(
     config: GrpoConfig, folder: Path, device: torch.device, banned: Collection[int], ranks: Ranks
 ) -> Models:
-    """Loads the checkpoint folder. Raises ModelLoadError."""
+    """Loads the checkpoint folder. Raises ModelLoadError, or ValueError for what several ranks cannot do."""
+    if not ranks.is_alone and config.rollout.backend != "embedded":
+        raise ValueError(
+            f'rollout.backend = "{config.rollout.backend}": several processes generate with the embedded engine only; '
+            "use it, or start one process"
+        )
     model = load_model(folder, device, getattr(torch, config.dtype))
     model.visual.requires_grad_(config.update.train_vision)
     if ranks.is_alone:

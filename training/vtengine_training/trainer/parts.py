@@ -71,7 +71,7 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     assert isinstance(setting.pipeline, ImagePipeline)
     sampler = Sampler(len(dataset), config.data.seed)
     collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, ranks)
-    publisher = models.publisher(config, setting.backend, ranks)
+    publisher = models.publisher(config, setting.backend)
     return Parts(
         folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher
     )
