@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -165,6 +166,8 @@ async def measure(args: argparse.Namespace) -> int:
 
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
+    if not on_gpu:  # compiling for a CPU takes minutes, and the engine's processes inherit this
+        os.environ |= {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
     began_s = time.perf_counter()
     backend = SglangEngineBackend(args.model, device=device, dtype=dtype, arguments=engine_arguments(args, on_gpu))
     row: dict[str, Any] = {"resumption": args.side, "startup_s": time.perf_counter() - began_s}

@@ -37,7 +37,10 @@ SGLANG_FLAGS = (
     *("--grammar-backend", "none", "--log-level", "error"),
     *("--disable-cuda-graph", "--enable-multimodal", "--skip-server-warmup"),
 )
-SGLANG_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+SGLANG_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"} | {
+    "TORCH_COMPILE_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 class PeerMissing(RuntimeError):
