@@ -1,8 +1,8 @@
 """The vision tower at the width of Qwen2.5-VL-3B against transformers' own, on the CPU, float32.
 
-`attention`: window attention of one layer, given q, k and v: full windows as one batch and ragged borders apart, against
-one call per window, as transformers does. `tower`: patch embedding, a layer and the merger, the layer with window or
-with full attention, both sides without gradients.
+`attention`: window attention of one layer, given q, k and v: full windows as one batch and ragged borders apart,
+against one call per window, as transformers does. `tower`: patch embedding, a layer and the merger, the layer with
+window or with full attention, both sides without gradients.
 """
 
 from __future__ import annotations
