@@ -188,6 +188,12 @@ def test_the_kernel_has_the_gradients_of_plain_logits(run, loss) -> None:
         same(fused, plain)
 
 
+def test_recomputed_layers_change_nothing(run) -> None:
+    one, again = run(), run(update={"recompute": True})
+    groups = collect(one)
+    same(gradients(again, groups), gradients(one, groups))
+
+
 def test_frozen_vision_tower_gets_no_gradient_and_the_rest_the_same(run) -> None:
     one, frozen = run(), run(update={"train_vision": False})
     groups = collect(one)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -185,14 +186,16 @@ def _estimate(config: GrpoConfig) -> list[str]:
     cost = ModelCost.of(model)
     element = 4 if config.dtype == "float32" else 2
     update = config.update
-    weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    memory = "memory" if ranks == 1 else f"memory of each of {ranks} processes"
+    weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, ranks)
     copies = 1 if update.logits == "fused" else 3
     logits = copies * 4 * update.logits_chunk * model.text.vocab_size
     token = cost.training_flops(1, 0, 0) / 1e9
     patch = cost.training_flops(0, 0, 1, update.train_vision) / 1e9
     return [
         f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision",
-        f"memory: about {weights / MIB:,.0f} MiB for weights, gradients, masters and moments, "
+        f"{memory}: about {weights / MIB:,.0f} MiB for weights, gradients, masters and moments, "
         f"{config.rollout.kv_mib} MiB for keys and values, {logits / MIB:,.0f} MiB for logits; "
         f"activations of {update.max_tokens} tokens on top",
         f"compute: {token:.3g} GFLOP per packed token, {patch:.3g} GFLOP per image patch, forward and backward",

@@ -97,6 +97,7 @@ class UpdateConfig:
     the prompt that siblings have in common is computed once per micro-batch.
     constant_length: divisor of the `constant` aggregation; None = rollout.max_new_tokens.
     max_skipped: updates in a row without finite gradients, or steps in a row without any group, before the run stops.
+    recompute: layers keep only their inputs and run again in the backward pass: less memory, a third more work.
     warmup: steps in which the rate rises to learning_rate; schedule: how it then goes to final_rate, by the last step.
     """
 
@@ -112,6 +113,7 @@ class UpdateConfig:
     share_images: bool = True
     share_prefix: bool = True
     train_vision: bool = True
+    recompute: bool = False
     constant_length: int | None = None
     max_skipped: int = 5
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(weight_decay=0.0, beta2=0.999))

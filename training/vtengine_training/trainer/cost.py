@@ -40,8 +40,11 @@ class ModelCost:
         vision = (FORWARD + BACKWARD if train_vision else FORWARD) * self.vision * patches
         return (FORWARD + BACKWARD) * (self.text * tokens + self.head * trained) + vision
 
-    def training_bytes(self, element_bytes: int, reference: bool, train_vision: bool = True) -> int:
+    def training_bytes(self, element_bytes: int, reference: bool, train_vision: bool = True, ranks: int = 1) -> int:
         """Weights, gradients, float32 masters and both moments, and the reference; activations come on top."""
         trained = self.total if train_vision else self.total - self.vision
+        if ranks > 1:  # a whole copy for the engine; masters, gradients, moments and the reference in pieces
+            pieces = 4 * self.total + 12 * trained + (self.total * element_bytes if reference else 0)
+            return self.total * element_bytes + -(-pieces // ranks)
         live = self.total * element_bytes * (2 if reference else 1)
         return live + trained * (element_bytes + 12)

@@ -20,6 +20,7 @@ from vtengine_training.sync.gathered import CopiedParameters, gathered_weights
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.recompute import recompute_layers
 from vtengine_training.trainer.rollout_engine import build_publisher
 from vtengine_training.trainer.sharding import Sharded, gathered, shard
 
@@ -61,6 +62,8 @@ def build_models(
     else:
         policy, reference = _sharded(config, model, banned, ranks)
     named = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
+    if config.update.recompute:
+        recompute_layers(policy.model)
     optimizer = MasterAdamW(named, config.update.optimizer, own_masters=ranks.is_alone)
     return Models(model, policy, reference, optimizer)
 

@@ -64,7 +64,7 @@ class Policy:
         return found
 
     def _logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        with _attention_kernel(self.model.device):
+        with attention_kernel(self.model.device):
             hidden = self._hidden(batch)
         if self.fused:
             return token_logprob(hidden, self._head(), batch.targets, chunk=self.chunk)
@@ -77,7 +77,7 @@ class Policy:
 
     def _loss(self, batch: MicroBatch, tokens: Tokens, objective: Objective) -> tuple[Tensor, Loss]:
         """(its total, the loss): a sharded model watches for the gradient of the tensors that it returns."""
-        with _attention_kernel(self.model.device):
+        with attention_kernel(self.model.device):
             hidden = self._hidden(batch)
         loss = grpo_loss(hidden, self._head(), batch.targets, tokens, objective, chunk=self.chunk)
         return loss.total, loss
@@ -123,6 +123,6 @@ class Policy:
         return logprobs, entropies
 
 
-def _attention_kernel(device: torch.device) -> AbstractContextManager[object]:
+def attention_kernel(device: torch.device) -> AbstractContextManager[object]:
     """On CPUs the plain kernel: the flash kernel's backward is slow there."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

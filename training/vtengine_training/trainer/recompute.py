@@ -1,0 +1,33 @@
+"""Activation checkpointing: a layer keeps its input only, and runs again when its gradients are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vtengine.model import Qwen2_5_VL
+from vtengine_training.trainer.policy import attention_kernel
+
+
+def recompute_layers(model: Qwen2_5_VL) -> None:
+    """Every decoder layer and vision block of `model`, wherever gradients are on; generating is as before."""
+    for layer in (*model.layers, *model.visual.blocks):
+        layer.forward = partial(_forward, layer.forward)
+
+
+def _forward(forward: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(x, *rest)
+    contexts = partial(_contexts, x.device)
+    return checkpoint(forward, x, *rest, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _contexts(device: torch.device) -> tuple[Any, Any]:
+    """(around the first run, around the second): the second one comes outside of the pass that chose the kernel."""
+    return nullcontext(), attention_kernel(device)
