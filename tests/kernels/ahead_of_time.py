@@ -22,7 +22,14 @@ class Needs:
     shared_bytes: int
 
 
-def compiled(function: Any, types: Mapping[str, str], constants: Mapping[str, Any], arch: int, folder: Path) -> Needs:
+def compiled(
+    function: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    arch: int,
+    folder: Path,
+    num_warps: int = 4,
+) -> Needs:
     """types: of the arguments that are neither "i32" nor constants, by name. folder: for the assembler's files."""
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
@@ -30,7 +37,7 @@ def compiled(function: Any, types: Mapping[str, str], constants: Mapping[str, An
     known = {**types, **dict.fromkeys(constants, "constexpr")}
     signature = {name: known.get(name, "i32") for name in function.arg_names}
     source = compiler.ASTSource(function, signature, constexprs=dict(constants))
-    made = triton.compile(source, target=target)
+    made = triton.compile(source, target=target, options={"num_warps": num_warps})
     (folder / "kernel.ptx").write_text(made.asm["ptx"])
     ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(arch).path
     name = f"sm_{arch}" if arch < 90 else f"sm_{arch}a"
