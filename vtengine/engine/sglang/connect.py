@@ -35,7 +35,7 @@ def connect_servers(
     named = addresses(name)
     if len(named) == 1:
         named = workers_of(named[0], api_key, connect_s) or named
-    both = {"api_key": api_key, "connect_s": connect_s}
+    both: dict[str, Any] = {"api_key": api_key, "connect_s": connect_s}
     servers = [SglangHttpBackend(address, served, **both, **options) for address in named]
     return servers[0] if len(servers) == 1 else SglangFleet(servers)
 
