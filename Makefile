@@ -13,7 +13,7 @@ JOBS  ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -g
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 SUITES ?= $(basename $(notdir $(filter-out benchmarks/suites/gpu_%,$(wildcard benchmarks/suites/[a-z]*.py))))
-PEER_SUITES := patchify
+PEER_SUITES := patchify grpo_loss
 GPU_SUITES ?= $(basename $(notdir $(wildcard benchmarks/suites/gpu_*.py)))
 PYTHON_CODE := vtengine kernels training benchmarks tests examples setup.py
 SOURCES := $(shell find csrc -type f 2>/dev/null)
