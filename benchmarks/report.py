@@ -1,4 +1,4 @@
-"""Renders the tables of README.md, docs/benchmarks.md and docs/kernels.md from benchmarks/results/*.json.
+"""Renders the tables of README.md and of pages below docs/ from benchmarks/results/*.json.
 
 A table stands between `<!-- results:NAME -->` and `<!-- /results -->`; NAME is a table that a result document names in
 its `tables` (columns with headings, an optional filter), or a suite, which then shows all plain columns.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/kernels.md", "docs/training.md", "docs/training-grpo.md")
 MARKED = re.compile(r"(<!-- results:(?P<name>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
 
 

@@ -62,7 +62,7 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int], None]) -> Row:
         "stamp": stamp(Path(__file__).parent),
         "quick": False,
         "rows": flat_rows(results),
-        "tables": {f"{Path(config.results).stem}-all": {"columns": ALL_COLUMNS, "where": {"group": "all"}}},
+        "tables": tables(Path(config.results).stem),
         "config": {
             key: getattr(config, key) for key in ("model", "split", "seed", "count", "max_new_tokens", "temperature")
         },
@@ -130,6 +130,13 @@ def summary(rows: list[Row]) -> Row:
         "visual_tokens": sum(row["visual_tokens"] for row in rows),
         "visual_tokens_full": sum(row["visual_tokens_full"] for row in rows),
     }
+
+
+def tables(name: str) -> Row:
+    """Those of a result document: all questions, those that need the high view, the others."""
+    few = {key: heading for key, heading in ALL_COLUMNS.items() if key != "visual_ratio"}
+    groups = {"all": ALL_COLUMNS, "needs_high": few, "low_is_enough": few}
+    return {f"{name}-{group}": {"columns": columns, "where": {"group": group}} for group, columns in groups.items()}
 
 
 def flat_rows(results: dict[str, Row]) -> list[Row]:
