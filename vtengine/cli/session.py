@@ -158,8 +158,8 @@ def _backend(
         model = load_model(folder, device=device, dtype=dtype)
         kv_bytes = _kv_bytes(model, running) if arguments.kv_gb is None else int(arguments.kv_gb * 2**30)
         return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=running, kv_bytes=max(1, kv_bytes)))
-    except RuntimeError as error:  # torch's word for memory that is not there
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         fix = "lower --kv-gb, or use --dtype bfloat16"
         raise UsageError(
