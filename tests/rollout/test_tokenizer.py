@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vtengine.cli.models import shipped_model
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Text
 from vtengine.protocol.profile import load_profile, shipped_profiles
@@ -86,10 +87,11 @@ def test_prompt_ids_are_those_of_the_whole_string(
     assert qwen_tokenizer.encode(texts) == plain_qwen.encode(ask.text(), add_special_tokens=False).ids
 
 
-def test_glance_prompts_can_be_encoded_part_by_part(tokenizer: Tokenizer) -> None:
-    """Its parts meet at special tokens only: supervised training may encode them one at a time."""
-    profile = load_profile("glance")
-    start = Conversation.start("What is it?", profile)
+@pytest.mark.parametrize("question", ["What is it?", "Price of TEA?", "How many red circles?", "B2?"])
+def test_glance_prompts_can_be_encoded_part_by_part(question: str) -> None:
+    """No token of its own tokenizer spans two parts: supervised training encodes them one at a time."""
+    tokenizer, profile = Tokenizer.load(shipped_model("glance")), load_profile("glance")
+    start = Conversation.start(question, profile)
     for conversation in (start, start.after(profile.reply_call("a", RESIZE_CALL))):
         ask = conversation.ask()
         assert ask is not None
