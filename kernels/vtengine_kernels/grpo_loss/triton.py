@@ -107,14 +107,12 @@ def gradients_(
     """scores [C, V] become the gradients of the loss; returns logprobs and entropies, float32 [C]. No sequence-clip."""
     logprobs, entropies = torch.empty((2, len(scores)), device=scores.device)
     unused = tokens.weights
-    given = (unused if x is None else x for x in (tokens.old, tokens.rollout, tokens.ref))
+    per_token = (tokens.advantages, tokens.weights, tokens.old, tokens.rollout, tokens.ref)
     if len(scores):
         _loss_gradients_kernel[(len(scores),)](
             scores,
-            targets,
-            tokens.advantages,
-            tokens.weights,
-            *given,
+            targets.contiguous(),
+            *((unused if x is None else x).contiguous() for x in per_token),
             logprobs,
             entropies,
             *scalars(scores, head),

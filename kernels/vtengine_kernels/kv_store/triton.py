@@ -54,7 +54,7 @@ def kv_store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) 
     width = k.shape[1] * k.shape[2]
     if len(k) and width:
         _kv_store_kernel[(len(k),)](
-            k, v, keys, values, slots, k.stride(0), v.stride(0), WIDTH=width, BLOCK_W=block(width)
+            k, v, keys, values, slots.contiguous(), k.stride(0), v.stride(0), WIDTH=width, BLOCK_W=block(width)
         )
 
 

@@ -72,3 +72,10 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Ten
             f"paged_prefill: tables {list(tables.shape)} {tables.dtype}, lengths {list(lengths.shape)} "
             f"{lengths.dtype}, offsets {list(offsets.shape)} {offsets.dtype}: must be int64 [N, P], [N] and [N + 1]"
         )
+    named = {"keys": keys, "values": values, "tables": tables, "lengths": lengths, "offsets": offsets}
+    for name, tensor in named.items():
+        if not tensor.is_contiguous() or tensor.device != q.device:
+            raise ValueError(
+                f"paged_prefill: {name} with strides {list(tensor.stride())} on {tensor.device}: must be "
+                f"contiguous, on {q.device}"
+            )

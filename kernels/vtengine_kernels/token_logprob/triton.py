@@ -130,7 +130,9 @@ def statistics(scores: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Ten
     """scores [C, V] as the products left them -> float32 [C]: logprobs of the targets, entropies, log-sum-exps."""
     out = torch.empty((3, len(scores)), device=scores.device)
     if len(scores):
-        _statistics_kernel[(len(scores),)](scores, targets, *out, *scalars(scores, head), **constants(head))
+        _statistics_kernel[(len(scores),)](
+            scores, targets.contiguous(), *out, *scalars(scores, head), **constants(head)
+        )
     return out[0], out[1], out[2]
 
 
@@ -140,5 +142,5 @@ def gradients_(
     """Scores become their own gradients. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
     if len(scores):
         _gradients_kernel[(len(scores),)](
-            scores, targets, totals, entropies, *slopes, *scalars(scores, head), **constants(head)
+            scores, targets.contiguous(), totals, entropies, *slopes, *scalars(scores, head), **constants(head)
         )

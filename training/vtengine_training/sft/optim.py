@@ -57,8 +57,7 @@ class MasterAdamW:
             group["lr"] = rate
         if bool(torch.isfinite(norm)):
             self.adam.step()
-        if not copies:
-            self.adam.zero_grad()
+        self.adam.zero_grad()
         self.write_back()
         return float(norm)
 

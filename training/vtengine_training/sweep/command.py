@@ -13,7 +13,7 @@ from pathlib import Path
 from vtengine.config import load_config, to_toml
 from vtengine_training.sweep.config import SweepConfig
 from vtengine_training.sweep.plan import Planned, plan_runs
-from vtengine_training.sweep.run import Ended, prepare, run_all, steps_done
+from vtengine_training.sweep.run import Ended, is_done, prepare, run_all, steps_done
 
 EXIT_FAILED = 3
 """Some run failed; the others were run."""
@@ -36,9 +36,11 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     prepare(planned)
     try:
         ended = asyncio.run(_run(config, planned))
-    except asyncio.CancelledError:
-        _write(config, planned, [])
+    except (asyncio.CancelledError, KeyboardInterrupt) as stop:
+        _write(config, planned, [Ended(one.name, 0) for one in planned if is_done(one)], stopped=True)
         print(f"{config.output}: stopped; run the same command again to go on", file=sys.stderr)
+        if isinstance(stop, KeyboardInterrupt):
+            raise
         return EXIT_STOPPED
     _write(config, planned, ended)
     failed = [one for one in ended if one.exit]
@@ -70,14 +72,14 @@ async def _run(config: SweepConfig, planned: Sequence[Planned]) -> list[Ended]:
         return await run_all(planned, config.command, config.jobs, poll, end)
 
 
-def _write(config: SweepConfig, planned: Sequence[Planned], ended: Sequence[Ended]) -> None:
+def _write(config: SweepConfig, planned: Sequence[Planned], ended: Sequence[Ended], stopped: bool = False) -> None:
     """summary.json and curves.png, of whatever there is so far."""
     from vtengine_training.sweep.plot import plot
     from vtengine_training.sweep.summary import summary
 
     output = Path(config.output)
     text = json.dumps(summary(config, planned, {one.name: one.exit for one in ended}), indent=1) + "\n"
-    for path in (output / "summary.json", *([Path(config.results)] if config.results and ended else [])):
+    for path in (output / "summary.json", *([Path(config.results)] if config.results and not stopped else [])):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     if any(map(steps_done, planned)):

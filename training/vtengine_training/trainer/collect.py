@@ -29,6 +29,9 @@ from vtengine_training.trainer.trajectory import Group, from_episode
 
 log = logging.getLogger(__name__)
 
+SERVER_SAID = ("refused_by_server", "not_authorized")
+"""Codes of rejections that say nothing about the example."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
@@ -217,12 +220,12 @@ class Collector:
     def _fault(self, siblings: Sequence[Scored]) -> str | None:
         """Why the group cannot be used: quarantined, failed or reward_failed (no verdict, NaN, an exception)."""
         for one in siblings:
-            if one.episode.status == "rejected":
-                error = one.episode.error
+            error = one.episode.error
+            if one.episode.status == "rejected" and not one.episode.turns and error and error.code not in SERVER_SAID:
                 self.sampler.quarantine(one.example)
-                log.warning("example %s is quarantined: %s", one.episode.question.id, error and error.message)
+                log.warning("example %s is quarantined: %s", one.episode.question.id, error.message)
                 return "quarantined"
-        if any(one.episode.status == "failed" or not one.episode.turns for one in siblings):
+        if any(one.episode.status in ("failed", "rejected") or not one.episode.turns for one in siblings):
             return "failed"
         if any(one.score is None or not one.score.is_usable for one in siblings):
             return "reward_failed"

@@ -123,6 +123,8 @@ class UpdateConfig:
             raise ValueError(f"learning_rate = {self.learning_rate}: must be 0 or more")
         if not 0 <= self.final_rate <= self.learning_rate:
             raise ValueError(f"final_rate = {self.final_rate}: must be from 0 to learning_rate")
+        if self.final_rate and self.schedule == "constant":
+            raise ValueError(f'final_rate = {self.final_rate}: needs schedule = "linear" or "cosine"')
         _at_least(self, 1, "epochs", "max_tokens", "logits_chunk", "max_skipped")
         _at_least(self, 0, "warmup")
         for name in ("minibatch_prompts", "constant_length"):

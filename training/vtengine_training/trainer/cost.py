@@ -47,4 +47,4 @@ class ModelCost:
             pieces = 4 * self.total + 12 * trained + (self.total * element_bytes if reference else 0)
             return self.total * element_bytes + -(-pieces // ranks)
         live = self.total * element_bytes * (2 if reference else 1)
-        return live + trained * (element_bytes + 12)
+        return live + trained * (4 + 12)  # gradients are float32 when the optimiser steps

@@ -33,7 +33,10 @@ def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer:
     from vtengine.engine.sglang import SglangEngineBackend, connect_servers
 
     if rollout.backend == "sglang":
-        return SglangEngineBackend(folder, device=str(model.device), dtype=config.dtype, updatable=True)
+        arguments = {"enable_memory_saver": True} if rollout.release_memory and model.device.type == "cuda" else {}
+        return SglangEngineBackend(
+            folder, device=str(model.device), dtype=config.dtype, updatable=True, arguments=arguments
+        )
     return connect_servers(rollout.backend, folder, api_key=os.environ.get(API_KEY))
 
 
