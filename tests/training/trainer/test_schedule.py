@@ -14,7 +14,9 @@ from vtengine_training.trainer.trajectory import Trajectory
     ("schedule", "middle", "last"), [("constant", 1.0, 1.0), ("linear", 0.55, 0.1), ("cosine", 0.55, 0.1)]
 )
 def test_rates(schedule, middle, last) -> None:
-    update = UpdateConfig(learning_rate=1.0, warmup=2, schedule=schedule, final_rate=0.1)
+    update = UpdateConfig(
+        learning_rate=1.0, warmup=2, schedule=schedule, final_rate=0.0 if schedule == "constant" else 0.1
+    )
     rates = [learning_rate(update, step, 12) for step in range(12)]
     assert rates[:2] == [0.5, 1.0]
     assert rates[6] == pytest.approx(middle) and rates[-1] == pytest.approx(last)
@@ -24,6 +26,8 @@ def test_rates(schedule, middle, last) -> None:
 def test_bad_rates() -> None:
     with pytest.raises(ValueError, match="from 0 to learning_rate"):
         UpdateConfig(learning_rate=1.0, final_rate=2.0)
+    with pytest.raises(ValueError, match="schedule"):
+        UpdateConfig(learning_rate=1.0, final_rate=0.5)
 
 
 def test_a_turn_is_a_run_of_trainable_tokens() -> None:
