@@ -74,8 +74,8 @@ class AnswerBatches:
         count = len(batch["question"])
         ids = batch.get("id", range(count))
         found: list[Question | Row] = []
-        for row_id, image, text in zip(ids, batch["image"], batch["question"], strict=True):
-            row_id = row_id if isinstance(row_id, str) else int(row_id)
+        for index, (row_id, image, text) in enumerate(zip(ids, batch["image"], batch["question"], strict=True)):
+            row_id = _row_id(row_id, index)
             if isinstance(image, bytes):
                 image = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
             if not isinstance(image, str) or not isinstance(text, str):
@@ -97,3 +97,11 @@ class AnswerBatches:
             else:
                 rows.append(question)
         return rows
+
+
+def _row_id(value: Any, index: int) -> str | int:
+    """A table's id; the row's number in the batch where there is none (None, or NaN in a column of numbers)."""
+    try:
+        return value if isinstance(value, str) else int(value)
+    except (TypeError, ValueError, OverflowError):
+        return index

@@ -17,7 +17,9 @@ for gpu in 1 2 3 4 5 6 7; do
 done
 for gpu in 1 2 3 4 5 6 7; do
     until curl -sf "http://127.0.0.1:$((30000 + gpu))/health" > /dev/null; do
-        kill -0 "${servers[@]}" || { echo "a server ended, see sglang-*.log" >&2; exit 1; }
+        for server in "${servers[@]}"; do
+            kill -0 "$server" || { echo "a server ended, see sglang-*.log" >&2; exit 1; }
+        done
         sleep 2
     done
 done

@@ -127,7 +127,12 @@ def _add_kept(kept: KeptRows, done: int, places: Iterator[tuple[int, Place]], ou
     start, last = 0, -1
     with kept.path.open("rb") as file:
         for line in file:
-            number, row = json.loads(line)
+            try:
+                number, row = json.loads(line)
+            except (ValueError, TypeError):
+                raise UsageError(
+                    f"--resume {output}: {kept.path} is damaged; move it away to go on without it"
+                ) from None
             if number >= done:
                 place = next((place for index, place in places if index == number), None)
                 if place is None or number <= last:

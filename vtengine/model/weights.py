@@ -40,6 +40,9 @@ def load_tensors(
     targets = hf_tensors(model)
     if isinstance(tensors, Mapping):
         _check(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "weight update")
+        given = {checkpoint_name(name): tensor for name, tensor in tensors.items()}
+        if _HEAD not in targets and _HEAD in given and _EMBED in given:
+            _check_tied(given[_HEAD], given[_EMBED])
     head, seen = None, set()
     with torch.no_grad():
         for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
@@ -51,12 +54,19 @@ def load_tensors(
             if target is None or target.shape != tensor.shape:
                 expected = "no tensor of this name" if target is None else list(target.shape)
                 raise ModelLoadError(f"weight update: {name} is {list(tensor.shape)}, the config says {expected}")
+            if not tensor.is_floating_point():
+                raise ModelLoadError(f"{name} is {tensor.dtype}: quantised checkpoints are not read")
             target.copy_(tensor)
             seen.add(known)
     if not partial and (missing := [name for name in targets if name not in seen]):
         raise ModelLoadError(f"weight update: {len(missing)} tensors missing: {_some(missing)}")
     embed = targets[_EMBED]
-    if head is not None and _EMBED in seen and not torch.equal(head.to(embed), embed):
+    if head is not None and _EMBED in seen:
+        _check_tied(head, embed)
+
+
+def _check_tied(head: Tensor, embed: Tensor) -> None:
+    if not torch.equal(head.to(embed), embed):
         raise ModelLoadError(
             f"{_HEAD} differs from {_EMBED}, but the config says tie_word_embeddings: true; set it to false in "
             f"config.json, or delete {_HEAD}"

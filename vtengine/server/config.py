@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MIB = 1 << 20
@@ -53,8 +54,8 @@ class ServerLimits:
         for name in ("request_timeout_s", "keep_alive_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be > 0 seconds")
-        if not self.drain_s >= 0:
-            raise ValueError(f"drain_s = {self.drain_s}: must be >= 0 seconds")
+        if not 0 <= self.drain_s < math.inf:
+            raise ValueError(f"drain_s = {self.drain_s}: must be >= 0 seconds, and finite")
 
     def _require(self, name: str, least: int) -> None:
         value = getattr(self, name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from vtengine.vision.errors import ImageError
 from vtengine.vision.header import Format, end_is_missing, sniff, stated_size
@@ -143,4 +143,7 @@ def _fault(data: bytes, name: Format, fault: Exception) -> ImageError:
         return ImageError("image_unsupported_format", f"{name} with pixels that cannot become RGB: {fault}")
     if _CUT.search(str(fault)) or isinstance(fault, EOFError) or end_is_missing(data, name):
         return ImageError("image_truncated", f"the {name} file of {len(data)} bytes is cut short; copy it again")
-    return ImageError("image_corrupt", f"the {name} file cannot be decoded: {str(fault) or type(fault).__name__}")
+    reason = str(fault) or type(fault).__name__
+    if isinstance(fault, UnidentifiedImageError):  # its text holds an address in memory
+        reason = "its header is not valid"
+    return ImageError("image_corrupt", f"the {name} file cannot be decoded: {reason}")

@@ -47,8 +47,8 @@ class ToyEngine:
     def slot(self, sequence, position):
         return sequence.pages[position // self.pool.page_size] * self.pool.page_size + position % self.pool.page_size
 
-    def step(self):
-        rows = self.scheduler.schedule()
+    def step(self, admit=True):
+        rows = self.scheduler.schedule(admit)
         assert sum(row.count for row in rows) <= self.scheduler.max_batch_tokens + len(self.scheduler.flushing)
         written = [self.slot(row.sequence, p) for row in rows for p in range(row.start, row.start + row.count)]
         assert len(written) == len(set(written)), "two rows write the same slot"
@@ -166,6 +166,20 @@ def test_preemption_takes_the_youngest_and_changes_nothing():
     assert engine.done[0] is sequences[0]
     for sequence in sequences:
         check_output(sequence)
+
+
+def test_what_has_begun_ends_while_nothing_new_begins():
+    """So that a weight update, which waits for the running ones, finds no half-made completion in the queue."""
+    engine = ToyEngine(num_pages=8, page_size=2, max_batch_tokens=32)
+    begun = [engine.submit([k, k + 1], 12) for k in range(3)]
+    while not engine.scheduler.counters["preemptions"]:
+        engine.step()
+    late = engine.submit([7, 8], 2)
+    while engine.step(admit=False):
+        pass
+    assert set(engine.done) == set(begun) and list(engine.scheduler.waiting) == [late]
+    engine.run()
+    assert engine.done[-1] is late
 
 
 def test_without_resume_nothing_is_kept():

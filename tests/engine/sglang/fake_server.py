@@ -39,7 +39,7 @@ class FakeSglang:
         self.offers = {call for call in CONTROLS if not call.endswith("_weight_update")}  # as 0.5.17 does
         self.lock, self.prefixes, self.stop = threading.Lock(), [], threading.Event()
         handler = type("Handler", (_Handler,), {"fake": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = _Quiet(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -73,6 +73,11 @@ def _common(a, b):
             break
         count += 1
     return count
+
+
+class _Quiet(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Clients that hang up are part of the play."""
 
 
 class _Handler(BaseHTTPRequestHandler):

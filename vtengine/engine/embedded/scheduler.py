@@ -57,7 +57,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self, admit: bool = True) -> list[Row]:
-        """The rows of the next pass; empty only if nothing can run. admit False: nothing leaves the queue."""
+        """The rows of the next pass; empty only if nothing can run. admit False: nothing new begins."""
         rows = [Row(sequence, sequence.num_computed, 1, False) for sequence in self.flushing]
         for row in rows:
             self._publish(row.sequence, len(row.sequence.tokens))
@@ -67,10 +67,14 @@ class Scheduler:
             if sequence.num_remaining > 1 and budget > 0:
                 rows.append(self._chunk(sequence, budget))
                 budget -= rows[-1].count
-        while admit and budget > 0 and self.waiting and self._slots and self._admit(self.waiting[0]):
+        while budget > 0 and self._may_leave_queue(admit) and self._admit(self.waiting[0]):
             rows.append(self._chunk(self.waiting.popleft(), budget))
             budget -= rows[-1].count
         return rows
+
+    def _may_leave_queue(self, admit: bool) -> bool:
+        """Whether the first in the queue may run. A preempted one may: it ends with the weights it began with."""
+        return bool(self.waiting) and bool(self._slots) and (admit or self.waiting[0].cached_tokens >= 0)
 
     def computed(self, rows: list[Row]) -> None:
         """Call after the pass, before sampled tokens are appended."""

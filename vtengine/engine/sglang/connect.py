@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from vtengine.engine.sglang.backend import SglangBackend
 from vtengine.engine.sglang.fleet import SglangFleet
@@ -19,6 +20,11 @@ def addresses(name: str) -> list[str]:
     found = [address.strip().rstrip("/") for address in name.split(",") if address.strip()]
     if not found or any(not address.startswith(SERVERS) for address in found):
         raise ValueError(f"backend {name}: is no http:// or https:// address, nor several of them with commas between")
+    for address in found:
+        try:
+            _ = urlsplit(address).port
+        except ValueError as error:
+            raise ValueError(f"backend {name}: {error}") from None
     if len(set(found)) < len(found):
         raise ValueError(f"backend {name}: names an address twice")
     return found

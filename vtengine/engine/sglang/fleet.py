@@ -160,7 +160,7 @@ class SglangFleet:
 
     async def _over(self, request: Request, ask: Callable[[SglangBackend], Awaitable[T]]) -> T:
         """Asks the servers in the order that the request prefers, each once. Raises the last one's fault."""
-        fault: ConnectionLost | None = None
+        fault: ConnectionLost | StaleWeights | None = None
         for server in self._preferred(request):
             if server in self._down:
                 continue
@@ -168,7 +168,7 @@ class SglangFleet:
                 self._counters["failovers"] += 1
             try:
                 return await ask(server)
-            except ConnectionLost as error:
+            except (ConnectionLost, StaleWeights) as error:
                 fault = error
                 if not isinstance(error, NoRoom):
                     self._leave_out(server, error)
@@ -178,7 +178,7 @@ class SglangFleet:
         key = routing_key(request, self.servers[0].model.image_token_id)
         return sorted(self.servers, key=lambda server: hashlib.sha256(f"{key} {server.where}".encode()).digest())
 
-    def _leave_out(self, server: SglangBackend, fault: ConnectionLost) -> None:
+    def _leave_out(self, server: SglangBackend, fault: BackendFailed) -> None:
         self._stale.discard(server)
         if server not in self._down or self._down[server].cancelled():
             log.warning("%s is left out until it answers again: %s", server.where, fault)

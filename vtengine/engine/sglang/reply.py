@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from vtengine.engine.base import BackendFailed, Completion, Finish, RequestRejected, TokenChunk
-from vtengine.engine.sglang.transport import NoRoom
+from vtengine.engine.sglang.transport import NoRoom, StaleWeights
 
 if TYPE_CHECKING:
     from vtengine.engine.base import Request
@@ -108,7 +108,7 @@ class ReplyReader:
         now, prompt = time.perf_counter(), len(self._request.token_ids)
         found = meta.get("weight_version", FIRST_VERSION)
         if version_number(found) != self._version:
-            raise BackendFailed(
+            raise StaleWeights(
                 f"{self._name}: SGLang answered with weights {found!r}, version {self._version} was loaded; somebody "
                 "else updated it, or it was restarted: load the weights again"
             )
