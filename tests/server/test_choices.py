@@ -142,7 +142,7 @@ def test_a_choice_that_fails_fails_the_request(serve: Serve, stream: bool) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_all(serve: Serve, stream: bool) -> None:
-    server = serve(slow=0.05, limits=ServerLimits(max_running=2))
+    server = serve(slow=0.5, limits=ServerLimits(max_running=2))
     connection = send_chat(server, n=3, stream=stream)
     wait_for(lambda: server.house.gate.running_now == 2)
     connection.close()

@@ -26,7 +26,7 @@ TABLE = [
     (("hm <think>t</think><answer>4</answer>",), ("thought_first",)),
     (("<think>an <answer> tag</think><answer>4</answer>",), ("clean_thought",)),
     (("<think>t</think><answer>4</answer> indeed",), ("nothing_after",)),
-    (("<think>t</think><answer> </answer>",), ("answer_not_empty",)),
+    (("<think>t</think><answer> </answer>",), ("answered", "calls_then_answer", "answer_not_empty")),
     (("<think>t</think>4",), ("answered", "calls_then_answer", "answer_not_empty")),
     (("<think>t</think><answer>4</answer><answer>5</answer>",), ("answered", "calls_then_answer", "answer_not_empty")),
     ((f"<think>t</think>{CALL}", f"<think>t</think>{CALL}"), ("answered", "calls_then_answer", "answer_not_empty")),
