@@ -20,15 +20,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled():
-            return self._in_place(x)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-    def _in_place(self, x: Tensor) -> Tensor:
-        """The same with one pass to read and one to write; torch's takes five on the CPU."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()
-        return (x * scale).mul_(self.weight)
 
 
 class SwiGLU(nn.Module):
@@ -41,7 +33,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate, inplace=not torch.is_grad_enabled()) * up)
+        return self.down(F.silu(gate) * up)
 
 
 @functools.lru_cache(maxsize=16)
@@ -62,12 +54,6 @@ def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """Rotary embedding of x [N, heads, D], pairs (i, i + D/2); computed in float32, returned in x's dtype.
 
-    Each half turns with the other one; the sign of the first half is in the table.
+    Rolling by half a head swaps the halves; the sign of the first half is in the table.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).to(x.dtype)
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], signed_sin[..., :half])
-    out[..., half:].addcmul_(x[..., :half], signed_sin[..., half:])
-    return out
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).to(x.dtype)
