@@ -145,10 +145,9 @@ class _Short:
         if (count == 1).all():
             tokens, tables, lengths = layout.begin[rows], layout.pages[rows], layout.length[rows]
         else:
-            row = np.repeat(rows, count)
-            step = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-            tokens, tables = layout.begin[row] + step, layout.pages[row]
-            lengths = (layout.length - layout.count)[row] + step + 1
+            row, tokens = np.repeat(rows, count), _tokens(layout, rows)
+            tables = layout.pages[row]
+            lengths = (layout.length - layout.count)[row] + tokens - layout.begin[row] + 1
         whole = len(tokens) == int(layout.count.sum())
         return _Short(_tensor(tokens, device), _tensor(tables, device), _tensor(lengths, device), whole)
 
@@ -169,10 +168,9 @@ class _Long:
     @staticmethod
     def plan(layout: RowLayout, rows: np.ndarray, device: torch.device) -> _Long:
         count = layout.count[rows]
-        tokens = np.concatenate([np.arange(b, b + n) for b, n in zip(layout.begin[rows], count, strict=True)])
-        arrays = (tokens, layout.pages[rows], layout.length[rows], np.concatenate([[0], np.cumsum(count)]))
-        on_device = [_tensor(array.astype(np.int64), device) for array in arrays]
-        return _Long(on_device[0], on_device[1], on_device[2], on_device[3], int(count.max()))
+        arrays = (_tokens(layout, rows), layout.pages[rows], layout.length[rows], np.cumsum([0, *count]))
+        tokens, tables, lengths, offsets = (_tensor(array, device) for array in arrays)
+        return _Long(tokens, tables, lengths, offsets, int(count.max()))
 
     def attend(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]
@@ -191,9 +189,9 @@ class _Fresh:
     def plan(layout: RowLayout, rows: np.ndarray, device: torch.device) -> _Fresh:
         count = layout.count[rows]
         packed = PackedCausal([0, *np.cumsum(count).tolist()])
-        tokens = np.concatenate([np.arange(b, b + n) for b, n in zip(layout.begin[rows], count, strict=True)])
+        tokens = _tokens(layout, rows)
         whole = len(tokens) == int(layout.count.sum())
-        return _Fresh(packed, torch.from_numpy(tokens).to(device), whole)
+        return _Fresh(packed, _tensor(tokens, device), whole)
 
 
 @dataclass(frozen=True)
@@ -246,6 +244,12 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def _tokens(layout: RowLayout, rows: np.ndarray) -> np.ndarray:
+    """Where the tokens of these rows, one row after the other, lie in the pass."""
+    count = layout.count[rows]
+    return np.repeat(layout.begin[rows] - (np.cumsum(count) - count), count) + np.arange(count.sum())
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
