@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -171,6 +172,13 @@ def running(setting: Setting, limits: ServerLimits | None = None, keys: ApiKeys 
             one.stop()
         setting.pipeline.close()  # type: ignore[attr-defined]
         listening.close()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+    give_up_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.01)
 
 
 def picture(number: int = 0, size: tuple[int, int] = (168, 112), form: str = "PNG") -> bytes:

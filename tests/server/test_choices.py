@@ -20,8 +20,9 @@ from tests.server.running import (
     make_setting,
     running,
     two_turns,
+    wait_for,
 )
-from tests.server.test_connections import read_all, send_chat, wait_for
+from tests.server.test_connections import read_all, send_chat
 from tests.server.test_refusals import error_of
 from vtengine.engine.base import BackendFailed, Request
 from vtengine.rollout.tokenizer import Tokenizer
@@ -142,7 +143,7 @@ def test_a_choice_that_fails_fails_the_request(serve: Serve, stream: bool) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_all(serve: Serve, stream: bool) -> None:
-    server = serve(slow=0.5, limits=ServerLimits(max_running=2))
+    server = serve(slow=0.05, delay_s=0 if stream else 5, limits=ServerLimits(max_running=2))
     connection = send_chat(server, n=3, stream=stream)
     wait_for(lambda: server.house.gate.running_now == 2)
     connection.close()

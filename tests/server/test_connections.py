@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.server.running import ANSWER, MODEL, Running, ask
+from tests.server.running import ANSWER, MODEL, Running, ask, wait_for
 from vtengine.server.config import ServerLimits
 from vtengine.server.errors import ApiError
 from vtengine.server.schema import parse_chat
@@ -51,13 +50,6 @@ def without_sizes(body: bytes) -> bytes:
         size, _, rest = body.partition(b"\r\n")
         data, body = data + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
     return data
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
-    give_up_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.01)
 
 
 def test_bytes_of_the_stream(serve: Serve) -> None:

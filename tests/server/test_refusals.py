@@ -6,7 +6,6 @@ import http.client
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.running import ANSWER, MODEL, Running, ask, data_url, image_part, picture
+from tests.server.running import ANSWER, MODEL, Running, ask, data_url, image_part, picture, wait_for
 from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.server.config import ServerLimits
 from vtengine.server.keys import ApiKeys
@@ -300,13 +299,6 @@ def test_logs_hold_the_id_and_nothing_of_the_contents(serve: Serve, caplog: pyte
     assert "my-id.7 POST /v1/chat/completions 200" in text
     for private in ("secret", "private", "c2VjcmV0", image[30:60], "evil"):
         assert private not in text
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
-    give_up_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < give_up_s
-        time.sleep(0.01)
 
 
 def test_memory_of_all_bodies_is_bounded(serve: Serve) -> None:
