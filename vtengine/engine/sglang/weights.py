@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -73,13 +74,20 @@ def check_shapes(shapes: Shapes, config: ModelConfig | None, where: str) -> None
         )
     if config is None:
         return
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in hf_tensors(Qwen2_5_VL(config)).items()}
-    wanted.setdefault("lm_head.weight", wanted["model.embed_tokens.weight"])
+    wanted = _shapes_of(config)
     wrong = [name for name, shape in shapes.items() if wanted.get(name) != shape]
     if wrong:
         figures = [f"{name} {list(shapes[name])} (ours: {list(wanted.get(name, ())) or 'none'})" for name in wrong]
         raise ValueError(f"{where}: {len(wrong)} tensors do not fit the model: {_some(figures)}")
+
+
+@lru_cache(maxsize=4)
+def _shapes_of(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Building a model of billions, though without memory, takes a second: not for every bucket of an update."""
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in hf_tensors(Qwen2_5_VL(config)).items()}
+    wanted.setdefault("lm_head.weight", wanted["model.embed_tokens.weight"])
+    return wanted
 
 
 def _some(names: list[str]) -> str:
