@@ -100,21 +100,12 @@ class Prompt:
                 parts += self._image(view)
             elif placeholder == "images":
                 for view in views:
-                    parts += self._numbered(view)
+                    parts += self._fill("several.image", (view,), {"number": str(view.image + 1)})
             elif (given := texts.get(placeholder)) is not None:
                 parts.append(given)
             elif placeholder:
                 parts.append(Text(self._value(values, key, placeholder)))
         return tuple(parts)
-
-    def _numbered(self, view: View) -> Iterable[Part]:
-        values = {"number": str(view.image + 1), **self._sizes(view)}
-        for text, placeholder in pieces(self.profile["several.image"]):
-            yield Text(text)
-            if placeholder == "image":
-                yield from self._image(view)
-            elif placeholder:
-                yield Text(self._value(values, "several.image", placeholder))
 
     def _image(self, view: View) -> tuple[Part, ...]:
         before, after = self.profile["turn.image"].split("{pixels}")

@@ -39,7 +39,7 @@ class Stream:
             "created": int(time.time()),
             "model": house.model,
         }
-        self.choices = [_Choice(index, job) for index in range(job.num_choices)]
+        self.choices = [_Choice(job) for _ in range(job.num_choices)]
         self.episodes: list[Episode] = []
 
     async def run(self) -> None:
@@ -102,8 +102,8 @@ Chunk = tuple[Json, Json | None, str | None]
 class _Choice:
     """One episode's events as chunks."""
 
-    def __init__(self, index: int, job: Job) -> None:
-        self.index, self.job = index, job
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.splitter = ReplySplitter()
         self.cutter = StopCutter(job.stops)
         self.chunks: list[Chunk] = []
