@@ -12,17 +12,16 @@ STAMP := $(VENV)/.installed
 JOBS  ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 8 ] && n=8; echo $$n)
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-SUITES ?= $(basename $(notdir $(filter-out benchmarks/suites/gpu_%,$(wildcard benchmarks/suites/[a-z]*.py))))
+# without the environment of the peers (benchmarks/peers), trl_grpo runs only where it is asked for by name, and says so
+SUITES ?= $(filter-out gpu_% $(if $(wildcard $(PEERS_VENV)/.installed),,trl_grpo),$(basename $(notdir $(wildcard benchmarks/suites/[a-z]*.py))))
 PEER_SUITES := patchify grpo_loss
 GPU_SUITES ?= $(basename $(notdir $(wildcard benchmarks/suites/gpu_*.py)))
 PYTHON_CODE := vtengine kernels training benchmarks tests examples setup.py
 SOURCES := $(shell find csrc -type f 2>/dev/null)
-# needs the environment of the peers (benchmarks/peers); asked for by name, it says so
-SUITES := $(filter-out $(if $(wildcard .venv-peers/.installed),,trl_grpo),$(SUITES))
 
 export PYTHON TORCH_INDEX
 
-.PHONY: help venv demo test check format bench report gpu sglang-venv vllm-venv gpu-sglang test-sglang clean
+.PHONY: help venv demo test check format bench bench-peers report gpu sglang-venv vllm-venv peers-venv gpu-sglang test-sglang clean
 help:
 	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
@@ -53,7 +52,6 @@ bench: $(STAMP)
 	$(PY) benchmarks/report.py
 
 # an environment with what benchmarks/peers lists, and the Python of a suite: that one's, where it is there and wanted
-.PHONY: bench-peers peers-venv
 PEERS_VENV := .venv-peers
 python_for = $(if $(and $(filter $(1),$(PEER_SUITES)),$(wildcard $(PEERS_VENV)/.installed)),$(PEERS_VENV)/bin/python,$(PY))
 peers-venv: $(PEERS_VENV)/.installed
@@ -101,4 +99,4 @@ gpu-sglang:
 	$(or $(PYTHON),$(wildcard $(PY)),python3) benchmarks/gpu_sglang.py $(if $(CONFIG),--config $(CONFIG)) $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) $(VLLM_VENV) $(PEERS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
