@@ -32,16 +32,20 @@ from measure import Context  # noqa: E402  (beside this file)
 from stamp import stamp  # noqa: E402
 
 
+class NoSuchSuite(ValueError):
+    """No file of this name is in benchmarks/suites."""
+
+
 def suites() -> list[str]:
     """Names of all suites, sorted."""
     return sorted(path.stem for path in SUITES.glob("[a-z]*.py"))
 
 
 def load_suite(name: str) -> ModuleType:
-    """The suite as a module. ValueError: no such suite."""
+    """The suite as a module. NoSuchSuite: there is none of this name."""
     path = SUITES / f"{name}.py"
     if name not in suites():
-        raise ValueError(f"suite = {name!r}: no such suite; there are: {', '.join(suites()) or 'none'}")
+        raise NoSuchSuite(f"suite = {name!r}: no such suite; there are: {', '.join(suites()) or 'none'}")
     spec = importlib.util.spec_from_file_location(f"benchmark_suite_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -103,9 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--suite is needed; there are: {', '.join(suites()) or 'none'}")
     try:
         result = run_suite(args.suite, quick=args.quick, gated=not args.no_gate)
-    except ValueError as error:
+    except NoSuchSuite as error:
         parser.error(str(error))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # not a fault of the command line
         print("error:", error, file=sys.stderr)
         return 1
     show(result["rows"])

@@ -9,8 +9,6 @@ without AMX is plain torch on a CPU, so its times say little; its counts and rep
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from child import answer_of
 from peer_backend import (
     SGLANG_FLAGS,
     SGLANG_PYTHON,
@@ -163,11 +162,9 @@ async def _emptied(backend: VllmBackend) -> None:
 
 
 def _probe(name: str, count: int) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, str(PROBE), name, str(count)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+    found = answer_of(f"{PROBE.name} {name}", [sys.executable, str(PROBE), name, str(count)])
     engine = "vtengine" if name == "embedded" else name
-    return {"part": "process", "engine": engine, **json.loads(done.stdout.splitlines()[-1]), "note": ""}
+    return {"part": "process", "engine": engine, **found, "note": ""}
 
 
 def _require(engine: str, python: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from asking_backend import AskingBackend
+from child import read
 from two_turn_run import SAMPLING, Asked, held_out_questions, model_folder
 from vtengine_training.glance.views import LIMITS
 
@@ -132,9 +133,9 @@ async def _served(setting: Setting, asked: Sequence[Asked], concurrency: int, st
         await client.stdout.readline()
         busy = time.thread_time()
         client.stdin.write(b"\n")
-        report = json.loads(await client.stdout.readline())
+        said = await client.stdout.readline()
         busy = time.thread_time() - busy
-        await client.wait()
+        report = read(CLIENT.name, await client.wait(), said)
     server.stop()
     await serving
     listening.close()

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from child import answer_of
 from vtengine_training.glance.export import write_questions
 
 from vtengine.cli.models import shipped_model
@@ -91,11 +90,7 @@ def run_side(python: str, side: str, spec: dict[str, Any], place: Path) -> dict[
     path.write_text(json.dumps(spec), encoding="utf-8")
     threads = {"OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     command = [python, str(ROOT / "benchmarks" / "trl_grpo_side.py"), side, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
-    if done.returncode:
-        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return answer_of(f"trl_grpo_side.py {side}", command, threads)
 
 
 def _row(side: str, n: int, runs: list[dict[str, Any]]) -> dict[str, Any]:

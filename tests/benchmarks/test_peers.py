@@ -27,6 +27,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_sglang  # noqa: E402
+from child import answer_of  # noqa: E402
 from load_client import content  # noqa: E402
 from peer_backend import Started, collapsed, png  # noqa: E402
 
@@ -60,6 +61,26 @@ def test_memory_of_a_group_of_processes() -> None:
     assert 64 < Started(process.pid, 0.0).peak_mib() < 512
     process.stdin.close()
     process.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 15)", "the side was killed by signal 15"),
+        ("raise SystemExit('no room')", "the side ended with status 1: no room"),
+        ("print('so far')", "the side ended with status 0, but said 'so far' instead of a JSON object"),
+        ("", "the side ended with status 0, but said '' instead"),
+    ],
+    ids=["killed", "failed", "no JSON", "nothing"],
+)
+def test_a_child_that_gives_no_answer_is_named_with_its_end(program: str, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        answer_of("the side", [sys.executable, "-c", program])
+
+
+def test_the_answer_of_a_child_is_its_last_line() -> None:
+    program = "import os; print('warning'); print('{\"seconds\": ' + os.environ['SECONDS_SPENT'] + '}')"
+    assert answer_of("the side", [sys.executable, "-c", program], {"SECONDS_SPENT": "2"}) == {"seconds": 2}
 
 
 @pytest.mark.parametrize("stream", [False, True])
