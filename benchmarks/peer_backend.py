@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memory import peak_mib
 from PIL import Image
 
 from vtengine.engine.base import BackendFailed, Completion, ImageInput, Request, TokenChunk
@@ -61,15 +62,14 @@ class Started:
 
     def peak_mib(self) -> float:
         """Peak resident memory of every process of the group, summed."""
-        peaks = 0
+        peaks = 0.0
         for folder in Path("/proc").iterdir():
             try:
                 if folder.name.isdecimal() and os.getpgid(int(folder.name)) == self.pid:
-                    lines = (folder / "status").read_text(encoding="ascii").splitlines()
-                    peaks += int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+                    peaks += peak_mib(folder.name)
             except (OSError, StopIteration):
                 continue  # gone meanwhile
-        return peaks / 1024
+        return peaks
 
 
 class VllmBackend:

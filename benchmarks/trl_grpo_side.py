@@ -13,7 +13,6 @@ import itertools
 import json
 import random
 import re
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 for _folder in ("training", "kernels", "."):
@@ -206,11 +206,6 @@ class Clock:
     def steps(self) -> dict[str, list[float]]:
         pairs = list(itertools.pairwise(self.ticks))
         return {"step_s": [b[0] - a[0] for a, b in pairs], "cpu_s": [b[1] - a[1] for a, b in pairs]}
-
-
-def peak_mib() -> float:
-    """The most memory that this process has had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 def main() -> None:
     name, count = sys.argv[1], int(sys.argv[2])
     import torch
+    from memory import peak_mib
     from transformers_backend import TransformersBackend
     from two_turn_run import held_out_questions, model_folder, run_once
 
@@ -41,9 +42,7 @@ def main() -> None:
         return backend
 
     run_once(folder, make, held_out_questions(count), 8, ask_one_in=2)
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    peak_kib = int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
-    print(json.dumps({"startup_s": ready, "peak_mib": peak_kib / 1024}))
+    print(json.dumps({"startup_s": ready, "peak_mib": peak_mib()}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from loss_candidates import Problem, candidates
+from memory import grown_on_gpu_mib
 from torch import Tensor
 from vtengine_kernels.token_logprob.chunked import parts
 
@@ -63,7 +64,7 @@ def measure(context: Any, model: str, problem: Problem) -> list[dict[str, Any]]:
             "tflops": flops / time.min_s / 1e12,
             "floor_ratio": time.min_s / times["three products"].min_s,
             "vtengine_faster": time.min_s / times["vtengine"].min_s,
-            "peak_mib": peak_mib(calls[name]) if name in calls else None,
+            "peak_mib": grown_on_gpu_mib(calls[name]) if name in calls else None,
         }
         for name, time in times.items()
     ]
@@ -78,12 +79,3 @@ def floor(problem: Problem) -> Tensor:
         torch.mm(scores, weight)
         torch.addmm(total, scores.t(), hidden[part], out_dtype=torch.float32, out=total)
     return total
-
-
-def peak_mib(call: Any) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20

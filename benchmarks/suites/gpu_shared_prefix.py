@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import grown_on_gpu_mib
 from torch import Tensor
 from vtengine_kernels.shared_prefix_attention import PrefixTree
 from vtengine_kernels.visual_scatter import Placement, visual_scatter
@@ -77,7 +78,7 @@ def compared(
 ) -> dict[str, Any]:
     sides = {name: make(tree) for name, tree in trees(*group).items()}
     found = context.compare(sides, rounds=9, warmup=2, min_round_s=0.05, after=torch.cuda.synchronize)
-    peaks = {name: peak_mib(side) for name, side in sides.items()}
+    peaks = {name: grown_on_gpu_mib(side) for name, side in sides.items()}
     plain, shared = (multiplications(tree, per_token) for tree in trees(*group).values())
     speedup = found["plain"].median_s / found["shared"].median_s
     row: dict[str, Any] = {"kind": "prefix", "part": part} | dict(zip(("n", "prefix", "reply"), group, strict=True))
@@ -119,15 +120,6 @@ def layer_row(context: Any, layer: TextLayer, *group: int) -> dict[str, Any]:
     n, prefix, reply = group
     matrices = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 2)
     return compared(context, "layer", (n, prefix, reply), matrices, make)
-
-
-def peak_mib(call: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def scatter_row(context: Any, features: int, shown: int) -> dict[str, Any]:

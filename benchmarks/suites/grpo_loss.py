@@ -7,14 +7,13 @@ weight included (1.2 GB in float32). Rows of part "full" have every position tra
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from loss_candidates import Problem, candidates
+from memory import grown_mib
 from torch import Tensor
 
 TESTS = ["tests/kernels/test_token_logprob.py", "tests/kernels/test_grpo_loss.py"]
@@ -79,25 +78,8 @@ def measure(
 def facts_of(problem: Problem, way: Callable[[Problem], Tensor], exact: Any) -> dict[str, Any]:
     """Memory of a call, and how far its numbers are from the exact ones."""
     loss, hidden, weight = exact
-    grown = peak_mib(partial(problem.gradients, way))
+    grown = grown_mib(partial(problem.gradients, way))
     found = float(problem.gradients(way))
     pairs = ((problem.hidden.grad, hidden), (problem.weight.grad, weight))
     off = max(float((ours.float() - true.float()).norm() / true.float().norm()) for ours, true in pairs)
     return {"peak_mib": grown, "loss_off": abs(found - loss) / abs(loss), "gradient_off": off}
-
-
-def peak_mib(call: Callable[[], Any]) -> float | None:
-    """How much the resident memory grew at most during the call; None where the system does not tell."""
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    except OSError:
-        return None
-    before = _status_kib("VmRSS")
-    call()
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))

@@ -9,15 +9,14 @@ through the Learner, each saving on and off; peak memory is the growth of the pr
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from memory import grown_mib
 from torch import Tensor
 from vtengine_kernels.shared_prefix_attention import PrefixTree
 from vtengine_training.data.examples import Example
@@ -186,7 +185,7 @@ def switched(context: Any, one: Run, groups: Sequence[Group], vision: bool) -> l
     built = {name: probe.build(groups) for name, probe in sides.items()}
     calls = {name: lambda p=probe, b=built[name]: p.backward(b, None, _Sums()) for name, probe in sides.items()}
     found = context.compare(calls, rounds=5)
-    peaks = {name: peak_mib(call) for name, call in calls.items()}
+    peaks = {name: grown_mib(call) for name, call in calls.items()}
     return [
         {
             "part": "trainer",
@@ -201,20 +200,3 @@ def switched(context: Any, one: Run, groups: Sequence[Group], vision: bool) -> l
         }
         for name, measured in found.items()
     ]
-
-
-def peak_mib(call: Callable[[], object]) -> float | None:
-    """Growth of the resident set's high-water mark during a call; None where Linux does not say."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status_kib("VmRSS")
-        call()
-        return (_status_kib("VmHWM") - before) / 1024
-    except (OSError, AttributeError):
-        return None
-
-
-def _status_kib(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
