@@ -1,6 +1,5 @@
 // Which of the kernels this machine can run, asked of the processor once.
 #include "kernels.h"
-#include "vtengine/patchify.h"
 
 namespace vtengine {
 
@@ -17,19 +16,23 @@ int available_isas() {
     return found;
 }
 
-const Kernels* kernels_of(int isa) {
+int usable_isa(int isa) {
     static const int available = available_isas();
     if (isa == VT_ISA_AUTO) {
         isa = VT_ISA_SCALAR;
         if (available & (1 << VT_ISA_AVX2)) isa = VT_ISA_AVX2;
         if (available & (1 << VT_ISA_AVX512)) isa = VT_ISA_AVX512;
     }
-    if (isa < VT_ISA_SCALAR || isa > VT_ISA_AVX512 || !(available & (1 << isa))) return nullptr;
+    const bool known = isa >= VT_ISA_SCALAR && isa <= VT_ISA_AVX512;
+    return known && (available & (1 << isa)) ? isa : kNoIsa;
+}
+
+const Kernels* kernels_of(int isa) {
 #if defined(__x86_64__)
-    if (isa == VT_ISA_AVX512) return &kAvx512Kernels;
-    if (isa == VT_ISA_AVX2) return &kAvx2Kernels;
+    return pick(isa, &kAvx512Kernels, &kAvx2Kernels, &kScalarKernels);
+#else
+    return pick(isa, &kScalarKernels, &kScalarKernels, &kScalarKernels);
 #endif
-    return &kScalarKernels;
 }
 
 }  // namespace vtengine

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "axis.h"
+#include "vtengine/patchify.h"
 
 namespace vtengine {
 
@@ -43,6 +44,20 @@ extern const Kernels kAvx2Kernels, kAvx512Kernels;
 #endif
 
 int available_isas();
+constexpr int kNoIsa = -1;
+int usable_isa(int isa);  // VT_ISA_AUTO: the best; kNoIsa: not on this machine
+
+// The one of three that is to run; nullptr: not on this machine.
+template <typename T>
+T* pick(int isa, T* avx512, T* avx2, T* scalar) {
+    switch (usable_isa(isa)) {
+        case VT_ISA_AVX512: return avx512;
+        case VT_ISA_AVX2: return avx2;
+        case VT_ISA_SCALAR: return scalar;
+        default: return nullptr;
+    }
+}
+
 const Kernels* kernels_of(int isa);  // VT_ISA_AUTO: the best; nullptr: not on this machine
 
 void vertical_scalar(const Axis& axis, int64_t row, const uint8_t* const* in, int64_t begin, int64_t end, uint8_t* out);

@@ -25,46 +25,10 @@ struct Task {
 
 using Run = void (*)(const Task&, int64_t size, float* scores, int64_t stride);
 
-#if defined(__x86_64__)
-namespace wide {
-#define VT_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2")))
-#define VT_LANES 16
-#include "prefix_attention.h"
-#undef VT_TARGET
-#undef VT_LANES
-}  // namespace wide
-namespace middle {
-#define VT_TARGET __attribute__((target("avx2,fma")))
-#define VT_LANES 8
-#include "prefix_attention.h"
-#undef VT_TARGET
-#undef VT_LANES
-}  // namespace middle
-#endif
-namespace plain {
-#define VT_TARGET
-#define VT_LANES 8
-#include "prefix_attention.h"
-#undef VT_TARGET
-#undef VT_LANES
-}  // namespace plain
+#define VT_BODY "prefix_attention.h"
+#include "per_isa.h"
 
 constexpr int64_t kMaxLanes = 16;
-
-Run choose(int isa) {
-    const int available = available_isas();
-    if (isa == VT_ISA_AUTO) {
-        isa = VT_ISA_SCALAR;
-        if (available & (1 << VT_ISA_AVX2)) isa = VT_ISA_AVX2;
-        if (available & (1 << VT_ISA_AVX512)) isa = VT_ISA_AVX512;
-    }
-    if (isa < VT_ISA_SCALAR || isa > VT_ISA_AVX512 || !(available & (1 << isa))) return nullptr;
-#if defined(__x86_64__)
-    if (isa == VT_ISA_AVX512) return &wide::run;
-    if (isa == VT_ISA_AVX2) return &middle::run;
-#endif
-    return &plain::run;
-}
 
 bool size_is_supported(int64_t size) {
     for (int64_t known : {16, 32, 64, 80, 96, 128, 256}) {
@@ -79,7 +43,7 @@ bool size_is_supported(int64_t size) {
 int32_t vt_prefix_attention(const vt_prefix_attention_args* args) {
     using namespace vtengine;
     const vt_prefix_attention_args& a = *args;
-    const Run run = choose(a.isa);
+    const Run run = VT_PICK(a.isa, run);
     if (run == nullptr) return VT_ISA_MISSING;
     if (!size_is_supported(a.size) || a.kv_heads < 1 || a.heads % a.kv_heads != 0) return VT_INVALID;
     const int64_t group = a.heads / a.kv_heads;

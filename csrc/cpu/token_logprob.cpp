@@ -27,47 +27,11 @@ constexpr int64_t kPiece = 1024;
 
 using Run = void (*)(const Row&);
 
-#if defined(__x86_64__)
-namespace wide {
-#define VT_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx2")))
-#define VT_LANES 16
-#include "token_logprob.h"
-#undef VT_TARGET
-#undef VT_LANES
-}  // namespace wide
-namespace middle {
-#define VT_TARGET __attribute__((target("avx2,fma")))
-#define VT_LANES 8
-#include "token_logprob.h"
-#undef VT_TARGET
-#undef VT_LANES
-}  // namespace middle
-#endif
-namespace plain {
-#define VT_TARGET
-#define VT_LANES 8
-#include "token_logprob.h"
-#undef VT_TARGET
-#undef VT_LANES
-}  // namespace plain
-
-Run choose(int isa, bool gradients) {
-    const int available = available_isas();
-    if (isa == VT_ISA_AUTO) {
-        isa = VT_ISA_SCALAR;
-        if (available & (1 << VT_ISA_AVX2)) isa = VT_ISA_AVX2;
-        if (available & (1 << VT_ISA_AVX512)) isa = VT_ISA_AVX512;
-    }
-    if (isa < VT_ISA_SCALAR || isa > VT_ISA_AVX512 || !(available & (1 << isa))) return nullptr;
-#if defined(__x86_64__)
-    if (isa == VT_ISA_AVX512) return gradients ? &wide::gradients : &wide::statistics;
-    if (isa == VT_ISA_AVX2) return gradients ? &middle::gradients : &middle::statistics;
-#endif
-    return gradients ? &plain::gradients : &plain::statistics;
-}
+#define VT_BODY "token_logprob.h"
+#include "per_isa.h"
 
 int32_t each_row(const vt_token_rows_args& a, bool gradients) {
-    const Run run = choose(a.isa, gradients);
+    const Run run = gradients ? VT_PICK(a.isa, gradients) : VT_PICK(a.isa, statistics);
     if (run == nullptr) return VT_ISA_MISSING;
     if (a.vocabulary < 1) return VT_INVALID;
     try {
