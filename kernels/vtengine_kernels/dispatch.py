@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from vtengine_kernels import library
+from vtengine_kernels import library, triton_runtime
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,25 @@ def choose(op: str, impl: str) -> str:
     raise ValueError(f"{op}: impl = {impl!r}: must be one of {names}")
 
 
+def select(op: str, impl: str, modules: Mapping[str, ModuleType], like: Tensor) -> ModuleType:
+    """The module that is to work on tensors like this one; "auto": the first that is here and takes them.
+
+    Each of `modules` says with missing() why it is not here (or None), and with takes(tensor) what it works on.
+    ValueError: no such impl, or it takes no such tensors. RuntimeError: it is not available here.
+    """
+    if impl == "auto":
+        return next(module for module in modules.values() if module.missing() is None and module.takes(like))
+    if impl not in modules:
+        raise ValueError(f"{op}: impl = {impl!r}: must be one of auto, {', '.join(modules)}")
+    module = modules[impl]
+    reason = module.missing()
+    if reason is not None:
+        raise RuntimeError(f"{op}: impl = {impl!r} is not available: {reason}")
+    if not module.takes(like):
+        raise ValueError(f"{op}: impl = {impl!r} takes no {like.dtype} on {like.device} of shape {list(like.shape)}")
+    return module
+
+
 def _flash(op: str) -> Availability:
     from vtengine_kernels.shared_prefix_attention import flash
 
@@ -84,9 +107,10 @@ def _rows(op: str) -> list[Availability]:
 
 
 def _triton(op: str) -> Availability:
-    if importlib.util.find_spec("triton") is None:
-        return Availability(op, "triton", False, "triton is not installed; on a CUDA machine: `pip install triton`")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    reason = triton_runtime.missing()
+    if reason is not None:
+        return Availability(op, "triton", False, reason)
+    if triton_runtime.interpreted():
         return Availability(op, "triton", True, "Triton's interpreter, for tests")
     import torch
 

@@ -44,6 +44,17 @@ def load() -> ctypes.CDLL:
     return found
 
 
+def missing(function: str) -> str | None:
+    """Why the library does not have this function here, or None."""
+    try:
+        loaded = load()
+    except LibraryMissing as error:
+        return str(error)
+    if not hasattr(loaded, function):
+        return "the C++ extension is older than this op; rebuild it: `pip install --no-build-isolation -e .`"
+    return None
+
+
 def isas() -> tuple[str, ...]:
     """Instruction sets that this machine can run, the fastest first; empty without a library."""
     if isinstance(_find(), str):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vtengine_kernels import triton_runtime
 from vtengine_kernels.patchify import Step, Target, patchify, triton
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -91,7 +92,7 @@ def resources(ptx: str, arch: int, folder: Path) -> tuple[int, int]:
     )
 
 
-@pytest.mark.skipif(triton.interpreted(), reason="TRITON_INTERPRET is set")
+@pytest.mark.skipif(triton_runtime.interpreted(), reason="TRITON_INTERPRET is set")
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("across", [True, False], ids=["across", "down"])
 def test_it_compiles_without_spills(tmp_path: Path, record_property, arch: int, across: bool) -> None:

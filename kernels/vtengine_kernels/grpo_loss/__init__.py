@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtengine_kernels.dispatch import select
 from vtengine_kernels.grpo_loss import chunked, ref
 from vtengine_kernels.grpo_loss.objective import MAX_LOG_RATIO, Objective, Tokens
-from vtengine_kernels.token_logprob import Head, Impl, LowRank, choose
+from vtengine_kernels.token_logprob import ROWS, Head, Impl, LowRank
 from vtengine_kernels.token_logprob import ref as token_ref
 from vtengine_kernels.token_logprob.head import check, check_ids
 
@@ -55,7 +56,7 @@ def grpo_loss(
     """
     check(hidden, head, targets, mask, chunk)
     _check_tokens(tokens, objective, hidden)
-    rows = choose("grpo_loss", impl, hidden)
+    rows = select("grpo_loss", impl, ROWS, hidden)
     if mask is None:
         return _run(rows, hidden, head, targets, tokens, objective, chunk)
     kept = mask.nonzero()[:, 0]

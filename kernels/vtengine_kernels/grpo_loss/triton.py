@@ -3,18 +3,17 @@ one launch per chunk. The loss itself is formed from the logprobs, N numbers, ou
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from vtengine_kernels.grpo_loss.objective import KLS, MAX_LOG_RATIO, Objective, Tokens
 from vtengine_kernels.token_logprob.head import Head
 from vtengine_kernels.token_logprob.triton import constants, scalars
+from vtengine_kernels.triton_runtime import missing
 
 TOKEN_POLICIES = ("clip", "clipped-weight", "reinforce")
 
-if importlib.util.find_spec("triton") is not None:
+if missing() is None:
     import triton
     import triton.language as tl
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtengine_kernels.dispatch import select
 from vtengine_kernels.kv_store import plain, ref, triton
 
 Impl = Literal["auto", "triton", "torch", "ref"]
@@ -28,19 +29,7 @@ def kv_store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, 
     RuntimeError: `impl` is not available here.
     """
     _check(k, v, keys, values, slots)
-    if impl == "auto":
-        chosen = next(name for name, module in _IMPLS.items() if module.takes(keys) and module.missing() is None)
-    elif impl in _IMPLS:
-        chosen = impl
-    else:
-        raise ValueError(f"kv_store: impl = {impl!r}: must be one of auto, {', '.join(_IMPLS)}")
-    module = _IMPLS[chosen]
-    reason = module.missing()
-    if reason is not None:
-        raise RuntimeError(f"kv_store: impl = {chosen!r} is not available: {reason}")
-    if not module.takes(keys):
-        raise ValueError(f"kv_store: impl = {chosen!r} takes no {keys.dtype} on {keys.device}")
-    module.kv_store(k, v, keys, values, slots)
+    select("kv_store", impl, _IMPLS, keys).kv_store(k, v, keys, values, slots)
 
 
 def _check(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 from torch import Tensor
 
-if importlib.util.find_spec("triton") is not None:
+from vtengine_kernels.triton_runtime import interpreted, missing
+
+if missing() is None:
     import triton
     import triton.language as tl
 
@@ -25,19 +23,6 @@ if importlib.util.find_spec("triton") is not None:
         at = tl.load(slots_ptr + token) * WIDTH
         tl.store(keys_ptr + at + w_W, k_W, mask=real_W)
         tl.store(values_ptr + at + w_W, v_W, mask=real_W)
-
-
-@functools.cache
-def missing() -> str | None:
-    """Why there is no Triton here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton`"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in Python."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes(keys: Tensor) -> bool:

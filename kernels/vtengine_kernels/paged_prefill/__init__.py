@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtengine_kernels.dispatch import select
 from vtengine_kernels.paged_prefill import ref, triton
 
 Impl = Literal["auto", "triton", "ref"]
@@ -24,7 +25,7 @@ __all__ = ["Impl", "available", "paged_prefill"]
 
 def available(keys: Tensor) -> bool:
     """Whether impl "auto" has something better than the reference for keys like these."""
-    return triton.takes(keys) and triton.missing() is None
+    return select("paged_prefill", "auto", _IMPLS, keys) is not ref
 
 
 def paged_prefill(
@@ -39,15 +40,7 @@ def paged_prefill(
     up to 128. "ref": all. ValueError: shapes or dtypes that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, keys, values, tables, lengths, offsets)
-    chosen = ("triton" if available(keys) else "ref") if impl == "auto" else impl
-    if chosen not in _IMPLS:
-        raise ValueError(f"paged_prefill: impl = {impl!r}: must be one of auto, {', '.join(_IMPLS)}")
-    module = _IMPLS[chosen]
-    reason = module.missing()
-    if reason is not None:
-        raise RuntimeError(f"paged_prefill: impl = {chosen!r} is not available: {reason}")
-    if not module.takes(keys):
-        raise ValueError(f"paged_prefill: impl = {chosen!r} takes no {keys.dtype} {list(keys.shape)} on {keys.device}")
+    module = select("paged_prefill", impl, _IMPLS, keys)
     return module.paged_prefill(q, keys, values, tables, lengths, offsets, longest)
 
 

@@ -6,13 +6,11 @@ is imported).
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 from torch import Tensor
 
-if importlib.util.find_spec("triton") is not None:
+from vtengine_kernels.triton_runtime import interpreted, missing
+
+if missing() is None:
     import triton
     import triton.language as tl
 
@@ -76,19 +74,6 @@ if importlib.util.find_spec("triton") is not None:
                 highest_M = new_M
             out_MD = (sums_MD / total_M[:, None]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + (begin + query_M)[:, None] * out_stride + column_MD, out_MD, mask=in_MD)
-
-
-@functools.cache
-def missing() -> str | None:
-    """Why there is no Triton here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton`"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in Python."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes(keys: Tensor) -> bool:

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from vtengine_kernels import dispatch
+from vtengine_kernels import dispatch, triton_runtime
 from vtengine_kernels.patchify import native, ref, triton
 from vtengine_kernels.patchify.contract import Layout, Step, Target, checked_plan
 from vtengine_kernels.patchify.fixed_point import Box, Filter, Mode
@@ -70,7 +70,7 @@ def patchify(
     )
     on_gpu = plan.device.type == "cuda"
     chosen = dispatch.choose("patchify", "triton" if on_gpu and impl == "auto" else impl)
-    if on_gpu != (chosen == "triton") and not (chosen == "triton" and triton.interpreted()):
+    if on_gpu != (chosen == "triton") and not (chosen == "triton" and triton_runtime.interpreted()):
         raise ValueError(f"impl = {impl!r}: does not work on {plan.device}; leave it out")
     return _RUN[chosen](plan)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import os
 from typing import Any
 
 import numpy as np
@@ -19,11 +17,12 @@ from torch import Tensor
 
 from vtengine_kernels.patchify.contract import Plan
 from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Filter, Mode, vertical_first, weights
+from vtengine_kernels.triton_runtime import missing
 
 BLOCK = {"BLOCK_R": 16, "BLOCK_C": 128}  # rows and columns of one program; 14 of the rows where it writes patches
 NUM_WARPS = 8
 
-if importlib.util.find_spec("triton") is not None:
+if missing() is None:
     import triton
     import triton.language as tl
 
@@ -153,11 +152,6 @@ def run(plan: Plan) -> list[Tensor]:
                 planes = _resampled(planes, axis, (target.height, target.width)[axis], plan.filter, plan.mode)
             _write_patches(planes, last, target.height, target.width, plan, out)
     return list(plan.outputs)
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in Python."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def upload(image: np.ndarray | Tensor, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vtengine_kernels.dispatch import select
 from vtengine_kernels.prefix_attention import native, ref, triton
 
 Impl = Literal["auto", "triton", "cpu", "ref"]
@@ -23,7 +24,7 @@ __all__ = ["Impl", "available", "prefix_attention"]
 
 def available(keys: Tensor) -> bool:
     """Whether impl "auto" has something faster than the reference for keys like these."""
-    return _preferred(keys) != "ref"
+    return select("prefix_attention", "auto", _IMPLS, keys) is not ref
 
 
 def prefix_attention(
@@ -38,22 +39,8 @@ def prefix_attention(
     """
     _check(q, keys, values, tables, lengths)
     scale = q.shape[2] ** -0.5
-    chosen = _preferred(keys) if impl == "auto" else impl
-    if chosen not in _IMPLS:
-        raise ValueError(f"prefix_attention: impl = {impl!r}: must be one of auto, {', '.join(_IMPLS)}")
-    module = _IMPLS[chosen]
-    reason = module.missing()
-    if reason is not None:
-        raise RuntimeError(f"prefix_attention: impl = {chosen!r} is not available: {reason}")
-    if not module.takes(keys):
-        raise ValueError(
-            f"prefix_attention: impl = {chosen!r} takes no {keys.dtype} {list(keys.shape)} on {keys.device}"
-        )
+    module = select("prefix_attention", impl, _IMPLS, keys)
     return module.prefix_attention(q, keys, values, tables, lengths, scale)
-
-
-def _preferred(keys: Tensor) -> str:
-    return next(name for name, module in _IMPLS.items() if module.takes(keys) and module.missing() is None)
 
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> None:

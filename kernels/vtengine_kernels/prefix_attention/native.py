@@ -29,13 +29,7 @@ class _Args(ctypes.Structure):
 @functools.cache
 def missing() -> str | None:
     """Why there is no such function here, or None."""
-    try:
-        loaded = library.load()
-    except library.LibraryMissing as error:
-        return str(error)
-    if not hasattr(loaded, "vt_prefix_attention"):
-        return "the C++ extension is older than this op; rebuild it: `pip install --no-build-isolation -e .`"
-    return None
+    return library.missing("vt_prefix_attention")
 
 
 def takes(keys: Tensor) -> bool:

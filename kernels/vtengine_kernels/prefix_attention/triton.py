@@ -6,13 +6,11 @@ TRITON_INTERPRET=1 (set before triton is imported).
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 from torch import Tensor
 
-if importlib.util.find_spec("triton") is not None:
+from vtengine_kernels.triton_runtime import interpreted, missing
+
+if missing() is None:
     import triton
     import triton.language as tl
 
@@ -66,19 +64,6 @@ if importlib.util.find_spec("triton") is not None:
         out_GD = (sums_GD / total_G[:, None]).to(out_ptr.dtype.element_ty)
         row_stride = tl.num_programs(1) * GROUP * SIZE
         tl.store(out_ptr + row.to(tl.int64) * row_stride + head_GD, out_GD, mask=in_GD)
-
-
-@functools.cache
-def missing() -> str | None:
-    """Why there is no Triton here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton`"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in Python."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes(keys: Tensor) -> bool:

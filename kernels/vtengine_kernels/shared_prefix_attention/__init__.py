@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from vtengine_kernels.dispatch import select
 from vtengine_kernels.shared_prefix_attention import flash, ref, tiles
 from vtengine_kernels.shared_prefix_attention.tree import PrefixTree
 
@@ -32,18 +33,10 @@ def shared_prefix_attention(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree, *
     ValueError: shapes, dtypes or devices that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, k, v, tree)
-    chosen = _preferred(q) if impl == "auto" else impl
-    if chosen not in _IMPLS:
-        raise ValueError(f"shared_prefix_attention: impl = {impl!r}: must be one of auto, {', '.join(_IMPLS)}")
-    module = _IMPLS[chosen]
-    reason = module.missing()
-    if reason is not None:
-        raise RuntimeError(f"shared_prefix_attention: impl = {chosen!r} is not available: {reason}")
-    if not module.takes(q):
-        raise ValueError(f"shared_prefix_attention: impl = {chosen!r} takes no {q.dtype} on {q.device}")
+    module = select("shared_prefix_attention", impl, _IMPLS, q)
     if not len(q):
         return q + 0 * (k.sum() + v.sum())
-    if chosen == "ref":
+    if module is ref:
         return ref.attend(q, k, v, tree)
     out: Tensor = _Attend.apply(q, k, v, tree, module)
     return out
@@ -62,10 +55,6 @@ class _Attend(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         return (*ctx.module.backward(grad, q, k, v, tuple(kept), ctx.tree), None, None)
-
-
-def _preferred(q: Tensor) -> str:
-    return next(name for name, module in _IMPLS.items() if module.takes(q) and module.missing() is None)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
-if importlib.util.find_spec("triton") is not None:
+from vtengine_kernels.triton_runtime import interpreted, missing
+
+if missing() is None:
     import triton
     import triton.language as tl
 
@@ -50,9 +49,9 @@ if importlib.util.find_spec("triton") is not None:
 
 def has_triton(x: Tensor) -> bool:
     """Whether the Triton kernel can run on this tensor (TRITON_INTERPRET=1: on the CPU too)."""
-    if importlib.util.find_spec("triton") is None:
+    if missing() is not None:
         return False
-    return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return x.is_cuda or interpreted()
 
 
 def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: slice | Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from vtengine_kernels.dispatch import select
 from vtengine_kernels.token_logprob import chunked, eager, native, ref, triton
 from vtengine_kernels.token_logprob.head import BANNED, Head, LowRank, check
 
@@ -42,28 +43,13 @@ def token_logprob(
     ValueError: shapes, dtypes, devices or ids that do not fit. RuntimeError: `impl` is not available here.
     """
     check(hidden, head, targets, mask, chunk)
-    module = choose("token_logprob", impl, hidden)
+    module = select("token_logprob", impl, ROWS, hidden)
     if mask is None:
         return _run(module, hidden, head, targets, chunk)
     rows = mask.nonzero()[:, 0]
     found = _run(module, hidden.index_select(0, rows), head, targets.index_select(0, rows), chunk)
     logprobs, entropies = (values.new_zeros(len(mask)).index_copy(0, rows, values) for values in found)
     return logprobs, entropies
-
-
-def choose(op: str, impl: str, hidden: Tensor) -> Any:
-    """The module that is to work on the scores."""
-    if impl == "auto":
-        return next(module for module in ROWS.values() if module.missing() is None and module.takes(hidden))
-    if impl not in ROWS:
-        raise ValueError(f"{op}: impl = {impl!r}: must be one of auto, {', '.join(ROWS)}")
-    module = ROWS[impl]
-    reason = module.missing()
-    if reason is not None:
-        raise RuntimeError(f"{op}: impl = {impl!r} is not available: {reason}")
-    if not module.takes(hidden):
-        raise ValueError(f"{op}: impl = {impl!r} takes no {hidden.dtype} on {hidden.device}")
-    return module
 
 
 def _run(module: Any, hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:

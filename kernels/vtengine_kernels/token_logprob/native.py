@@ -26,13 +26,7 @@ class _Args(ctypes.Structure):
 @functools.cache
 def missing() -> str | None:
     """Why there are no such functions here, or None."""
-    try:
-        loaded = library.load()
-    except library.LibraryMissing as error:
-        return str(error)
-    if not hasattr(loaded, "vt_token_statistics"):
-        return "the C++ extension is older than this op; rebuild it: `pip install --no-build-isolation -e .`"
-    return None
+    return library.missing("vt_token_statistics")
 
 
 def takes(hidden: Tensor) -> bool:
@@ -69,7 +63,7 @@ def _call(
     head: Head,
     isa: str,
 ) -> None:
-    arrays = [scores, targets.contiguous(), *out, *slopes]
+    arrays = [scores, targets, *out, *slopes]
     arrays = [array if array is scores or array is None else array.contiguous() for array in arrays]
     args = _Args(
         *(None if array is None else array.data_ptr() for array in arrays),

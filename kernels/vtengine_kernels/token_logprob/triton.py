@@ -5,19 +5,16 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 
 from vtengine_kernels.token_logprob.head import Head
+from vtengine_kernels.triton_runtime import interpreted, missing
 
 MAX_BLOCK = 4096
 NUM_WARPS = 8
 
-if importlib.util.find_spec("triton") is not None:
+if missing() is None:
     import triton
     import triton.language as tl
 
@@ -96,19 +93,6 @@ if importlib.util.find_spec("triton") is not None:
             tl.load(log_sums_ptr + row), tl.load(entropies_ptr + row),
             tl.load(to_logprob_ptr + row), tl.load(to_entropy_ptr + row), cold, cap, CAPPED, BLOCK,
         )  # fmt: skip
-
-
-@functools.cache
-def missing() -> str | None:
-    """Why there is no Triton here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton`"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in Python."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes(hidden: Tensor) -> bool:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 from torch import Tensor
 
+from vtengine_kernels.triton_runtime import interpreted, missing
 from vtengine_kernels.visual_scatter.placement import Placement
 
 BLOCK = 1024
 
-if importlib.util.find_spec("triton") is not None:
+if missing() is None:
     import triton
     import triton.language as tl
 
@@ -28,19 +25,6 @@ if importlib.util.find_spec("triton") is not None:
             place = tl.load(order_ptr + n)
             sum_H += tl.load(grad_ptr + place * columns + h_H, mask=real_H, other=0.0).to(tl.float32)
         tl.store(out_ptr + feature * columns + h_H, sum_H.to(out_ptr.dtype.element_ty), mask=real_H)
-
-
-@functools.cache
-def missing() -> str | None:
-    """Why there is no Triton here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton`"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in Python."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes(features: Tensor) -> bool:
