@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from vtengine_kernels.grpo_loss import triton
 from vtengine_kernels.grpo_loss.objective import Objective, Tokens, losses_and_slopes
 from vtengine_kernels.token_logprob import triton as token_triton
-from vtengine_kernels.token_logprob.chunked import parts, statistics
+from vtengine_kernels.token_logprob.chunked import parts, room_for, statistics
 from vtengine_kernels.token_logprob.head import Head
-from vtengine_kernels.token_logprob.products import Gradients, detached, empty_scores, scores_into
+from vtengine_kernels.token_logprob.products import Gradients, detached, scores_into
 
 
 def grpo_loss(
@@ -26,7 +26,7 @@ def grpo_loss(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         total, logprobs, entropies = _Loss.apply(*tensors, head, targets, tokens, objective, chunk, rows)
         return total, logprobs, entropies
-    logprobs, entropies, _ = statistics(hidden, head, targets, chunk, rows)
+    (logprobs, entropies, _), _ = statistics(hidden, head, targets, parts(len(hidden), chunk), rows)
     return _total(logprobs, entropies, tokens, objective), logprobs, entropies
 
 
@@ -41,7 +41,7 @@ class _Loss(torch.autograd.Function):
         head: Head, targets: Tensor, tokens: Tokens, objective: Objective, chunk: int, rows: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         head = detached(head, weight, a, b)
-        pieces = list(parts(len(hidden), chunk))
+        pieces = parts(len(hidden), chunk)
         gradients = Gradients(hidden, head, ctx.needs_input_grad[:4], len(pieces))
         work = _by_sequence if objective.policy == "sequence-clip" else _by_token
         logprobs, entropies = work(hidden, head, targets, tokens, objective, pieces, rows, gradients)
@@ -69,7 +69,7 @@ def _by_token(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Three products per chunk."""
     logprobs, entropies = torch.empty((2, len(hidden)), device=hidden.device)
-    room = _room(head, pieces)
+    room = room_for(pieces, head)
     for part in pieces:
         scores = scores_into(room[: part.stop - part.start], hidden[part], head)
         own, mine = targets[part], tokens.pick(part)
@@ -88,14 +88,8 @@ def _by_sequence(
     pieces: list[slice], rows: Any, gradients: Gradients,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """All logprobs first, then backwards through the chunks: the last one's scores are still there."""
-    found = torch.empty((3, len(hidden)), device=hidden.device)
-    room = _room(head, pieces)
-    scores = room
-    for part in pieces:
-        scores = scores_into(room[: part.stop - part.start], hidden[part], head)
-        for into, values in zip(found, rows.statistics(scores, targets[part], head), strict=True):
-            into[part] = values
-    logprobs, entropies, totals = found
+    room = room_for(pieces, head)
+    (logprobs, entropies, totals), scores = statistics(hidden, head, targets, pieces, rows, room)
     to_logprob, to_entropy = losses_and_slopes(logprobs, entropies, tokens, objective)[1:]
     for part in reversed(pieces):
         if part is not pieces[-1]:
@@ -104,7 +98,3 @@ def _by_sequence(
         rows.gradients_(scores, targets[part], totals[part], entropies[part], slopes, head)
         gradients.add(part, hidden[part], scores)
     return logprobs, entropies
-
-
-def _room(head: Head, pieces: list[slice]) -> Tensor:
-    return empty_scores(pieces[0].stop if pieces else 0, head.weight)

@@ -49,9 +49,7 @@ if missing() is None:
 
 def has_triton(x: Tensor) -> bool:
     """Whether the Triton kernel can run on this tensor (TRITON_INTERPRET=1: on the CPU too)."""
-    if missing() is not None:
-        return False
-    return x.is_cuda or interpreted()
+    return missing() is None and (x.is_cuda or interpreted())
 
 
 def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: slice | Tensor) -> None:

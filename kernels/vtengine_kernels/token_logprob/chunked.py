@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,25 +22,31 @@ def token_logprob(hidden: Tensor, head: Head, targets: Tensor, chunk: int, rows:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         logprobs, entropies = _TokenLogprob.apply(*tensors, head, targets, chunk, rows)
     else:
-        logprobs, entropies, _ = statistics(hidden, head, targets, chunk, rows)
+        (logprobs, entropies, _), _ = statistics(hidden, head, targets, parts(len(hidden), chunk), rows)
     return logprobs, entropies
 
 
-def statistics(hidden: Tensor, head: Head, targets: Tensor, chunk: int, rows: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [N] each: logprobs, entropies, log-sum-exps. No gradients."""
+def statistics(
+    hidden: Tensor, head: Head, targets: Tensor, pieces: Sequence[slice], rows: Any, room: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(float32 [3, N]: logprobs, entropies, log-sum-exps; the last piece's scores, in `room`). No gradients."""
     found = torch.empty((3, len(hidden)), device=hidden.device)
-    room = empty_scores(min(chunk, len(hidden)), head.weight)
-    for part in parts(len(hidden), chunk):
+    scores = room = room_for(pieces, head) if room is None else room
+    for part in pieces:
         scores = scores_into(room[: part.stop - part.start], hidden[part], head)
         for into, values in zip(found, rows.statistics(scores, targets[part], head), strict=True):
             into[part] = values
-    return found[0], found[1], found[2]
+    return found, scores
 
 
-def parts(count: int, chunk: int) -> Iterator[slice]:
+def parts(count: int, chunk: int) -> list[slice]:
     """0 .. count - 1 in pieces of at most `chunk`."""
-    for start in range(0, count, chunk):
-        yield slice(start, min(start + chunk, count))
+    return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+
+
+def room_for(pieces: Sequence[slice], head: Head) -> Tensor:
+    """Room for the scores of the largest piece."""
+    return empty_scores(pieces[0].stop if pieces else 0, head.weight)
 
 
 class _TokenLogprob(torch.autograd.Function):
@@ -50,7 +56,7 @@ class _TokenLogprob(torch.autograd.Function):
         head: Head, targets: Tensor, chunk: int, rows: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         head = detached(head, weight, a, b)
-        logprobs, entropies, totals = statistics(hidden, head, targets, chunk, rows)
+        (logprobs, entropies, totals), _ = statistics(hidden, head, targets, parts(len(hidden), chunk), rows)
         ctx.save_for_backward(hidden, weight, a, b, targets, totals, entropies)
         ctx.settings = (head, chunk, rows)
         return logprobs, entropies
@@ -61,9 +67,9 @@ class _TokenLogprob(torch.autograd.Function):
         hidden, weight, a, b, targets, totals, entropies = ctx.saved_tensors
         head, chunk, rows = ctx.settings
         head = detached(head, weight, a, b)
-        pieces = list(parts(len(hidden), chunk))
+        pieces = parts(len(hidden), chunk)
         gradients = Gradients(hidden, head, ctx.needs_input_grad[:4], len(pieces))
-        room = empty_scores(min(chunk, len(hidden)), weight)
+        room = room_for(pieces, head)
         for part in pieces:
             scores = scores_into(room[: part.stop - part.start], hidden[part], head)
             slopes = (to_logprobs[part].contiguous(), to_entropies[part].contiguous())
