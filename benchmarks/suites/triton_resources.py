@@ -1,6 +1,7 @@
-"""What every Triton kernel needs, as the assembler that comes with Triton says; no GPU takes part.
+"""What Triton kernels need, as the assembler that comes with Triton says; no GPU takes part.
 
-Each kernel is compiled ahead of time for sm_80, sm_90 and sm_100: registers per thread, bytes spilled, shared memory.
+Each of SPECS is compiled ahead of time for sm_80, sm_90 and sm_100: registers per thread, bytes spilled, shared
+memory.
 """
 
 from __future__ import annotations

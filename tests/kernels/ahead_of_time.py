@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,19 @@ def compiled(
     arch: int,
     folder: Path,
     num_warps: int = 4,
+    sixteens: Collection[str] = (),
 ) -> Needs:
-    """types: of the arguments that are neither "i32" nor constants, by name. folder: for the assembler's files."""
+    """types: of the arguments that are neither "i32" nor constants, by name. folder: for the assembler's files.
+
+    sixteens: arguments that are known to be multiples of 16.
+    """
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
     known = {**types, **dict.fromkeys(constants, "constexpr")}
     signature = {name: known.get(name, "i32") for name in function.arg_names}
-    source = compiler.ASTSource(function, signature, constexprs=dict(constants))
+    known_of = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(function.arg_names) if name in sixteens}
+    source = compiler.ASTSource(function, signature, constexprs=dict(constants), attrs=known_of)
     made = triton.compile(source, target=target, options={"num_warps": num_warps})
     (folder / "kernel.ptx").write_text(made.asm["ptx"])
     ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(arch).path

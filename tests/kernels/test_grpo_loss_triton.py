@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from vtengine_kernels.grpo_loss import grpo_loss
@@ -16,6 +10,7 @@ from vtengine_kernels.token_logprob import token_logprob, triton
 from vtengine_kernels.token_logprob.cases import CASES, Case
 
 from benchmarks.suites import triton_resources
+from tests.kernels.interpreting import run_interpreted
 from tests.kernels.test_grpo_loss import agree
 from tests.kernels.test_grpo_loss import run as run_loss
 from tests.kernels.test_token_logprob import distance, run
@@ -25,7 +20,6 @@ pytestmark = [
     pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing())),
     pytest.mark.skipif(triton.interpreted(), reason="TRITON_INTERPRET is set"),
 ]
-ROOT = Path(__file__).resolve().parents[2]
 
 INTERPRETED = """
 import json, torch
@@ -75,12 +69,7 @@ print(json.dumps("done"))
 
 
 def test_interpreted_it_errs_no_more_than_torch():
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == "done"
+    assert run_interpreted(INTERPRETED) == "done"
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)

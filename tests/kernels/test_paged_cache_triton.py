@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +12,8 @@ from vtengine_kernels.paged_prefill import paged_prefill
 from vtengine_kernels.paged_prefill import triton as prefill
 
 from tests.kernels.ahead_of_time import ARCHITECTURES, compiled
+from tests.kernels.interpreting import run_interpreted
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(store.missing() is not None or store.interpreted(), reason="needs Triton, compiled")
 
 STORED = """
@@ -73,15 +68,6 @@ CASES = {
 LIMITS = {torch.float32: 5e-6, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
-def interpreted(code):
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.mark.parametrize("impl", ["torch", "ref", "auto"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_stored_where_the_slots_say(impl, dtype):
@@ -95,7 +81,7 @@ def test_interpreted_they_err_no_more_than_torch():
     code = STORED + ATTENDED + "import json, torch\nDTYPES = {'fp32': torch.float32, 'fp16': torch.float16}\n"
     code += "same = all(stored(*s, d, 'triton') for s in SIZES for d in DTYPES.values())\n"
     code += "errors = {f'{n} {t}': attended(*c, d) for n, c in CASES.items() for t, d in DTYPES.items()}\n"
-    same, errors = interpreted(code + "print(json.dumps([same, errors]))")
+    same, errors = run_interpreted(code + "print(json.dumps([same, errors]))")
     assert same
     for name, (ours, torchs) in errors.items():
         assert ours <= torchs + LIMITS[torch.float16 if "fp16" in name else torch.float32], name

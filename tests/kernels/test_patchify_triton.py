@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +11,10 @@ import torch
 from vtengine_kernels import triton_runtime
 from vtengine_kernels.patchify import Step, Target, patchify, triton
 
+from tests.kernels.ahead_of_time import compiled
+from tests.kernels.interpreting import run_interpreted
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-ROOT = Path(__file__).resolve().parents[2]
 CASES = {  # (height, width) of the source, target, options
     "one pixel": ((1, 1), Target(28, 28), {}),
     "prime sides": ((53, 61), Target(28, 56), {}),
@@ -33,19 +31,17 @@ CASES = {  # (height, width) of the source, target, options
     "halved first": ((83, 59), Target(28, 28, before=(Step(41, 29),)), {"dtype": torch.bfloat16}),
 }
 INTERPRETED = """
-import sys
-sys.path.insert(0, {folder!r})
-from test_patchify_triton import CASES, image_of
-import torch
+import json, torch
+from tests.kernels.test_patchify_triton import CASES, image_of
 from vtengine_kernels.patchify import patchify
 for name, (size, target, options) in CASES.items():
-    options = {{"layout": "compact", **options}}
+    options = {"layout": "compact", **options}
     views = [target, target] if name == "a box" else [target]
     got = patchify(image_of(*size), views, impl="triton", **options)
     want = patchify(image_of(*size), views, impl="ref", **options)
     assert [len(rows) for rows in got] == [target.rows] * len(views)
     assert all(map(torch.equal, got, want)), name
-    print(name)
+print(json.dumps(list(CASES)))
 """
 
 
@@ -56,40 +52,7 @@ def image_of(height: int, width: int) -> torch.Tensor:
 
 
 def test_interpreted_it_equals_the_reference_bit_by_bit() -> None:
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    code = INTERPRETED.format(folder=str(Path(__file__).parent))
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == list(CASES)
-
-
-def compiled(function: object, constants: dict[str, object], types: dict[str, str], arch: int) -> object:
-    """A kernel for a GPU that need not be there; pointers and line strides are multiples of 16, as on the host."""
-    compiler = importlib.import_module("triton.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
-    names = function.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    even = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name.endswith(("_ptr", "_row", "columns"))
-    }
-    source = compiler.ASTSource(function, signature, constexprs=constants, attrs=even)
-    return importlib.import_module("triton").compile(source, target=target, options={"num_warps": triton.NUM_WARPS})
-
-
-def resources(ptx: str, arch: int, folder: Path) -> tuple[int, int]:
-    """(registers per thread, bytes spilled), by the assembler that comes with Triton."""
-    ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(arch).path
-    (folder / "kernel.ptx").write_text(ptx)
-    name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    command = [ptxas, "-v", f"--gpu-name={name}", "kernel.ptx", "-o", "kernel.cubin"]
-    told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
-    return max(map(int, re.findall(r"Used (\d+) registers", told))), sum(
-        map(int, re.findall(r"(\d+) bytes spill", told))
-    )
+    assert run_interpreted(INTERPRETED, timeout_s=240) == list(CASES)
 
 
 @pytest.mark.skipif(triton_runtime.interpreted(), reason="TRITON_INTERPRET is set")
@@ -100,13 +63,14 @@ def test_it_compiles_without_spills(tmp_path: Path, record_property, arch: int, 
     shared = {"ACROSS": across, "BITS": 22, **triton.BLOCK}
     values = {"out_ptr": "*i16", "table_ptr": "*i16"}
     kernels = {
-        "pass": compiled(triton._pass_kernel, shared, types | {"out_ptr": "*u8"}, arch),
-        "patches": compiled(triton._patches_kernel, shared | {"FRAMES": 1}, types | values, arch),
+        "pass": (triton._pass_kernel, types | {"out_ptr": "*u8"}, shared),
+        "patches": (triton._patches_kernel, types | values, shared | {"FRAMES": 1}),
     }
-    for name, kernel in kernels.items():
-        registers, spilled = resources(kernel.asm["ptx"], arch, tmp_path)
-        record_property(f"{name} sm_{arch}", f"{registers} registers, {spilled} bytes spilled")
-        assert spilled == 0 and registers <= 96, (name, registers, spilled)
+    for name, (function, of_type, constants) in kernels.items():
+        even = [each for each in function.arg_names if each.endswith(("_ptr", "_row", "columns"))]  # as on the host
+        needs = compiled(function, of_type, constants, arch, tmp_path, triton.NUM_WARPS, even)
+        record_property(f"{name} sm_{arch}", str(needs))
+        assert needs.spill_bytes == 0 and needs.registers <= 96, (name, needs)
 
 
 @pytest.mark.gpu

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from vtengine_kernels.prefix_attention import triton as kernel
 
+from tests.kernels.ahead_of_time import compiled
+from tests.kernels.interpreting import run_interpreted
+
 pytestmark = pytest.mark.skipif(kernel.missing() is not None, reason=str(kernel.missing()))
-ROOT = Path(__file__).resolve().parents[2]
 
 INTERPRETED = """
 import json, torch
@@ -35,27 +29,9 @@ print(json.dumps(errors))
 """
 
 
-def run_interpreted(code):
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
 def test_interpreted_it_errs_no_more_than_torch():
-    done = run_interpreted(INTERPRETED)
-    assert done.returncode == 0, done.stderr
-    for name, (ours, torchs) in json.loads(done.stdout).items():
+    for name, (ours, torchs) in run_interpreted(INTERPRETED, timeout_s=120).items():
         assert ours <= torchs + (1e-2 if "float16" in name else 5e-6), name
-
-
-def spilled_bytes(ptx, folder):
-    """What the assembler that comes with Triton says about a kernel."""
-    ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(90).path
-    (folder / "kernel.ptx").write_text(ptx)
-    command = [ptxas, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel.cubin"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
 @pytest.mark.skipif(kernel.interpreted(), reason="TRITON_INTERPRET is set")
@@ -63,19 +39,12 @@ def spilled_bytes(ptx, folder):
     ("dtype", "group", "size"), [("bf16", 7, 128), ("fp16", 4, 64), ("fp32", 2, 64), ("bf16", 8, 80), ("bf16", 8, 256)]
 )
 def test_it_compiles_for_sm_90_without_spills(tmp_path, dtype, group, size):
-    triton = importlib.import_module("triton")
-    compiler = importlib.import_module("triton.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     constants = {"GROUP": group, "SIZE": size, "PAGE": 16, **kernel.blocks(group, size)}
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "out_ptr"), f"*{dtype}")
     types |= {"tables_ptr": "*i64", "lengths_ptr": "*i64", "scale": "fp32"}
-    types |= dict.fromkeys(constants, "constexpr")
-    function = kernel._prefix_attention_fwd_kernel
-    signature = {name: types.get(name, "i32") for name in function.arg_names}
-    source = compiler.ASTSource(function, signature, constexprs=constants)
-    compiled = triton.compile(source, target=target)
-    assert spilled_bytes(compiled.asm["ptx"], tmp_path) == 0
-    assert compiled.metadata.shared <= 64 * 1024
+    needs = compiled(kernel._prefix_attention_fwd_kernel, types, constants, 90, tmp_path)
+    assert needs.spill_bytes == 0
+    assert needs.shared_bytes <= 64 * 1024
 
 
 @pytest.mark.gpu

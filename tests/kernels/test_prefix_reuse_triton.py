@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from vtengine_kernels.shared_prefix_attention import merge
 from vtengine_kernels.visual_scatter import triton as scatter
 
 from tests.kernels.ahead_of_time import ARCHITECTURES, compiled
+from tests.kernels.interpreting import run_interpreted
 
 pytestmark = [
     pytest.mark.skipif(scatter.missing() is not None, reason=str(scatter.missing())),
     pytest.mark.skipif(scatter.interpreted(), reason="TRITON_INTERPRET is set"),
 ]
-ROOT = Path(__file__).resolve().parents[2]
 
 MERGED = """
 import json, torch
@@ -71,23 +66,14 @@ print(json.dumps(errors))
 """
 
 
-def interpreted(code):
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_interpreted_merge():
-    for name, (error, lse_error) in interpreted(MERGED).items():
+    for name, (error, lse_error) in run_interpreted(MERGED).items():
         assert error <= (4e-3 if "float16" in name else 1e-6), name
         assert lse_error <= 1e-6, name
 
 
 def test_interpreted_segment_sum():
-    for name, error in interpreted(SUMMED).items():
+    for name, error in run_interpreted(SUMMED).items():
         assert error <= (1e-2 if "float16" in name else 1e-5), name
 
 
