@@ -215,11 +215,17 @@ def test_partial_update(small_config, build):
     assert not same(model, other)
 
 
-def test_a_faulty_update_changes_nothing(small_config, build):
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [(torch.zeros(5), r"model\.norm\.weight is \[5\]"), (torch.int8, r"model\.norm\.weight is torch\.int8")],
+    ids=["shape", "quantised"],
+)
+def test_a_faulty_update_changes_nothing(norm, message, small_config, build):
     model = build(small_config, 1)
     update = dict(hf_tensors(build(small_config, 2)))
-    update["model.norm.weight"] = torch.zeros(5)
-    with pytest.raises(ModelLoadError, match=r"model\.norm\.weight is \[5\]"):
+    name = "model.norm.weight"
+    update[name] = norm if isinstance(norm, torch.Tensor) else update[name].to(norm)
+    with pytest.raises(ModelLoadError, match=message):
         load_tensors(model, update)
     assert same(model, build(small_config, 1))
 

@@ -33,13 +33,16 @@ def load_tensors(
     """Copies checkpoint tensors into the model in place, casting to its dtype and device.
 
     tensors: by checkpoint or transformers 5 name. A mapping is checked first: missing, unexpected and misshapen tensors
-    are a ModelLoadError that lists them, and change nothing. An iterable of (name, tensor) is consumed one at a time:
-    what came before a fault stays. partial: tensors may be missing (a weight update in buckets).
+    are a ModelLoadError that lists them, a quantised one is another, and neither changes anything. An iterable of
+    (name, tensor) is consumed one at a time: what came before a fault stays. partial: tensors may be missing (a weight
+    update in buckets).
     A tied model takes no `lm_head.weight`; one that equals the embedding is accepted.
     """
     targets = hf_tensors(model)
     if isinstance(tensors, Mapping):
         _check(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "weight update")
+        for name, tensor in tensors.items():
+            _check_kind(name, tensor)
         given = {checkpoint_name(name): tensor for name, tensor in tensors.items()}
         if _HEAD not in targets and _HEAD in given and _EMBED in given:
             _check_tied(given[_HEAD], given[_EMBED])
@@ -54,8 +57,7 @@ def load_tensors(
             if target is None or target.shape != tensor.shape:
                 expected = "no tensor of this name" if target is None else list(target.shape)
                 raise ModelLoadError(f"weight update: {name} is {list(tensor.shape)}, the config says {expected}")
-            if not tensor.is_floating_point():
-                raise ModelLoadError(f"{name} is {tensor.dtype}: quantised checkpoints are not read")
+            _check_kind(name, tensor)
             target.copy_(tensor)
             seen.add(known)
     if not partial and (missing := [name for name in targets if name not in seen]):
@@ -63,6 +65,11 @@ def load_tensors(
     embed = targets[_EMBED]
     if head is not None and _EMBED in seen:
         _check_tied(head, embed)
+
+
+def _check_kind(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise ModelLoadError(f"{name} is {tensor.dtype}: quantised checkpoints are not read")
 
 
 def _check_tied(head: Tensor, embed: Tensor) -> None:
