@@ -133,9 +133,8 @@ class ImagePipeline:
         pixels = await self._pixels(encoded, file_hash)
         height, width, _ = pixels.values.shape
         high = plan_high(width, height, self.limits)
-        low = plan_low(high)
-        if self._low_view == "half_first":
-            low = plan_low_half_first(width, height, self.limits)
+        halved = self._low_view == "half_first"
+        low = plan_low_half_first(width, height, self.limits) if halved else plan_low(high)
         return SourceImage(pixels.content_hash, width, height, high, low, self.limits, file_hash, encoded)
 
     async def view(self, image: SourceImage, plan: ViewPlan) -> ImageInput:
