@@ -88,7 +88,7 @@ test-sglang: $(STAMP) sglang-venv
 # vLLM on the CPU (2.3 GB), a peer in the suite backends
 VLLM_VENV := .venv-vllm
 vllm-venv: $(VLLM_VENV)/.installed
-$(VLLM_VENV)/.installed: benchmarks/vllm_env/install.sh benchmarks/vllm_env/requirements.txt
+$(VLLM_VENV)/.installed: $(wildcard benchmarks/vllm_env/*) tests/sglang_env/on_cpu.sh
 	@benchmarks/vllm_env/install.sh $(VLLM_VENV)
 	@touch $@
 

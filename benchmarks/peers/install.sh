@@ -7,6 +7,7 @@ set -euo pipefail
 venv=${1:?usage: install.sh VENV}
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
+source "$root/tests/sglang_env/on_cpu.sh"
 "${PYTHON:-python3}" -m venv "$venv"
 install() { "$venv/bin/python" -m pip install -q --disable-pip-version-check -c "$root/constraints.txt" "$@"; }
 install torch ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"}
@@ -21,8 +22,5 @@ for list in "$here"/*.nodeps; do
     install --no-deps -r "$list"
 done
 install --no-build-isolation -e "$root[hf]" pytest pytest-timeout hypothesis
-# PyPI's torchvision is linked to CUDA; beside a torch without it, its operators must be declared before it is imported
-site=$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')
-cp "$root/tests/sglang_env/torchvision_cpu_shim.py" "$site/"
-echo 'import torchvision_cpu_shim' > "$site/torchvision_cpu_shim.pth"
+declare_torchvision
 "$venv/bin/python" -c 'import torch, torchvision; print("set-up: torch", torch.__version__, "torchvision", torchvision.__version__)'
