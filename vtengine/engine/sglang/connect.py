@@ -11,14 +11,13 @@ from vtengine.engine.sglang.backend import SglangBackend
 from vtengine.engine.sglang.fleet import SglangFleet
 from vtengine.engine.sglang.router import workers_of
 from vtengine.engine.sglang.served import ServedModel
-
-SERVERS = ("http://", "https://")
+from vtengine.engine.sglang.transport import ADDRESS
 
 
 def addresses(name: str) -> list[str]:
     """Of `http://a:30000,http://b:30000`. Raises ValueError for what is no list of addresses."""
     found = [address.strip().rstrip("/") for address in name.split(",") if address.strip()]
-    if not found or any(not address.startswith(SERVERS) for address in found):
+    if not found or any(not address.startswith(ADDRESS) for address in found):
         raise ValueError(f"backend {name}: is no http:// or https:// address, nor several of them with commas between")
     for address in found:
         try:

@@ -11,7 +11,7 @@ from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.sglang.checks import wrong_model
 from vtengine.engine.sglang.hooks import STATE
 from vtengine.engine.sglang.reply import raise_for_status
-from vtengine.engine.sglang.transport import NOT_OFFERED, ConnectionLost, ServerFacts, ServerUnsuitable
+from vtengine.engine.sglang.transport import ADDRESS, NOT_OFFERED, ConnectionLost, ServerFacts, ServerUnsuitable
 
 if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
@@ -32,7 +32,7 @@ class HttpTransport:
         except ImportError:
             raise ValueError("--backend URL needs an HTTP client: pip install 'vtengine[sglang]'") from None
         url = url.rstrip("/")
-        if not url.startswith(("http://", "https://")):
+        if not url.startswith(ADDRESS):
             raise ValueError(f"backend {url}: is no http:// or https:// address")
         self._httpx = httpx
         self.where = url

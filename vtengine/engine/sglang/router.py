@@ -7,6 +7,8 @@ not abort requests, and weights cannot be updated through it.
 
 from __future__ import annotations
 
+from vtengine.engine.sglang.transport import ADDRESS
+
 
 def workers_of(url: str, api_key: str | None, connect_s: float) -> list[str] | None:
     """Addresses of the router's healthy workers; None where no router answers. Raises ValueError for no usable one."""
@@ -23,7 +25,7 @@ def workers_of(url: str, api_key: str | None, connect_s: float) -> list[str] | N
         return None
     if listed is None:
         return None
-    usable = [address for address, healthy in found if healthy and address.startswith(("http://", "https://"))]
+    usable = [address for address, healthy in found if healthy and address.startswith(ADDRESS)]
     if not usable:
         raise ValueError(
             f"backend {url}: is an sglang-router without a healthy worker that speaks HTTP ({len(found)} listed); "

@@ -11,6 +11,8 @@ from vtengine.engine.base import BackendFailed, RequestRejected
 if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
 
+ADDRESS = ("http://", "https://")
+"""How the address of a server begins."""
 NOT_OFFERED = "not offered by this version of SGLang"
 
 
