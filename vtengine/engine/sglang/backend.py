@@ -107,11 +107,12 @@ class SglangBackend:
 
     async def generate(self, request: Request) -> Completion:
         while True:
-            completion = await self._completion(request)
-            if request.request_id not in self._aborted:
-                return completion
-            self._aborted.discard(request.request_id)
-            if completion.finish != "cancelled":
+            try:
+                completion = await self._completion(request)
+                restarts = completion.finish == "cancelled" and request.request_id in self._aborted
+            finally:
+                self._aborted.discard(request.request_id)
+            if not restarts:
                 return completion
             self._counters["restarts"] += 1
 
