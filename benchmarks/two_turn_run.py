@@ -8,7 +8,8 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,32 @@ def held_out_questions(count: int) -> list[Asked]:
     return asked
 
 
+@asynccontextmanager
+async def fresh_setting(
+    folder: Path,
+    make_backend: Callable[[Tokenizer], Backend],
+    limits: Limits | None = None,
+    pixel_limits: PixelLimits = LIMITS,
+    *,
+    ask_one_in: int | None = None,
+) -> AsyncIterator[Setting]:
+    """A fresh backend and a fresh image pipeline, closed afterwards: nothing is cached beforehand.
+
+    ask_one_in: of so many pictures one is made to be asked about twice (see asking_backend.py); None: none is.
+    """
+    tokenizer = Tokenizer.load(folder)
+    pipeline = ImagePipeline(pixel_limits, "compact", torch.float32)
+    profile = load_profile(folder if (folder / "profile.toml").is_file() else "glance")
+    backend = make_backend(tokenizer)
+    if ask_one_in is not None:
+        backend = AskingBackend(backend, tokenizer, profile, ask_one_in)
+    try:
+        yield Setting(backend, pipeline, tokenizer, profile, limits or Limits("adaptive", 2), SAMPLING)
+    finally:
+        await backend.close()
+        pipeline.close()
+
+
 def run_once(
     folder: Path,
     make_backend: Callable[[Tokenizer], Backend],
@@ -90,28 +117,15 @@ def run_once(
     *,
     ask_one_in: int | None = None,
 ) -> Run:
-    """A pass over the questions with a fresh backend and a fresh image pipeline: nothing is cached beforehand.
-
-    ask_one_in: of so many pictures one is made to be asked about twice (see asking_backend.py); None: none is.
-    """
+    """A pass over the questions in a fresh setting, of which the options are."""
 
     async def go() -> Run:
-        tokenizer = Tokenizer.load(folder)
-        pipeline = ImagePipeline(pixel_limits, "compact", torch.float32)
-        profile = load_profile(folder if (folder / "profile.toml").is_file() else "glance")
-        backend = make_backend(tokenizer)
-        if ask_one_in is not None:
-            backend = AskingBackend(backend, tokenizer, profile, ask_one_in)
-        setting = Setting(backend, pipeline, tokenizer, profile, limits or Limits("adaptive", 2), SAMPLING)
-        try:
+        async with fresh_setting(folder, make_backend, limits, pixel_limits, ask_one_in=ask_one_in) as setting:
             wall, busy = time.perf_counter(), time.process_time()
             questions = [one.question for one in asked]
             samples = [sample async for sample in run_batch(setting, questions, concurrency=concurrency)]
             wall, busy = time.perf_counter() - wall, time.process_time() - busy
-            return Run(wall, busy, tuple(samples), backend.stats())
-        finally:
-            await backend.close()
-            pipeline.close()
+            return Run(wall, busy, tuple(samples), setting.backend.stats())
 
     return asyncio.run(go())
 

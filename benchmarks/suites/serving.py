@@ -22,21 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from asking_backend import AskingBackend
 from child import read
-from two_turn_run import SAMPLING, Asked, held_out_questions, model_folder
-from vtengine_training.glance.views import LIMITS
+from two_turn_run import Asked, fresh_setting, held_out_questions, model_folder
 
+from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL, load_model
-from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import load_profile
 from vtengine.rollout.group import Setting, run_batch
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.server.app import create_app, create_house
 from vtengine.server.config import ServerLimits
 from vtengine.server.run import Server, address, bind
-from vtengine.vision.pipeline import ImagePipeline
 
 TESTS = ["tests/server/test_completions.py", "tests/server/test_choices.py"]
 QUESTIONS, CONCURRENCY, ROUNDS = 256, 64, 5
@@ -91,19 +87,14 @@ def run(context: Any) -> list[dict[str, Any]]:
 
 
 def once(side: str, folder: Path, model: Qwen2_5_VL, asked: Sequence[Asked], concurrency: int) -> Pass:
+    def engine(tokenizer: Tokenizer) -> Backend:
+        return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=concurrency))
+
     async def go() -> Pass:
-        tokenizer, profile = Tokenizer.load(folder), load_profile(folder)
-        engine = EmbeddedEngine(model, tokenizer, EngineConfig(max_running=concurrency))
-        pipeline = ImagePipeline(LIMITS, "compact", torch.float32)
-        backend = AskingBackend(engine, tokenizer, profile)
-        setting = Setting(backend, pipeline, tokenizer, profile, Limits("adaptive", 2), SAMPLING)
-        try:
+        async with fresh_setting(folder, engine, ask_one_in=2) as setting:
             if side == "direct":
                 return await _direct(setting, asked, concurrency)
             return await _served(setting, asked, concurrency, streams=side != "server")
-        finally:
-            await engine.close()
-            pipeline.close()
 
     return asyncio.run(go())
 
