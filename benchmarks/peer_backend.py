@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import itertools
 import json
 import os
@@ -20,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memory import peak_mib
-from PIL import Image
 
 from vtengine.engine.base import BackendFailed, Completion, ImageInput, Request, TokenChunk
-from vtengine.engine.sglang.pixels import image_bytes
+from vtengine.engine.sglang.pixels import PngCache
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +29,7 @@ HERE = Path(__file__).parent
 VLLM_PYTHON = HERE.parent / ".venv-vllm" / "bin" / "python"
 SGLANG_PYTHON = HERE.parent / ".venv-sglang" / "bin" / "python"
 START_S = 300.0
+PNG_BYTES = 1 << 30
 SGLANG_FLAGS = (
     *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
     *("--mem-fraction-static", "0.3", "--max-total-tokens", "65536", "--sampling-backend", "pytorch"),
@@ -84,7 +82,7 @@ class VllmBackend:
         self._numbers = itertools.count()
         self._waiting: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
-        self._pngs: dict[tuple[str, tuple[int, int, int]], str] = {}
+        self._pngs = PngCache(PNG_BYTES)
         assert self._process.stdout is not None and self._process.stderr is not None
         try:
             ready = self._process.stdout.readline()
@@ -99,7 +97,7 @@ class VllmBackend:
         sampling = request.sampling
         reply = await self._send(
             token_ids=collapsed(request.token_ids, self._pad, request.images),
-            images=[self._png(image) for image in request.images],
+            images=[base64_png(self._pngs, image, request.request_id) for image in request.images],
             max_new_tokens=sampling.max_new_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             banned=[token for token, bias in sampling.logit_bias.items() if bias == float("-inf")],
@@ -169,17 +167,10 @@ class VllmBackend:
         for future in self._waiting.values():
             future.set_exception(BackendFailed("vLLM's process has ended"))
 
-    def _png(self, image: ImageInput) -> str:
-        key = (image.content_hash, image.grid_thw)
-        if key not in self._pngs:
-            self._pngs[key] = base64.b64encode(png(image)).decode("ascii")
-        return self._pngs[key]
 
-
-def png(image: ImageInput) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image_bytes(image).numpy()).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+def base64_png(pngs: PngCache, image: ImageInput, request_id: str) -> str:
+    """The image as our own backend would send it, without the `data:` in front."""
+    return pngs.data_url(image, request_id).partition(",")[2]
 
 
 def collapsed(token_ids: tuple[int, ...], pad: int, images: tuple[ImageInput, ...]) -> list[int]:

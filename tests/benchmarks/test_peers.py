@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from tests.server.running import MODEL, ask, byte_tokenizer, make_setting, runni
 from vtengine.engine.base import Request
 from vtengine.engine.scripted import ScriptedBackend
 from vtengine.engine.sglang import ServedModel
+from vtengine.engine.sglang.pixels import PngCache
 from vtengine.rollout.tokenizer import Tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -29,7 +31,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu_sglang  # noqa: E402
 from child import answer_of  # noqa: E402
 from load_client import content  # noqa: E402
-from peer_backend import Started, collapsed, png  # noqa: E402
+from peer_backend import Started, base64_png, collapsed  # noqa: E402
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -45,7 +47,7 @@ def test_one_placeholder_per_image(count: int) -> None:
 
 def test_pixels_travel_without_loss() -> None:
     picture = image(3, h=6, w=4)
-    sent = Image.open(io.BytesIO(png(picture)))
+    sent = Image.open(io.BytesIO(base64.b64decode(base64_png(PngCache(1 << 20), picture, "r"))))
     assert sent.size == (picture.width, picture.height)
 
 
