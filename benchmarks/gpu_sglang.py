@@ -241,6 +241,7 @@ class Load:
 
 
 def write_result(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    from run import write
     from stamp import stamp
 
     for row in rows:
@@ -251,9 +252,7 @@ def write_result(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
         )
     if args.dry_run and args.output == parser().get_default("output"):
         return
-    result = {"suite": "gpu_sglang", "stamp": stamp(ROOT), "quick": args.dry_run, "rows": rows}
-    args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("wrote", args.output)
+    write({"suite": "gpu_sglang", "stamp": stamp(ROOT), "quick": args.dry_run, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":
