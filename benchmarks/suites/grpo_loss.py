@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from loss_candidates import Problem, candidates
+from loss_candidates import Problem, candidates, from_logprobs, full_logits
 from memory import grown_mib
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per candidate, their rounds interleaved."""
     wide = problem.in_float32()
-    exact = (float(wide.gradients(candidates()[OWN[1]])), wide.hidden.grad, wide.weight.grad)
+    exact = (float(wide.gradients(partial(from_logprobs, full_logits))), wide.hidden.grad, wide.weight.grad)
     facts = {name: facts_of(problem, way, exact) for name, way in ways.items()}
     del wide, exact  # as large as two weights
     calls = {name: partial(problem.gradients, way) for name, way in ways.items()}
