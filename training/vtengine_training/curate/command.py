@@ -93,26 +93,24 @@ def plan(config: CurateConfig) -> list[str]:
 
 
 def _session(config: CurateConfig) -> argparse.Namespace:
-    """The arguments of `vtengine generate` that this is like."""
-    return argparse.Namespace(
+    """The arguments of `vtengine generate` that this is like; what is not named here is as without the flag."""
+    from vtengine.cli.arguments import build_parser
+
+    arguments = build_parser().parse_args(["generate", "-", "-o", "-"])
+    vars(arguments).update(
         model=config.model,
         backend=config.backend,
         profile=config.profile or None,
         device=config.device,
         dtype=config.dtype,
         kv_gb=config.kv_gb,
-        image_device="auto",
         resolution="high",
-        scale=None,
         max_turns=1,
-        visual_token_budget=None,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        top_p=1.0,
-        top_k=0,
         seed=config.seed,
-        allow_http=False,
     )
+    return arguments
 
 
 def _set_threads(threads: int | None) -> None:
