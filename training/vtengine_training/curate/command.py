@@ -8,6 +8,8 @@ import json
 import logging
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,14 @@ async def curate(config: CurateConfig) -> dict[str, Any]:
             try:
                 await rewarder.start()
                 curation = Curation(config, setting, rewarder, ImageStore(output.folder / "images"))
+                labels = Counter(row["label"] for row in rows)
                 with progress_bar() as progress:
                     task = progress.add_task("", total=len(dataset), completed=len(rows), note="")
                     async for row in curation.rows(dataset.examples[len(rows) :]):
                         output.append(row)
                         rows.append({key: row[key] for key in KEPT if key in row})
-                        progress.update(task, completed=len(rows), note=_note(rows))
+                        labels[row["label"]] += 1
+                        progress.update(task, completed=len(rows), note=_note(labels))
             finally:
                 await rewarder.close()
     found = summary(rows, dataset.rejected) | {"seconds": round(time.perf_counter() - began, 1)}
@@ -120,6 +124,5 @@ def _set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _note(rows: list[dict[str, Any]]) -> str:
-    counts = {name: sum(row["label"] == name for row in rows) for name in ("low_is_enough", "needs_high")}
-    return "  ".join(f"{name} {count}" for name, count in counts.items())
+def _note(labels: Mapping[str, int]) -> str:
+    return "  ".join(f"{name} {labels[name]}" for name in ("low_is_enough", "needs_high"))
