@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,22 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples in file order. rejected: how many rows could not be used, by code.
-
-    fingerprint: SHA-256 of what the examples hold; a resumed run must find the same.
-    """
+    """Examples in file order. rejected: how many rows could not be used, by code."""
 
     examples: tuple[Example, ...]
     rejected: Mapping[str, int]
-    fingerprint: str
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the examples hold, wherever the files lie; a resumed run must find the same."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            parts = (example.id, example.image, example.question, example.answers, example.fields)
+            digest.update(json.dumps(parts, sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
 
 
 def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, images: Path | None = None) -> Dataset:
@@ -80,7 +86,7 @@ def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, imag
     if not examples:
         counts = ", ".join(f"{code} {count}" for code, count in rejected.items()) or "the files are empty"
         raise ValueError(f"data.files: no usable example ({counts}); every row needs image, question and answer")
-    return Dataset(tuple(examples), dict(rejected), fingerprint(examples))
+    return Dataset(tuple(examples), dict(rejected))
 
 
 def _rows(path: Path, source: SourceConfig, images: Path | None) -> Iterator[SourceRow]:
@@ -121,12 +127,3 @@ def _name(path: Path, row: InputRow, num_files: int) -> str:
     """The row's id as text; one made from the line number gets the file's name, where there are several files."""
     given = str(row.id)
     return f"{path.stem}:{given}" if num_files > 1 and given == f"line-{row.line}" else given
-
-
-def fingerprint(examples: Sequence[Example]) -> str:
-    """Changes when an example, or their order, changes; does not depend on where the files lie."""
-    digest = hashlib.sha256()
-    for example in examples:
-        parts = (example.id, example.image, example.question, example.answers, example.fields)
-        digest.update(json.dumps(parts, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()

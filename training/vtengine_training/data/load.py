@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vtengine_training.data.config import GlanceData, SourceConfig
-from vtengine_training.data.examples import Dataset, fingerprint, read_dataset
+from vtengine_training.data.examples import Dataset, read_dataset
 from vtengine_training.data.mix import mixed
 from vtengine_training.glance.export import write_questions
 
@@ -32,7 +32,7 @@ def load_examples(source: SourceConfig, folder: Path, split: str = "train", seed
         return dataset
     kept = tuple(mixed(dataset.examples, source.label, source.mix, seed))
     log.info("data: %d of %d examples make the mix", len(kept), len(dataset))
-    return replace(dataset, examples=kept, fingerprint=fingerprint(kept))
+    return replace(dataset, examples=kept)
 
 
 def glance_questions(glance: GlanceData, folder: Path, split: str) -> Path:
