@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from vtengine_training.sync.gathered import gathered
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.ranks import Ranks
-from vtengine_training.trainer.sharding import gathered
 from vtengine_training.trainer.step import Learner, _Sums
 
 from tests.training.trainer.toy import rewarder

@@ -11,10 +11,7 @@ from torch import Tensor
 from vtengine.model import Qwen2_5_VL, hf_tensors
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
-"""The learner's weights as they are now: (checkpoint name, whole tensor), one after the other, on any device.
-
-Every process of a sharded learner has to iterate, in the same order: a step of it may be a collective operation.
-"""
+"""The learner's weights as they are now: (checkpoint name, whole tensor), one after the other, on any device."""
 
 
 class Publisher(Protocol):

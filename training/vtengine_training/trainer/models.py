@@ -16,13 +16,13 @@ from vtengine.engine.base import Backend
 from vtengine.model import Qwen2_5_VL, load_model
 from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.sync.base import Publisher
-from vtengine_training.sync.gathered import CopiedParameters, gathered_weights
+from vtengine_training.sync.gathered import CopiedParameters
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.recompute import recompute_layers
 from vtengine_training.trainer.rollout_engine import build_publisher
-from vtengine_training.trainer.sharding import Sharded, gathered, shard
+from vtengine_training.trainer.sharding import Sharded, shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +40,7 @@ class Models:
         onward = build_publisher(config, backend, generating)
         if learned is generating:
             return onward
-        weights = gathered_weights(
-            generating.config, lambda name: gathered(learned.get_parameter(name), generating.dtype)
-        )
-        return CopiedParameters(onward, generating, weights)
+        return CopiedParameters(onward, generating, learned)
 
 
 def build_models(

@@ -78,9 +78,3 @@ def copy_into(target: Tensor, source: Tensor) -> None:
     assert isinstance(target, DTensor)
     piece = distribute_tensor(source.detach(), target.device_mesh, target.placements, src_data_rank=None)
     target.to_local().copy_(piece.to_local())
-
-
-def gathered(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole of a parameter in `dtype`; a meeting where it is sharded."""
-    tensor = parameter.detach().to(dtype)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
