@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from vtengine.cli.models import pixel_limits
 from vtengine.engine.base import Backend, SamplingParams
 from vtengine.model import Qwen2_5_VL, save_model
 from vtengine.protocol.conversation import Limits
@@ -16,7 +17,6 @@ from vtengine.protocol.profile import PROFILE_FILE, load_profile
 from vtengine.rollout.group import Setting
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
-from vtengine.vision.plan import PixelLimits
 from vtengine_training.data.examples import Dataset
 from vtengine_training.data.load import load_examples
 from vtengine_training.data.sampler import Sampler
@@ -98,7 +98,9 @@ def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer
     cache_bytes = rollout.image_cache_mib * MIB
     own = folder if (folder / PROFILE_FILE).is_file() else "vtengine"
     profile = load_profile(config.profile or own)
-    bounds = pixel_limits(folder, config.max_pixels)
+    bounds = pixel_limits(folder)
+    if config.max_pixels is not None:
+        bounds = replace(bounds, max_pixels=config.max_pixels)
     pipeline = ImagePipeline(
         bounds,
         "compact",
@@ -110,16 +112,6 @@ def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer
     limits = Limits(rollout.resolution, rollout.max_turns, max_context_tokens=rollout.max_context_tokens)
     sampling = SamplingParams(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, seed=config.seed)
     return Setting(engine, pipeline, tokenizer, profile, limits, sampling)
-
-
-def pixel_limits(folder: Path, max_pixels: int | None) -> PixelLimits:
-    """Those of the checkpoint's preprocessor_config.json, where it states them; max_pixels, if given, wins."""
-    from vtengine.cli.models import read_json
-
-    path = folder / "preprocessor_config.json"
-    stated = read_json(path) if path.is_file() else {}
-    known = {key: stated[key] for key in ("min_pixels", "max_pixels") if isinstance(stated.get(key), int)}
-    return PixelLimits(**(known | ({} if max_pixels is None else {"max_pixels": max_pixels})))
 
 
 def pick_device(name: str) -> torch.device:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from vtengine.cli.session import API_KEY
 from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL
@@ -15,8 +16,6 @@ from vtengine_training.sync.base import Publisher, weights_of
 from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB
-
-API_KEY = "VTENGINE_BACKEND_API_KEY"
 
 
 def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Backend:
