@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.recompute import recompute_layers
 from vtengine_training.trainer.rollout_engine import build_publisher
-from vtengine_training.trainer.sharding import Sharded, shard
+from vtengine_training.trainer.sharding import shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,40 +53,30 @@ def build_models(
             f'rollout.backend = "{config.rollout.backend}": several processes generate with the embedded engine only; '
             "use it, or start one process"
         )
+    update, needs_reference = config.update, bool(config.loss.kl_coef)
     model = load_model(folder, device, getattr(torch, config.dtype))
-    model.visual.requires_grad_(config.update.train_vision)
+    model.visual.requires_grad_(update.train_vision)
+    policy_of = partial(
+        Policy.build,
+        temperature=config.rollout.temperature,
+        banned=banned,
+        chunk=update.logits_chunk,
+        fused=update.logits == "fused",
+    )
+    reference = None
     if ranks.is_alone:
-        policy, reference = _whole(config, folder, model, banned)
-    else:
-        policy, reference = _sharded(config, model, banned, ranks)
+        policy = policy_of(model, train_vision=update.train_vision)
+        if needs_reference:
+            frozen = load_model(folder, device, model.dtype).requires_grad_(False)
+            reference = policy_of(frozen, train_vision=False)
+    else:  # in pieces: float32 masters that learn, and a frozen copy in the model's own dtype
+        pieces = shard(model, ranks, update.train_vision)
+        policy = policy_of(pieces.model, train_vision=update.train_vision, enter=pieces)
+        if needs_reference:
+            pieces = shard(model, ranks, frozen=True)
+            reference = policy_of(pieces.model, train_vision=False, enter=pieces)
     named = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
-    if config.update.recompute:
+    if update.recompute:
         recompute_layers(policy.model)
-    optimizer = MasterAdamW(named, config.update.optimizer, own_masters=ranks.is_alone)
+    optimizer = MasterAdamW(named, update.optimizer, own_masters=ranks.is_alone)
     return Models(model, policy, reference, optimizer)
-
-
-def _whole(
-    config: GrpoConfig, folder: Path, model: Qwen2_5_VL, banned: Collection[int]
-) -> tuple[Policy, Policy | None]:
-    update, temperature = config.update, config.rollout.temperature
-    fused = update.logits == "fused"
-    policy = Policy.build(model, temperature, banned, update.logits_chunk, update.train_vision, fused)
-    if not config.loss.kl_coef:
-        return policy, None
-    frozen = load_model(folder, model.device, model.dtype).requires_grad_(False)
-    return policy, Policy.build(frozen, temperature, banned, update.logits_chunk, False, fused)
-
-
-def _sharded(
-    config: GrpoConfig, model: Qwen2_5_VL, banned: Collection[int], ranks: Ranks
-) -> tuple[Policy, Policy | None]:
-    """Copies of `model` in pieces: float32 masters that learn, and, if it is needed, a frozen one in its own dtype."""
-    update, temperature = config.update, config.rollout.temperature
-
-    def policy(sharded: Sharded, train_vision: bool) -> Policy:
-        fused = update.logits == "fused"
-        return Policy.build(sharded.model, temperature, banned, update.logits_chunk, train_vision, fused, sharded)
-
-    learned = policy(shard(model, ranks, update.train_vision), update.train_vision)
-    return learned, policy(shard(model, ranks, frozen=True), False) if config.loss.kl_coef else None
