@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vtengine.config import to_dict
+from vtengine_training.checks import at_least, positive_or_none
 from vtengine_training.data.config import DataConfig
 from vtengine_training.rewards.rewarder import RewardConfig
 
@@ -43,12 +44,8 @@ class CurateConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:
-        for name in ("rollouts", "max_new_tokens", "concurrency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
-        for name in ("threads", "kv_gb"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} = {value}: must be positive")
+        at_least(self, 1, "rollouts", "max_new_tokens", "concurrency")
+        positive_or_none(self, "threads", "kv_gb")
         if not 1 <= self.margin <= self.rollouts:
             raise ValueError(f"margin = {self.margin}: must be from 1 to rollouts (= {self.rollouts})")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from vtengine_training.checks import at_least
+
 
 @dataclass(frozen=True)
 class GlanceData:
@@ -14,8 +16,7 @@ class GlanceData:
     count: int = 4000
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"count = {self.count}: must be 1 or more")
+        at_least(self, 1, "count")
 
 
 @dataclass(frozen=True)

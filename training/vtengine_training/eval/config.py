@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vtengine_training.checks import at_least
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -25,9 +27,7 @@ class EvalConfig:
     results: str = "benchmarks/results/glance_sft.json"
 
     def __post_init__(self) -> None:
-        for name in ("count", "concurrency", "max_new_tokens", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+        at_least(self, 1, "count", "concurrency", "max_new_tokens", "threads")
         if not self.temperature >= 0:
             raise ValueError(f"temperature = {self.temperature}: must be 0 (greedy) or more")
         if not self.resolutions:

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from vtengine.model.config import ModelConfig, TextConfig, VisionConfig
-
-
-def _least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} = {value}: must be {least} or more")
+from vtengine_training.checks import at_least
 
 
 def _share(name: str, value: float) -> None:
@@ -80,9 +76,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _share("call_share", self.call_share)
         _share("guess_weight", self.guess_weight)
-        _least("seed", self.seed, 0)
-        _least("workers", self.workers, 0)
-        _least("prefetch", self.prefetch, 1)
+        at_least(self, 0, "seed", "workers")
+        at_least(self, 1, "prefetch")
 
 
 @dataclass(frozen=True)
@@ -110,10 +105,8 @@ class PhaseConfig:
     guess_share: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "scenes", "warmup"):
-            _least(name, getattr(self, name), 1)
-        _least("questions", self.questions, 0)
-        _least("pages", self.pages, 0)
+        at_least(self, 1, "steps", "scenes", "warmup")
+        at_least(self, 0, "questions", "pages")
         for name in ("low_share", "high_share", "guess_share"):
             _share(name, getattr(self, name))
         if self.questions and self.low_share + self.high_share > 1:
@@ -150,8 +143,7 @@ class SftConfig:
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("phases = []: name at least one [[phases]] table")
-        for name in ("threads", "log_every", "eval_every", "eval_questions", "save_every"):
-            _least(name, getattr(self, name), 1)
+        at_least(self, 1, "threads", "log_every", "eval_every", "eval_questions", "save_every")
 
     @property
     def total_steps(self) -> int:

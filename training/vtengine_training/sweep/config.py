@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vtengine_training.checks import at_least
+
 
 @dataclass(frozen=True)
 class PlotConfig:
@@ -22,8 +24,7 @@ class PlotConfig:
     def __post_init__(self) -> None:
         if not self.metrics:
             raise ValueError("metrics = []: name at least one metric")
-        if self.smooth < 1:
-            raise ValueError(f"smooth = {self.smooth}: must be 1 or more")
+        at_least(self, 1, "smooth")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,6 @@ class SweepConfig:
     plot: PlotConfig = field(default_factory=PlotConfig)
 
     def __post_init__(self) -> None:
-        for name in ("jobs", "last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
+        at_least(self, 1, "jobs", "last")
         if not self.sweep and not self.runs:
             raise ValueError("sweep: nothing is varied; give [sweep] keys with lists of values, or [[runs]]")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from vtengine_training.checks import at_least, positive_or_none
 from vtengine_training.data.config import DataConfig, SourceConfig
 from vtengine_training.grpo.config import LossConfig
 from vtengine_training.rewards.rewarder import RewardConfig
@@ -23,7 +24,7 @@ class ValidationConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "every")
+        at_least(self, 0, "every")
         if self.every:
             self.require_source("validation")
 
@@ -82,9 +83,9 @@ class RolloutConfig:
             raise ValueError(f"backend = {self.backend!r}: must be embedded, sglang or http://host:port[,http://...]")
         if self.backend == "embedded" and (self.sync != "auto" or self.release_memory):
             raise ValueError("sync, release_memory: the embedded engine shares the learner's weights; leave them out")
-        _at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
-        _at_least(self, 1, "kv_mib")
-        _at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")
+        at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
+        at_least(self, 1, "kv_mib")
+        at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ class UpdateConfig:
             raise ValueError(f"final_rate = {self.final_rate}: must be from 0 to learning_rate")
         if self.final_rate and self.schedule == "constant":
             raise ValueError(f'final_rate = {self.final_rate}: needs schedule = "linear" or "cosine"')
-        _at_least(self, 1, "epochs", "max_tokens", "logits_chunk", "max_skipped")
-        _at_least(self, 0, "warmup")
+        at_least(self, 1, "epochs", "max_tokens", "logits_chunk", "max_skipped")
+        at_least(self, 0, "warmup")
         for name in ("minibatch_prompts", "constant_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be 1 or more")
@@ -140,7 +141,7 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "every", "keep")
+        at_least(self, 1, "every", "keep")
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,8 @@ class GrpoConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps")
-        for name in ("threads", "max_pixels", "peak_tflops"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"{name} = {value}: must be positive")
+        at_least(self, 1, "steps")
+        positive_or_none(self, "threads", "max_pixels", "peak_tflops")
         if (self.update.minibatch_prompts or 1) > self.rollout.prompts:
             raise ValueError(
                 f"update.minibatch_prompts = {self.update.minibatch_prompts}: must be at most rollout.prompts "
@@ -187,9 +186,3 @@ class GrpoConfig:
         return math.ceil(self.rollout.prompts / (self.update.minibatch_prompts or self.rollout.prompts)) * (
             self.update.epochs
         )
-
-
-def _at_least(config: Any, bound: int, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) >= bound:
-            raise ValueError(f"{name} = {getattr(config, name)}: must be {bound} or more")

@@ -1,10 +1,12 @@
-"""Settings of the judge, in one frozen dataclass. Standard library only."""
+"""Settings of the judge, in one frozen dataclass. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from vtengine_training.checks import at_least
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,8 @@ class JudgeConfig:
     extra_body: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "attempts", "breaker_failures", "max_tokens", "max_answer_chars"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be 1 or more")
-        for name in ("requests_per_minute", "canaries"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be 0 or more")
+        at_least(self, 1, "concurrency", "attempts", "breaker_failures", "max_tokens", "max_answer_chars")
+        at_least(self, 0, "requests_per_minute", "canaries")
         for name in ("timeout_s", "deadline_s"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} = {getattr(self, name)}: must be a number of seconds above 0")
