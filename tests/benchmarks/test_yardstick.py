@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.tiny_model import END, PAD, START, STOP, config_of
 from vtengine.engine.base import Completion, ImageInput, Request, RequestRejected, SamplingParams
-from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig, save_model
+from vtengine.model import Qwen2_5_VL, TextConfig, VisionConfig, save_model
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-PAD, START, END, STOP = 310, 312, 313, 315
-CONFIG = ModelConfig(
+CONFIG = config_of(
     vision=VisionConfig(
         depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
     ),
@@ -30,14 +30,6 @@ CONFIG = ModelConfig(
         mrope_section=(4, 6, 6),
         max_position_embeddings=1024,
     ),
-    tie_word_embeddings=True,
-    image_token_id=PAD,
-    video_token_id=311,
-    vision_start_token_id=START,
-    vision_end_token_id=END,
-    bos_token_id=314,
-    eos_token_id=STOP,
-    dtype="float32",
 )
 
 

@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
+from tests.tiny_model import byte_encoder, config_of
 from vtengine.cli import main
-from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig, save_model
-from vtengine.rollout.tokenizer import Tokenizer as OurTokenizer
+from vtengine.model import Qwen2_5_VL, TextConfig, VisionConfig, save_model
 
 REPO = Path(__file__).resolve().parents[2]
-SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 CALL = '<think>too small</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
 SCRIPTS = [
     ["<think>easy</think><answer>red</answer>"],
@@ -45,13 +44,7 @@ class Done:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level tokenizer, the glance profile and a config that names no weights."""
     folder = tmp_path_factory.mktemp("model")
-    vocab = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in SPECIAL])
-    tokenizer.add_tokens([AddedToken(name, special=False) for name in ("<tool_call>", "</tool_call>")])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    byte_encoder().save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text("{}")
     (folder / "profile.toml").write_bytes((REPO / "vtengine/protocol/profiles/glance.toml").read_bytes())
     return folder
@@ -62,10 +55,6 @@ def checkpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The folder with a tiny random model in it."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     shutil.copytree(model_folder, folder)
-    tokenizer = OurTokenizer.load(folder)
-    ids = {
-        name: tokenizer.special_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")
-    }
     text = TextConfig(
         vocab_size=272,
         hidden_size=64,
@@ -78,11 +67,7 @@ def checkpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     vision = VisionConfig(
         depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
     )
-    config = ModelConfig(
-        vision, text, tie_word_embeddings=True, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-        eos_token_id=tokenizer.turn_end_id, bos_token_id=None, dtype="float32",
-    )  # fmt: skip
+    config = config_of(text, vision, Tokenizer.from_file(str(folder / "tokenizer.json")))
     save_model(Qwen2_5_VL.build(config, 0), folder)
     return folder
 

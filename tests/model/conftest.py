@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny_model import config_of
 from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig, hf_tensors
 
-SMALL = ModelConfig(
+SMALL = config_of(
     vision=VisionConfig(
         depth=4,
         hidden_size=128,
@@ -31,14 +32,6 @@ SMALL = ModelConfig(
         mrope_section=(8, 12, 12),
         max_position_embeddings=4096,
     ),
-    tie_word_embeddings=True,
-    image_token_id=310,
-    video_token_id=311,
-    vision_start_token_id=312,
-    vision_end_token_id=313,
-    bos_token_id=314,
-    eos_token_id=315,
-    dtype="float32",
 )
 
 

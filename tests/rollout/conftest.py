@@ -9,41 +9,25 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
+from tests.tiny_model import byte_encoder
 from vtengine.engine.base import ImageInput
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.errors import ImageError
 from vtengine.vision.plan import Box, PixelLimits, ViewPlan, plan_crop, plan_high, plan_low
 
 DATA = Path(os.environ.get("VTENGINE_TEST_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
-SPECIAL = (
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
-    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
-)
-
-
-def byte_encoder() -> tokenizers.Tokenizer:
-    """256 bytes, a few merges, the marks."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "the")]
-    vocab = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
-    encoder = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    encoder.decoder = decoders.ByteLevel()
-    encoder.add_special_tokens(list(SPECIAL))
-    encoder.add_tokens(["<tool_call>", "</tool_call>"])
-    return encoder
+MERGES = (("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "the"))
 
 
 @pytest.fixture(scope="session")
 def plain_small() -> tokenizers.Tokenizer:
-    return byte_encoder()
+    return byte_encoder(MERGES)
 
 
 @pytest.fixture(scope="session")
 def small_tokenizer() -> Tokenizer:
-    return Tokenizer(byte_encoder())
+    return Tokenizer(byte_encoder(MERGES))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from tests.engine.tiny import PAD, tiny_model
-from tests.training.trainer.toy_model import byte_encoder
+from tests.tiny_model import byte_encoder
 from tests.training.trainer.toy_model import tiny_config as toy_config
 from vtengine.engine.sglang import ServedModel, SglangBackend
 from vtengine.model import Qwen2_5_VL, save_model

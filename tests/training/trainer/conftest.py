@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from vtengine_training.trainer.config import GrpoConfig
 
-from tests.training.trainer.toy_model import byte_encoder, tiny_config
+from tests.tiny_model import byte_encoder
+from tests.training.trainer.toy_model import tiny_config
 from vtengine.config import build
 from vtengine.model import Qwen2_5_VL, save_model
 

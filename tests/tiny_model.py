@@ -1,0 +1,48 @@
+"""What the random models of the tests have in common: which ids are special, and bytes as a tokenizer."""
+
+from __future__ import annotations
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from vtengine.model import ModelConfig, TextConfig, VisionConfig
+
+SPECIAL = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
+PAD, VIDEO, START, END, BOS, STOP = range(310, 316)
+"""Special ids of a vocabulary of 320 that has no tokenizer."""
+
+
+def byte_encoder(merges: tuple[tuple[str, str], ...] = ()) -> tokenizers.Tokenizer:
+    """256 bytes, the merges and the marks."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    encoder = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = decoders.ByteLevel()
+    encoder.add_special_tokens(list(SPECIAL))
+    encoder.add_tokens(["<tool_call>", "</tool_call>"])
+    return encoder
+
+
+def config_of(text: TextConfig, vision: VisionConfig, encoder: tokenizers.Tokenizer | None = None) -> ModelConfig:
+    """A tied float32 model of these sizes, with the ids of the encoder; without one, PAD, VIDEO, START and so on."""
+    pad, video, start, end, bos, stop = PAD, VIDEO, START, END, BOS, STOP
+    if encoder is not None:
+        marks = ("image_pad", "video_pad", "vision_start", "vision_end")
+        pad, video, start, end = (encoder.token_to_id(f"<|{name}|>") for name in marks)
+        bos, stop = None, encoder.token_to_id("<|im_end|>")
+    return ModelConfig(
+        vision,
+        text,
+        tie_word_embeddings=True,
+        image_token_id=pad,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        bos_token_id=bos,
+        eos_token_id=stop,
+        dtype="float32",
+    )
