@@ -47,10 +47,20 @@ def test_embedded_is_the_default(make_config) -> None:
     asyncio.run(one.close())
 
 
-def test_two_servers_get_every_version_of_the_weights(make_config, fakes) -> None:
+@pytest.fixture
+def many_questions(tiny_data):
+    """Thirty about one picture. Which server one goes to depends on its text and on the servers' ports."""
+    path = tiny_data.with_name("many.jsonl")
+    rows = ({"id": f"m{k}", "image": "2.png", "question": f"{k}?", "answer": str(k)} for k in range(30))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_two_servers_get_every_version_of_the_weights(make_config, fakes, many_questions) -> None:
     addresses = ",".join(fake.url for fake in fakes)
     rows: list[dict] = []
-    one = Run(make_config(steps=2, rollout={"backend": addresses, "release_memory": True}), rewarder())
+    rollout = {"backend": addresses, "release_memory": True, "prompts": 8}
+    one = Run(make_config(steps=2, data={"files": [str(many_questions)]}, rollout=rollout), rewarder())
     asyncio.run(train(one, rows.append))
     assert all(fake.requests for fake in fakes), "no server went without a prompt"
     for fake in fakes:
