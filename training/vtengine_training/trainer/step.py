@@ -152,15 +152,15 @@ class Learner:
     def _loss(self, batch: MicroBatch, old: Tensor | None) -> tuple[Tensor, LossResult]:
         """(log-probabilities, the batch's loss and figures); by the kernel where the policy is fused."""
         reference = None if self.reference is None else _without_gradients(self.reference, batch)
+        before = batch.rollout if self.loss.old_logprobs == "rollout" else old
         fused = None
         if self.policy.fused:
-            before = batch.rollout if self.loss.old_logprobs == "rollout" else old
             fused = self.policy.loss(batch, kernel_tokens(batch, before, reference), kernel_objective(self.loss))
             logprobs, entropy = fused.logprobs, fused.entropies
         else:
             logprobs, entropy = self.policy.logprobs(batch)
         tokens = Tokens(
-            self._old(batch, old, logprobs),
+            logprobs.detach() if before is None else before,
             batch.rollout,
             batch.advantages,
             batch.weights,
@@ -170,11 +170,6 @@ class Learner:
         )
         result = grpo_loss(logprobs, tokens, self.loss, entropy)
         return logprobs, result if fused is None else LossResult(fused.total, result.figures)
-
-    def _old(self, batch: MicroBatch, old: Tensor | None, logprobs: Tensor) -> Tensor:
-        if self.loss.old_logprobs == "rollout":
-            return batch.rollout
-        return logprobs.detach() if old is None else old
 
     def _frozen(self, batch: MicroBatch) -> Tensor:
         return _without_gradients(self.policy, batch)
@@ -214,12 +209,15 @@ class _Sums:
 
     def add(self, figures: dict[str, float], tokens: int) -> None:
         for name, value in figures.items():
-            if name in MAXIMA:
-                self.totals[name] = max(self.totals[name], value)
-                self.counts[name] = 1
-            elif not name.startswith("loss/"):
-                self.totals[name] += value
-                self.counts[name] += tokens
+            if not name.startswith("loss/"):
+                self._put(name, value, tokens)
+
+    def _put(self, name: str, value: float, count: int) -> None:
+        if name in MAXIMA:
+            self.totals[name], self.counts[name] = max(self.totals[name], value), 1
+        else:
+            self.totals[name] += value
+            self.counts[name] += count
 
     def _merge(self, ranks: Ranks) -> None:
         if ranks.is_alone:
@@ -229,8 +227,7 @@ class _Sums:
         self.num_packed = self.num_patches = 0
         for totals, counts, packed, patches in ranks.gather(own):
             for name, value in totals.items():
-                self.totals[name] = max(self.totals[name], value) if name in MAXIMA else self.totals[name] + value
-                self.counts[name] = 1 if name in MAXIMA else self.counts[name] + counts.get(name, 0)
+                self._put(name, value, counts.get(name, 0))
             self.num_packed += packed
             self.num_patches += patches
 
