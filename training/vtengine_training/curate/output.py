@@ -10,6 +10,7 @@ from typing import Any
 
 from vtengine.rollout.records import encode_row, read_rows, whole_rows
 from vtengine_training.data.tables import BATCH_ROWS, need
+from vtengine_training.files import write_whole
 
 Row = dict[str, Any]
 ROWS, STATE = "curated.jsonl", "state.json"
@@ -30,7 +31,7 @@ class Output:
         state = self.folder / STATE
         wanted = json.loads(json.dumps(what))
         if not state.is_file():
-            _write(state, json.dumps(wanted, indent=1))
+            write_whole(state, json.dumps(wanted, indent=1))
             self.rows_path.write_bytes(b"")
             return []
         _compare(json.loads(state.read_text(encoding="utf-8")), wanted, self.folder)
@@ -92,9 +93,3 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) 
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -25,6 +25,7 @@ from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
 from vtengine_training.eval.config import EvalConfig
 from vtengine_training.eval.stamp import stamp
+from vtengine_training.files import write_whole
 from vtengine_training.glance.export import write_questions
 from vtengine_training.glance.views import LIMITS
 
@@ -160,8 +161,6 @@ def _share(rows: list[Row], key: str) -> float:
 
 
 def write_results(results: Row, path: Path) -> None:
-    """Writes beside the place and renames, so that a reader never sees half a file."""
+    """As JSON; a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(results, indent=2) + "\n")

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vtengine.model import Qwen2_5_VL, load_model, save_model
 from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
 from vtengine_training.eval.runner import model_folder
+from vtengine_training.files import write_whole
 from vtengine_training.glance.views import LIMITS
 from vtengine_training.sft.batch import Batch, make_batch
 from vtengine_training.sft.config import PhaseConfig, SftConfig
@@ -151,9 +152,7 @@ class Run:
         file = f"resume-{self.step}.safetensors"
         self.optimizer.save(self.folder / file)
         state = {"step": self.step, "file": file, "shape": asdict(self.config.shape)}
-        temporary = self._resume_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state))
-        temporary.replace(self._resume_file)
+        write_whole(self._resume_file, json.dumps(state))
         for old in self.folder.glob("resume-*.safetensors"):
             if old.name != file:
                 old.unlink()

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from vtengine.config import load_config, to_toml
+from vtengine_training.files import write_whole
 from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.trainer.config import GrpoConfig
 
@@ -131,9 +132,7 @@ def cut_metrics(path: Path, done: int) -> None:
             break
         if row["step"] <= done:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
 
 
 def rounded(figures: dict[str, float]) -> dict[str, Any]:
