@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from vtengine.engine.sglang.update import AnyUpdate
 
-Way = Literal["tensor", "distributed", "disk"]
 BUCKET_BYTES = 512 << 20
 ATTEMPTS = 3
 
