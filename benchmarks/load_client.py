@@ -86,7 +86,6 @@ async def run(url: str, bodies: list[bytes], concurrency: int) -> dict[str, obje
         "last_s": [answer.last_s for answer in done],
         "failed": [answer.body.decode("utf-8", "replace")[:300] for answer in done if answer.status != 200],
         "contents": [content(answer.body) for answer in done if answer.status == 200],
-        "bytes": sum(len(answer.body) for answer in done),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -22,9 +22,6 @@ class Measurement:
     p90_s: float
     cpu_s: float
     rounds: int
-
-    def as_row(self) -> dict[str, float | int]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,6 @@ class PagePool:
         return len(self._free)
 
     @property
-    def num_idle(self) -> int:
-        """Pages that only the tree holds."""
-        return self._num_idle
-
-    @property
     def num_available(self) -> int:
         """Pages that an allocation can get, with eviction."""
         return len(self._free) + self._num_idle

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 
 from vtengine.model import ModelConfig
 
-PATCH_PIXELS = 14 * 14
 DEFAULT_MIN_PIXELS = 56 * 56
 DEFAULT_MAX_PIXELS = 28 * 28 * 16384
 
