@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.running import ANSWER, CALL, CROP, MODEL, Running, ask, data_url, image_part, picture
+from tests.server.running import ANSWER, CALL, CROP, MODEL, Running, ask, data_url, image_part, picture, wait_for
 from vtengine.engine.base import Request
 
 Serve = Callable[..., Running]
@@ -106,7 +106,7 @@ def test_async_client_many_at_once(serve: Serve) -> None:
             return list(await asyncio.gather(*map(one, range(24))))
 
     assert asyncio.run(main()) == ["a red ball"] * 24
-    assert server.house.gate.inside == 0
+    wait_for(lambda: server.house.gate.inside == 0)
 
 
 @pytest.mark.parametrize("resolution", ["low", "high"])

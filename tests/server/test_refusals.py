@@ -186,7 +186,7 @@ def test_queue_is_bounded_and_says_when_to_come_back(serve: Serve) -> None:
     assert isinstance(error, openai.RateLimitError)
     for thread in threads:
         thread.join(timeout=30)
-    assert server.house.gate.inside == 0
+    wait_for(lambda: server.house.gate.inside == 0)
     assert server.metrics()['vtengine_requests_total{route="/v1/chat/completions",status="429"}'] == 1
 
 
