@@ -169,6 +169,24 @@ def test_folders_without_a_model(tmp_path, folder):
         load_model(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_value_that_is_no_number(folder, value, stored):
+    def spoil(tensors):
+        tensors.update({name: tensor.to(stored) for name, tensor in tensors.items()})
+        tensors["model.layers.1.mlp.down_proj.weight"].view(-1)[-1] = value
+
+    rewrite(folder, spoil)
+    found = r"model\.safetensors: model\.layers\.1\.mlp\.down_proj\.weight has 1 of \d+ values .* the checkpoint before"
+    with pytest.raises(ModelLoadError, match=found):
+        load_model(folder, dtype=torch.bfloat16)
+
+
+def test_the_largest_finite_values_are_numbers(folder, small_model):
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].fill_(torch.finfo(torch.float32).max))
+    assert (load_model(folder).norm.weight == torch.finfo(torch.float32).max).all()
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -10])
 def test_truncated_weights(folder, keep):
     path = folder / "model.safetensors"
@@ -217,8 +235,12 @@ def test_partial_update(small_config, build):
 
 @pytest.mark.parametrize(
     ("norm", "message"),
-    [(torch.zeros(5), r"model\.norm\.weight is \[5\]"), (torch.int8, r"model\.norm\.weight is torch\.int8")],
-    ids=["shape", "quantised"],
+    [
+        (torch.zeros(5), r"model\.norm\.weight is \[5\]"),
+        (torch.int8, r"model\.norm\.weight is torch\.int8"),
+        (torch.float8_e4m3fn, r"model\.norm\.weight is torch\.float8_e4m3fn"),
+    ],
+    ids=["shape", "quantised", "8 bits"],
 )
 def test_a_faulty_update_changes_nothing(norm, message, small_config, build):
     model = build(small_config, 1)
@@ -228,6 +250,21 @@ def test_a_faulty_update_changes_nothing(norm, message, small_config, build):
     with pytest.raises(ModelLoadError, match=message):
         load_tensors(model, update)
     assert same(model, build(small_config, 1))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_update_of_a_tied_model_may_hold_the_head(small_config, build, streamed):
+    model, other = build(small_config, 1), build(small_config, 2)
+    update = dict(hf_tensors(other))
+    update["lm_head.weight"] = update["model.embed_tokens.weight"].clone()
+    load_tensors(model, iter(update.items()) if streamed else update)
+    assert same(model, other)
+    update["lm_head.weight"][0, 0] += 1
+    before = model.norm.weight.clone()
+    update["model.norm.weight"] = before + 1
+    with pytest.raises(ModelLoadError, match=r"lm_head\.weight differs"):
+        load_tensors(model, iter(update.items()) if streamed else update)
+    assert streamed or torch.equal(model.norm.weight, before)
 
 
 def test_a_failed_save_leaves_the_old_files(folder, small_model, monkeypatch):

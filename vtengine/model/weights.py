@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,16 +40,12 @@ def load_tensors(
     A tied model takes no `lm_head.weight`; one that equals the embedding is accepted.
     """
     targets = hf_tensors(model)
+    head = None
     if isinstance(tensors, Mapping):
-        _check(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "weight update")
-        for name, tensor in tensors.items():
-            _check_kind(name, tensor)
-        given = {checkpoint_name(name): tensor for name, tensor in tensors.items()}
-        if _HEAD not in targets and _HEAD in given and _EMBED in given:
-            _check_tied(given[_HEAD], given[_EMBED])
-    head, seen = None, set()
+        tensors = _fitting(targets, tensors, partial).items()
+    seen = set()
     with torch.no_grad():
-        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
+        for name, tensor in tensors:
             known = checkpoint_name(name)
             if known == _HEAD and _HEAD not in targets:
                 head = tensor
@@ -62,14 +59,29 @@ def load_tensors(
             seen.add(known)
     if not partial and (missing := [name for name in targets if name not in seen]):
         raise ModelLoadError(f"weight update: {len(missing)} tensors missing: {_some(missing)}")
-    embed = targets[_EMBED]
     if head is not None and _EMBED in seen:
-        _check_tied(head, embed)
+        _check_tied(head, targets[_EMBED])
+
+
+def _fitting(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], partial: bool) -> dict[str, Tensor]:
+    """`tensors` by checkpoint name, a tied model's head left out. Raises ModelLoadError for whatever does not fit."""
+    _check(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "weight update")
+    for name, tensor in tensors.items():
+        _check_kind(name, tensor)
+    given = {checkpoint_name(name): tensor for name, tensor in tensors.items()}
+    if _HEAD not in targets and (head := given.pop(_HEAD, None)) is not None and _EMBED in given:
+        _check_tied(head, given[_EMBED])
+    return given
 
 
 def _check_kind(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
+    if not _is_plain(tensor):
         raise ModelLoadError(f"{name} is {tensor.dtype}: quantised checkpoints are not read")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Floating-point, and not of 8 bits, which need scales."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def _check_tied(head: Tensor, embed: Tensor) -> None:
@@ -81,7 +93,10 @@ def _check_tied(head: Tensor, embed: Tensor) -> None:
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Qwen2_5_VL:
-    """Loads a checkpoint folder (config.json and *.safetensors). Raises ModelLoadError, before it takes memory."""
+    """Loads a checkpoint folder (config.json and *.safetensors).
+
+    Raises ModelLoadError: for what does not fit, before it takes memory; for NaN or infinity, on coming to it.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise ModelLoadError(f"{folder}: not a folder; give the folder of a checkpoint (config.json and *.safetensors)")
@@ -164,7 +179,21 @@ def _read(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118
-                yield name, reader.get_tensor(name)
+                tensor = reader.get_tensor(name)
+                _check_finite(file, name, tensor)
+                yield name, tensor
+
+
+def _check_finite(file: Path, name: str, tensor: Tensor) -> None:
+    """One pass without a copy: smallest and largest value are NaN where any is, and infinite where one is."""
+    if not _is_plain(tensor) or not tensor.numel():
+        return  # `load_tensors` refuses what is not plain
+    if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
+        broken = int((~tensor.isfinite()).sum())
+        raise ModelLoadError(
+            f"{file}: {name} has {broken} of {tensor.numel()} values that are NaN or infinite; download the file "
+            "again, or take the checkpoint before it (a training that diverged writes such weights)"
+        )
 
 
 def _check(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], partial: bool, where: str) -> None:
