@@ -44,7 +44,7 @@ class TransformersBackend:
 
     async def generate(self, request: Request) -> Completion:
         if request.sampling.temperature != 0:
-            raise RequestRejected("sampling_unsupported", "the transformers yardstick is greedy only")
+            raise RequestRejected("sampling_unsupported", "the transformers yardstick is greedy only", "setup")
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
         waiting = _Waiting(request, asyncio.get_running_loop().create_future())

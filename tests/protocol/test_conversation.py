@@ -6,13 +6,14 @@ import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vtengine.protocol.conversation import TRANSITIONS, Conversation, Event, Finish, Limits, Situation, Then
-from vtengine.protocol.messages import HIGH, LOW, STATUSES, ErrorInfo, Geometry, Text, View, ViewSize
+from vtengine.protocol.messages import HIGH, LOW, ErrorInfo, Geometry, Status, Text, View, ViewSize
 from vtengine.protocol.profile import Profile, load_profile
 from vtengine.protocol.tools import CROP, RESIZE, RESIZE_CALL, ToolCall
 
@@ -61,7 +62,7 @@ def test_every_transition_happens(situation: Situation, event: Event, geometry: 
 
 def test_statuses_of_the_contract() -> None:
     reached = {then for then in TRANSITIONS.values() if not isinstance(then, Then)}
-    assert reached | {"rejected"} == set(STATUSES)
+    assert reached | {"rejected"} == set(get_args(Status))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_any_play_ends_within_the_limits(
         if conversation.ask() is None:
             break
         conversation = conversation.after(text, finish)
-    assert conversation.status in STATUSES and conversation.turn <= max_turns
+    assert conversation.status in get_args(Status) and conversation.turn <= max_turns
     assert (conversation.answer is not None) == (conversation.status == "answered")
     assert (conversation.error is None) == (conversation.status == "answered")
     if budget is not None and conversation.status != "rejected":

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from vtengine.engine.base import BackendFailed, Completion, Request, RequestRejected, SamplingParams, TokenChunk
 from vtengine.engine.scripted import ScriptedBackend
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.messages import STATUSES
+from vtengine.protocol.messages import Status
 from vtengine.protocol.profile import Profile, load_profile
 from vtengine.protocol.tools import RESIZE_CALL
 from vtengine.rollout.episode import Asked, Episode, Event, Replied, TextDelta, run_episode
@@ -45,7 +45,7 @@ def play(
         run_episode(question, backend, pipeline, tokenizer, profile, limits or Limits(), params, on_event)
     )
     episode.transcript.check_integrity()
-    assert episode.status in STATUSES
+    assert episode.status in get_args(Status)
     assert (episode.error is None) == (episode.status == "answered") == (episode.answer is not None)
     return episode, backend
 
@@ -120,6 +120,25 @@ def test_every_ending(
     episode, _ = play(small_tokenizer, pipeline, replies, limits=limits, max_new_tokens=299)
     assert episode.error is not None
     assert (episode.status, episode.error.code, len(episode.turns)) == (status, code, num_turns)
+
+
+@pytest.mark.parametrize(
+    ("replies", "fault"),
+    [
+        ([RequestRejected("no_key", "give one", "setup")], "no_key: give one"),
+        ([CALL, RequestRejected("no_key", "give one", "setup")], "no_key: give one"),
+        ([RequestRejected("too_long", "no")], None),
+        ([RequestRejected("refused", "no", "unclear")], None),
+        ([BackendFailed("a"), BackendFailed("b")], None),
+        ([ANSWER], None),
+    ],
+)
+def test_an_episode_tells_when_the_setup_is_to_blame(
+    small_tokenizer: Tokenizer, pipeline: Any, replies: list[Any], fault: str | None
+) -> None:
+    episode, _ = play(small_tokenizer, pipeline, replies)
+    assert episode.setup_fault == fault
+    assert episode.error is None or set(episode.error.row()) == {"code", "message"}
 
 
 def test_a_broken_backend_is_asked_again(tokenizer: Tokenizer, pipeline: Any) -> None:

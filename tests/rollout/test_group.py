@@ -15,7 +15,7 @@ from vtengine.engine.base import SamplingParams
 from vtengine.engine.scripted import ScriptedBackend
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import load_profile
-from vtengine.rollout.group import WAITING_PER_RUNNING, Setting, in_order, run_batch, run_group
+from vtengine.rollout.group import WAITING_PER_RUNNING, Setting, in_order, run_batch
 from vtengine.rollout.question import Question
 from vtengine.rollout.tokenizer import Tokenizer
 
@@ -135,10 +135,12 @@ def setting(tokenizer: Tokenizer, pipeline: Any, **sampling: Any) -> Setting:
 
 def test_siblings_have_seeds_of_their_own(small_tokenizer: Tokenizer, pipeline: Any) -> None:
     shared = setting(small_tokenizer, pipeline, seed=5, temperature=1.0)
-    samples = asyncio.run(run_group(shared, Question("q", "56x56", "?"), n=16, concurrency=4))
-    assert [sample.index for sample in samples] == list(range(16))
+
+    async def siblings() -> list[int]:
+        return [sample.index async for sample in run_batch(shared, [Question("q", "56x56", "?")], n=16, concurrency=4)]
+
+    assert asyncio.run(siblings()) == list(range(16))
     assert len({request.sampling.seed for request in shared.backend.requests}) == 16  # type: ignore[attr-defined]
-    assert asyncio.run(run_group(shared, Question("q", "56x56", "?"), n=0)) == []
 
 
 def test_a_sample_has_the_same_seed_alone_and_in_a_batch(small_tokenizer: Tokenizer, pipeline: Any) -> None:

@@ -19,7 +19,6 @@ from vtengine.protocol.tools import RESIZE_CALL
 from vtengine.rollout.episode import Episode, run_episode
 from vtengine.rollout.question import Question
 from vtengine.rollout.records import (
-    ROW_KEYS,
     RowWriter,
     encode_row,
     episode_row,
@@ -30,6 +29,10 @@ from vtengine.rollout.records import (
 from vtengine.rollout.tokenizer import Tokenizer
 
 GLANCE = load_profile("glance")
+ROW_KEYS = (
+    *("id", "sample", "status", "error", "answer", "upscaled", "turns"),
+    *("visual_tokens", "visual_tokens_full", "latency_s", "logprob_sum"),
+)
 TURN_KEYS = (
     *("text", "finish", "action", "prompt_tokens", "cached_tokens", "prefill_tokens", "completion_tokens"),
     *("images", "latency_s", "ttft_s"),

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from vtengine.protocol.messages import Blame
 from vtengine.vision.image_input import ImageInput as ImageInput
 
 if TYPE_CHECKING:
@@ -22,11 +23,14 @@ Finish = Literal["stop", "length", "cancelled", "error"]
 
 
 class RequestRejected(ValueError):
-    """The request can never be served (too long for the pool, malformed). `code` is stable, for records."""
+    """The request can never be served (too long for the pool, malformed). `code` is stable, for records.
 
-    def __init__(self, code: str, message: str) -> None:
+    blame: whose fault it is. A trainer leaves out an example that is to blame, and stops where the setup is.
+    """
+
+    def __init__(self, code: str, message: str, blame: Blame = "request") -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.blame = code, blame
 
 
 class BackendFailed(RuntimeError):

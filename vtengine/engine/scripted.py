@@ -113,14 +113,14 @@ class ScriptedBackend:
     def _keys(self, request: Request) -> list[object]:
         """Token ids, with the k-th placeholder of an image replaced by (content hash, grid, k)."""
         if not request.token_ids:
-            raise RequestRejected("empty_prompt", f"request {request.request_id}: token_ids is empty")
+            raise RequestRejected("empty_prompt", f"request {request.request_id}: token_ids is empty", "setup")
         placeholders = ((i.content_hash, i.grid_thw, k) for i in request.images for k in range(i.visual_tokens))
         keys: list[object] = [next(placeholders, None) if t == self._image_token_id else t for t in request.token_ids]
         if None in keys or next(placeholders, None) is not None:
             wanted = sum(image.visual_tokens for image in request.images)
             found = sum(t == self._image_token_id for t in request.token_ids)
             message = f"request {request.request_id}: {found} image placeholders for {wanted} visual tokens"
-            raise RequestRejected("image_tokens_mismatch", message)
+            raise RequestRejected("image_tokens_mismatch", message, "setup")
         return keys
 
     def _next_reply(self, request: Request) -> Reply:

@@ -9,8 +9,10 @@ from typing import Literal, Protocol, get_args
 
 ViewKind = Literal["low", "high", "scale", "crop"]
 Resolution = Literal["adaptive", "low", "high"]
+Blame = Literal["request", "setup", "unclear"]
+"""Whose fault a refusal is: of what was asked (text, image, length); of settings, server or this program, whatever is
+asked; or a server's refusal that may be either."""
 Status = Literal["answered", "malformed", "truncated", "turn_limit", "rejected", "failed"]
-STATUSES: tuple[Status, ...] = get_args(Status)
 RESOLUTIONS: tuple[Resolution, ...] = get_args(Resolution)
 
 PIXELS_PER_VISUAL_TOKEN = 28 * 28
@@ -99,10 +101,15 @@ class Ask:
 
 @dataclass(frozen=True)
 class ErrorInfo:
-    """Why an episode did not end with an answer. `code` is stable; `message` is for people."""
+    """Why an episode did not end with an answer. `code` is stable; `message` is for people. blame: of a rejection."""
 
     code: str
     message: str
+    blame: Blame = "request"
+
+    def row(self) -> dict[str, str]:
+        """As records have it."""
+        return {"code": self.code, "message": self.message}
 
 
 def merged(parts: Iterable[Part]) -> tuple[Part, ...]:

@@ -109,6 +109,13 @@ class Episode:
         return sum(image.visual_tokens for image in self.images)
 
     @property
+    def setup_fault(self) -> str | None:
+        """What is wrong with settings or server, where they are to blame for a rejection: others end like this one."""
+        if self.error is None or self.status != "rejected" or self.error.blame != "setup":
+            return None
+        return f"{self.error.code}: {self.error.message}"
+
+    @property
     def visual_tokens_full(self) -> int:
         """What showing the high view of every image at once costs."""
         opened = () if self.image is None else (self.image, *self.more_images)
@@ -276,7 +283,9 @@ class _Run:
 
 def _describe(fault: Exception, turn: int) -> tuple[ErrorInfo, Status]:
     """A fault as error and status. What nobody foresaw is logged with its traceback."""
-    if isinstance(fault, ImageError | RequestRejected):
+    if isinstance(fault, RequestRejected):
+        return ErrorInfo(fault.code, str(fault), fault.blame), "rejected"
+    if isinstance(fault, ImageError):
         return ErrorInfo(fault.code, str(fault)), "rejected"
     if isinstance(fault, ContextFull):
         if turn == 0:

@@ -1,4 +1,4 @@
-"""Many episodes: n siblings of one question, and batches whose results come in input order."""
+"""Many episodes at the same time, whose results come in input order."""
 
 from __future__ import annotations
 
@@ -51,12 +51,6 @@ async def run_sample(setting: Setting, question: Question, index: int) -> Sample
         question, setting.backend, setting.pipeline, setting.tokenizer, setting.profile, setting.limits, sampling
     )
     return Sample(question, index, episode)
-
-
-async def run_group(setting: Setting, question: Question, n: int, concurrency: int | None = None) -> list[Sample]:
-    """n siblings of one question, in order of their index. Cancelling cancels them all."""
-    jobs = (_job(setting, question, index) for index in range(n))
-    return [sample async for sample in in_order(jobs, concurrency or max(n, 1))]
 
 
 async def run_batch(

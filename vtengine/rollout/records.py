@@ -17,10 +17,6 @@ from vtengine.rollout.episode import Episode, Turn
 
 Row = dict[str, Any]
 
-ROW_KEYS = (
-    *("id", "sample", "status", "error", "answer", "upscaled", "turns"),
-    *("visual_tokens", "visual_tokens_full", "latency_s", "logprob_sum"),
-)
 SECONDS_DIGITS = 6
 
 
@@ -30,7 +26,7 @@ def episode_row(episode: Episode, sample: int) -> Row:
         "id": episode.question.id,
         "sample": sample,
         "status": episode.status,
-        "error": None if episode.error is None else asdict(episode.error),
+        "error": None if episode.error is None else episode.error.row(),
         "answer": episode.answer,
         "upscaled": episode.is_upscaled,
         "turns": [turn_row(turn) for turn in episode.turns],
@@ -48,7 +44,7 @@ def rejected_row(row_id: str | int, sample: int, error: ErrorInfo, carried: Mapp
         "id": row_id,
         "sample": sample,
         "status": "rejected",
-        "error": asdict(error),
+        "error": error.row(),
         "answer": None,
         "upscaled": False,
         "turns": [],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from vtengine.protocol.conversation import Limits
@@ -34,7 +33,7 @@ def account(episode: Episode, limits: Limits) -> Json:
     turns = episode.turns
     return {
         "status": episode.status,
-        "error": None if episode.error is None else asdict(episode.error),
+        "error": None if episode.error is None else episode.error.row(),
         "resolution": limits.resolution,
         "upscaled": episode.is_upscaled,
         "turns": [turn_account(turn, index) for index, turn in enumerate(turns)],

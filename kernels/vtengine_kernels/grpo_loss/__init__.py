@@ -29,11 +29,6 @@ class Loss:
     logprobs: Tensor
     entropies: Tensor
 
-    @property
-    def num_broken(self) -> int:
-        """Tokens whose logprob or entropy is not finite: their hidden states, or the head, were not."""
-        return int((~(self.logprobs + self.entropies).isfinite()).sum())
-
 
 def grpo_loss(
     hidden: Tensor,

@@ -53,7 +53,7 @@ def test_requests_that_can_never_fit_are_rejected_with_the_figures():
             RequestRejected, match=r"30 prompt tokens \+ max_new_tokens 12 need 11 pages.*has 10"
         ) as error:
             await engine.generate(request("big", prompt(1, 30)))
-        assert error.value.code == "request_too_large"
+        assert (error.value.code, error.value.blame) == ("request_too_large", "request")
         return await engine.generate(request("fits", prompt(1, 29)))
 
     assert len(run(reject, num_pages=10).token_ids) == 12
@@ -77,9 +77,9 @@ def test_malformed_requests_are_rejected(ask, code):
     async def reject(engine):
         with pytest.raises(RequestRejected) as error:
             await engine.generate(ask)
-        return error.value.code
+        return error.value.code, error.value.blame
 
-    assert run(reject) == code
+    assert run(reject) == (code, "setup")
 
 
 def test_a_request_id_is_served_once_at_a_time():
@@ -89,7 +89,7 @@ def test_a_request_id_is_served_once_at_a_time():
         )
 
     first, second = run(twice)
-    assert len(first.token_ids) == 12 and second.code == "duplicate_request"
+    assert len(first.token_ids) == 12 and (second.code, second.blame) == ("duplicate_request", "setup")
 
 
 def test_new_vision_weights_alone_change_the_answer_and_drop_both_caches():

@@ -15,6 +15,7 @@ from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.sglang import ServedModel, SglangHttpBackend
 from vtengine.engine.sglang import backend as backend_module
 from vtengine.engine.sglang.inprocess import installed_version
+from vtengine.engine.sglang.reply import raise_for_status
 from vtengine.engine.sglang.weights import check_shapes, read_shapes
 from vtengine.model import Qwen2_5_VL, hf_tensors, save_model
 
@@ -88,7 +89,7 @@ def test_a_server_that_does_not_suit_is_refused_before_the_first_request(change,
     change(server)
     with pytest.raises(RequestRejected, match=words) as error:
         serve(lambda backend, _: backend.generate(ASK), server)
-    assert error.value.code == "server_unsuitable" and not server.requests
+    assert (error.value.code, error.value.blame) == ("server_unsuitable", "setup") and not server.requests
 
 
 @pytest.mark.parametrize("fault", ["dies", "queue_full"])
@@ -138,12 +139,12 @@ def test_a_deadline_counts_for_slow_tokens_too():
 
 def test_another_prompt_length_names_both():
     error = failure(RequestRejected, always={"miscounts"})
-    assert error.code == "prompt_mismatch" and "6 tokens, ours has 3" in str(error)
+    assert (error.code, error.blame) == ("prompt_mismatch", "setup") and "6 tokens, ours has 3" in str(error)
 
 
 def test_another_prompt_of_the_same_length_is_found():
     error = failure(RequestRejected, always={"wrong_ids"})
-    assert error.code == "prompt_mismatch" and "id 77 at place 2, ours has 3" in str(error)
+    assert (error.code, error.blame) == ("prompt_mismatch", "setup") and "id 77 at place 2, ours has 3" in str(error)
 
 
 def test_answers_that_cannot_be_read():
@@ -153,7 +154,22 @@ def test_answers_that_cannot_be_read():
 
 def test_what_the_server_refuses_is_a_rejected_request():
     error = failure(RequestRejected, "refused")
-    assert error.code == "refused_by_server" and "cannot load image" in str(error)
+    assert (error.code, error.blame) == ("refused_by_server", "unclear") and "cannot load image" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "blame"),
+    [
+        (400, "refused_by_server", "unclear"),
+        (413, "refused_by_server", "unclear"),
+        (404, "refused_by_server", "setup"),
+        (401, "not_authorized", "setup"),
+    ],
+)
+def test_an_error_status_says_whose_fault_it_is(status, code, blame):
+    with pytest.raises(RequestRejected, match=f"server.*{status}.*why") as error:
+        raise_for_status("server", status, "why")
+    assert (error.value.code, error.value.blame) == (code, blame)
 
 
 def test_cancelling_tells_the_server():

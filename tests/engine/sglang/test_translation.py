@@ -67,7 +67,7 @@ def test_pixels_that_are_no_bytes_are_refused(spoil):
     view = ImageInput("hash", view.grid_thw, spoil(view.pixel_values))
     with pytest.raises(RequestRejected, match="float32") as error:
         PngCache(1 << 20).data_url(view, "a")
-    assert error.value.code == "pixels_not_exact"
+    assert (error.value.code, error.value.blame) == ("pixels_not_exact", "setup")
 
 
 def test_pngs_are_kept_up_to_a_limit():
@@ -109,7 +109,7 @@ def test_sampling_parameters():
 def test_what_would_break_sglang_is_refused(ask, code):
     with pytest.raises(RequestRejected, match="request a: ") as error:
         translation.check(ask, TINY)
-    assert error.value.code == code
+    assert (error.value.code, error.value.blame) == (code, "setup")
 
 
 def test_a_view_that_the_server_would_resize_is_refused_over_http():
@@ -117,7 +117,7 @@ def test_a_view_that_the_server_would_resize_is_refused_over_http():
     small = ServedModel("m", 256, PAD, VIDEO, min_pixels=6000)
     with pytest.raises(RequestRejected, match=r"84 x 56 = 4704 pixels.*6000.*preprocessor_config\.json") as error:
         translation.with_png(ask, small, translation.check(ask, small), lambda *_: "")
-    assert error.value.code == "image_outside_server_limits"
+    assert (error.value.code, error.value.blame) == ("image_outside_server_limits", "setup")
 
 
 @pytest.mark.parametrize("marker", ["<|image_pad|>", "<|video_pad|>"])
@@ -132,7 +132,7 @@ def test_a_text_that_spells_a_marker_is_refused_over_http(marker):
         if refused:
             with pytest.raises(RequestRejected, match="spells") as error:
                 translation.with_png(ask, model, spans, lambda *_: "")
-            assert error.value.code == "text_spells_marker"
+            assert (error.value.code, error.value.blame) == ("text_spells_marker", "request")
         else:
             translation.with_png(ask, model, spans, lambda *_: "")
 

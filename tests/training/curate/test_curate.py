@@ -12,6 +12,9 @@ from vtengine_training.curate.summary import summary
 from vtengine_training.data.config import DataConfig
 from vtengine_training.data.load import load_examples
 
+from vtengine.engine.base import RequestRejected
+from vtengine.engine.embedded import EmbeddedEngine
+
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
@@ -118,6 +121,19 @@ def test_bad_rows(curate, tiny_data, tmp_path, capsys) -> None:
     assert told["left_out"] == {"answer_missing": 1}
     config = DataConfig(files=(str(tmp_path / "a" / "curated.jsonl"),))
     assert load_examples(config, tmp_path / "x").rejected == {"image_missing": 1}
+
+
+def test_settings_that_the_engine_refuses_label_nothing(curate, monkeypatch, capsys) -> None:
+    generate = EmbeddedEngine.generate
+
+    async def refuse(self, request):
+        if not request.images:  # the first one, which asks whether the engine works
+            return await generate(self, request)
+        raise RequestRejected("invalid_sampling", "here is why", "setup")
+
+    monkeypatch.setattr(EmbeddedEngine, "generate", refuse)
+    assert curate("a") == (2, [])
+    assert "invalid_sampling: here is why" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from vtengine_training.rewards.base import Score
 from vtengine_training.trainer.loop import Run
 
 from tests.training.trainer.toy import LowBytes, rewarder
+from vtengine.engine.base import RequestRejected
 
 
 @pytest.fixture
@@ -115,6 +116,50 @@ def test_unreadable_images_are_quarantined_and_counted(collector, tiny_data, tmp
     assert one.sampler.quarantined == {0, 1}
     assert {group.example for group in found.groups} <= {2, 3, 4}
     assert collect(one, 2).counts["quarantined"] == 0
+
+
+def refuse(one, monkeypatch, rejection):
+    """The engine refuses what it is asked about q1."""
+    generate = one.setting.backend.generate
+    words = tuple(one.setting.tokenizer.encode_untrusted("1?"))
+
+    async def refusing(request):
+        ids = request.token_ids
+        if any(ids[k : k + len(words)] == words for k in range(len(ids))):
+            raise rejection
+        return await generate(request)
+
+    monkeypatch.setattr(one.setting.backend, "generate", refusing)
+
+
+@pytest.mark.parametrize(
+    ("code", "blame", "reason"),
+    [
+        ("request_too_large", "request", "quarantined"),
+        ("text_spells_marker", "request", "quarantined"),
+        ("refused_by_server", "unclear", "failed"),
+    ],
+)
+def test_a_refusal_costs_an_example_its_place_only_if_it_is_to_blame(
+    collector, monkeypatch, code, blame, reason
+) -> None:
+    one = collector(rollout={"prompts": 5, "max_refill": 2.0})
+    refuse(one, monkeypatch, RequestRejected(code, "no", blame))
+    found = collect(one)
+    assert found.counts[reason] >= 1
+    assert one.sampler.quarantined == ({1} if blame == "request" else set())
+    assert {group.example for group in found.groups} == {0, 2, 3, 4}
+
+
+@pytest.mark.parametrize("code", ["invalid_sampling", "duplicate_request", "pixels_not_exact", "not_authorized"])
+def test_a_refusal_that_the_setup_is_to_blame_for_ends_the_run_and_quarantines_nothing(
+    collector, monkeypatch, code
+) -> None:
+    one = collector(rollout={"prompts": 5, "max_refill": 2.0})
+    refuse(one, monkeypatch, RequestRejected(code, "here is why", "setup"))
+    with pytest.raises(ValueError, match=f"no example can be asked: {code}: here is why"):
+        collect(one)
+    assert one.sampler.quarantined == set()
 
 
 def test_every_image_unreadable_is_an_error(collector, tmp_path) -> None:

@@ -46,7 +46,7 @@ class Curation:
         self._complained: set[str] = set()
 
     async def rows(self, examples: Sequence[Example]) -> AsyncIterator[Row]:
-        """One labelled row per example, in their order."""
+        """One labelled row per example, in their order. Raises ValueError where settings or server are to blame."""
         size = len(VIEWS) * self.config.rollouts
         jobs = in_order(self._jobs(examples), self.config.concurrency)
         outcomes: list[Outcome] = []
@@ -74,6 +74,8 @@ class Curation:
         async def run() -> asyncio.Task[Outcome]:
             question = Question(example.id, example.image, example.question, example.root, example.fields)
             episode = (await run_sample(self.settings[view], question, index)).episode
+            if (fault := episode.setup_fault) is not None:
+                raise ValueError(f"no example can be asked: {fault}")
             scoring = asyncio.create_task(self._score(episode, example, keep_image=view == "low" and index == 0))
             self._scoring.add(scoring)
             scoring.add_done_callback(self._scoring.discard)

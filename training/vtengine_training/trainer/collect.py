@@ -29,9 +29,6 @@ from vtengine_training.trainer.trajectory import Group, from_episode
 
 log = logging.getLogger(__name__)
 
-SERVER_SAID = ("refused_by_server", "not_authorized")
-"""Codes of rejections that say nothing about the example."""
-
 
 @dataclass(frozen=True, eq=False)
 class Scored:
@@ -94,7 +91,10 @@ class Collector:
         self._scoring: list[asyncio.Task[Score | None]] = []
 
     async def collect(self, step: int, keep_rows: bool = False) -> Collected:
-        """At most config.prompts groups with spread; fewer when max_refill draws did not give more."""
+        """At most config.prompts groups with spread; fewer when max_refill draws did not give more.
+
+        Raises ValueError, on every rank, where settings or server are to blame for a refusal: no example is.
+        """
         done = Collected([])
         fresh = [group for group in self.leftover if step - group.step <= self.config.max_stale]
         done.counts["stale"] = len(self.leftover) - len(fresh)
@@ -138,11 +138,14 @@ class Collector:
                 jobs += [self._job(draw, example, index) for index in range(self.config.n)]
         groups: list[Group] = []
         siblings: list[Scored] = []
+        fault: str | None = None
         try:
             async with aclosing(
                 cast("AsyncGenerator[Played, None]", in_order(jobs, self.config.concurrency))
             ) as results:
                 async for played in results:
+                    if (fault := played.episode.setup_fault) is not None:
+                        break
                     siblings.append(await played.scored())
                     if len(siblings) == self.config.n:
                         group = self._group(siblings, step, done, keep_rows)
@@ -152,6 +155,8 @@ class Collector:
             for task in self._scoring:
                 task.cancel()
             self._scoring.clear()
+        if faults := [one for one in self.ranks.gather(fault) if one is not None]:
+            raise ValueError(f"no example can be asked: {faults[0]} (nothing is quarantined, checkpoints stay)")
         for example in (one for part in self.ranks.gather(sorted(self.sampler.quarantined)) for one in part):
             self.sampler.quarantine(example)
         return groups
@@ -221,7 +226,7 @@ class Collector:
         """Why the group cannot be used: quarantined, failed or reward_failed (no verdict, NaN, an exception)."""
         for one in siblings:
             error = one.episode.error
-            if one.episode.status == "rejected" and not one.episode.turns and error and error.code not in SERVER_SAID:
+            if one.episode.status == "rejected" and not one.episode.turns and error and error.blame == "request":
                 self.sampler.quarantine(one.example)
                 log.warning("example %s is quarantined: %s", one.episode.question.id, error.message)
                 return "quarantined"

@@ -33,7 +33,7 @@ def prepare(request: Request, model: ModelConfig, pool: PagePool) -> Sequence:
     try:
         positions, following = mrope_positions(request.token_ids, grids, image_token_id=model.image_token_id)
     except ValueError as error:
-        raise RequestRejected("image_tokens_mismatch", str(error)) from error
+        raise RequestRejected("image_tokens_mismatch", str(error), "setup") from error
     seed = request.sampling.seed
     return Sequence(
         request=request,
@@ -48,26 +48,26 @@ def prepare(request: Request, model: ModelConfig, pool: PagePool) -> Sequence:
 
 def _check_tokens(request: Request, vocab_size: int) -> None:
     if not request.token_ids:
-        raise RequestRejected("empty_prompt", "token_ids is empty; give at least one token")
+        raise RequestRejected("empty_prompt", "token_ids is empty; give at least one token", "setup")
     low, high = min(request.token_ids), max(request.token_ids)
     if low < 0 or high >= vocab_size:
         message = f"token_ids has {low if low < 0 else high}: ids of this model are 0..{vocab_size - 1}"
-        raise RequestRejected("token_out_of_range", message)
+        raise RequestRejected("token_out_of_range", message, "setup")
 
 
 def _check_sampling(request: Request, vocab_size: int) -> None:
     sampling = request.sampling
     if any(not stop for stop in sampling.stop):
-        raise RequestRejected("invalid_sampling", "sampling.stop has an empty string; leave it out")
+        raise RequestRejected("invalid_sampling", "sampling.stop has an empty string; leave it out", "setup")
     for token_id, value in sampling.logit_bias.items():
         if not 0 <= token_id < vocab_size or not (value == -math.inf or abs(value) <= MAX_LOGIT_BIAS):
             message = (
                 f"sampling.logit_bias[{token_id}] = {value}: ids are 0..{vocab_size - 1}, values are -inf or within "
                 f"{MAX_LOGIT_BIAS:g} of 0"
             )
-            raise RequestRejected("invalid_sampling", message)
+            raise RequestRejected("invalid_sampling", message, "setup")
     if sum(value == -math.inf for value in sampling.logit_bias.values()) >= vocab_size:
-        raise RequestRejected("invalid_sampling", "sampling.logit_bias bans every id; leave at least one")
+        raise RequestRejected("invalid_sampling", "sampling.logit_bias bans every id; leave at least one", "setup")
 
 
 def _check_images(request: Request, model: ModelConfig) -> None:
@@ -75,7 +75,7 @@ def _check_images(request: Request, model: ModelConfig) -> None:
     found = request.token_ids.count(model.image_token_id)
     if wanted != found:
         message = f"{found} ids {model.image_token_id} (image), but the images have {wanted} visual tokens"
-        raise RequestRejected("image_tokens_mismatch", message)
+        raise RequestRejected("image_tokens_mismatch", message, "setup")
     for index, image in enumerate(request.images):
         _check_pixels(index, image, (model.vision.patch_dim, model.vision.compact_dim))
 
@@ -85,7 +85,7 @@ def _check_pixels(index: int, image: ImageInput, widths: tuple[int, ...]) -> Non
     shape = tuple(image.pixel_values.shape)
     if len(shape) != 2 or shape[0] != t * h * w or shape[1] not in widths:
         message = f"images[{index}].pixel_values is {list(shape)}: grid {image.grid_thw} needs [{t * h * w}, {widths}]"
-        raise RequestRejected("image_shape", message)
+        raise RequestRejected("image_shape", message, "setup")
 
 
 def _check_size(request: Request, pool: PagePool) -> None:

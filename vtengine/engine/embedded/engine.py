@@ -159,7 +159,8 @@ class EmbeddedEngine:
         on_error: Callable[[Exception], None],
     ) -> Sequence:  # fmt: skip
         if request.request_id in self._live:
-            raise RequestRejected("duplicate_request", f"request {request.request_id}: this id is being served already")
+            message = f"request {request.request_id}: this id is being served already"
+            raise RequestRejected("duplicate_request", message, "setup")
         sequence = prepare(request, self.model.config, self.pool)
         sequence.on_tokens, sequence.on_error = on_tokens, on_error
         self._live[request.request_id] = sequence

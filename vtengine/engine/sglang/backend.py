@@ -184,7 +184,8 @@ class SglangBackend:
             raise BackendFailed("the backend is closed")
         spans = translation.check(request, self.model)
         if request.request_id in self._live:
-            raise RequestRejected("duplicate_request", f"request {request.request_id}: this id is being served already")
+            message = f"request {request.request_id}: this id is being served already"
+            raise RequestRejected("duplicate_request", message, "setup")
         self._live.add(request.request_id)
         try:
             facts = await self.check()

@@ -164,7 +164,6 @@ def server_facts(server: dict[str, Any], model: dict[str, Any]) -> ServerFacts:
         model_type=model.get("model_type"),
         weight_version=str(model.get("weight_version", "default")),
         incremental=bool(server.get("incremental_streaming_output")),
-        deterministic=bool(server.get("enable_deterministic_inference")),
         skips_tokenizer=bool(server.get("skip_tokenizer_init")),
         radix_cache=not server.get("disable_radix_cache"),
         rl_on_policy_target=server.get("rl_on_policy_target"),

@@ -93,7 +93,6 @@ class EngineTransport:
             model_type=getattr(config, "model_type", None),
             weight_version=str(self._manager.config_value("weight_version")),
             incremental=bool(self._settings.get("incremental_streaming_output")),
-            deterministic=bool(self._settings.get("enable_deterministic_inference")),
             radix_cache=not self._settings.get("disable_radix_cache"),
             rl_on_policy_target=self._settings.get("rl_on_policy_target"),
             tp_size=int(self._settings.get("tp_size", 1)),
@@ -112,7 +111,7 @@ class EngineTransport:
             async for chunk in await self._engine.async_generate(**known):
                 yield chunk
         except ValueError as error:
-            raise RequestRejected("refused_by_server", f"{self.where}: {error}") from None
+            raise RequestRejected("refused_by_server", f"{self.where}: {error}", "unclear") from None
         except (BackendFailed, asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:

@@ -71,7 +71,7 @@ class PngCache:
         try:
             pixels = image_bytes(image)
         except ValueError as error:
-            raise RequestRejected("pixels_not_exact", f"request {request_id}: {error}") from None
+            raise RequestRejected("pixels_not_exact", f"request {request_id}: {error}", "setup") from None
         buffer = io.BytesIO()
         Image.fromarray(pixels.numpy()).save(buffer, "PNG", compress_level=1)
         url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -11,8 +11,10 @@ from vtengine.engine.sglang.transport import NoRoom, StaleWeights
 if TYPE_CHECKING:
     from vtengine.engine.base import Request
     from vtengine.engine.sglang.translation import Span
+    from vtengine.protocol.messages import Blame
 
 UNAVAILABLE = (429, 503)
+NO_SUCH_CALL = (404, 405)
 FIRST_VERSION = "default"  # what SGLang calls weights that were never updated
 
 
@@ -85,12 +87,14 @@ class ReplyReader:
                 f"{self._name}: SGLang read a prompt of {count} tokens, ours has {len(ours)}: it tokenised or resized "
                 "anew, so its answer belongs to another prompt (does its checkpoint equal ours, "
                 "preprocessor_config.json included?)",
+                "setup",
             )
         if ids is not None and tuple(ids) != ours:
             at = next(i for i, (theirs, own) in enumerate(zip(ids, ours, strict=True)) if theirs != own)
             raise RequestRejected(
                 "prompt_mismatch",
                 f"{self._name}: SGLang read another prompt than ours: id {ids[at]} at place {at}, ours has {ours[at]}",
+                "setup",
             )
 
     def _check_abort(self, reason: dict[str, Any]) -> None:
@@ -133,7 +137,8 @@ def raise_for_status(name: str, status: int | None, text: str) -> None:
     if status in UNAVAILABLE:
         raise NoRoom(f"{name}: SGLang has no room now ({status}): {text}")
     if status in (401, 403):
-        raise RequestRejected("not_authorized", f"{name}: SGLang refused the API key ({status}): {text}")
+        raise RequestRejected("not_authorized", f"{name}: SGLang refused the API key ({status}): {text}", "setup")
     if status is not None and 400 <= status < 500:
-        raise RequestRejected("refused_by_server", f"{name}: SGLang refused it ({status}): {text}")
+        blame: Blame = "setup" if status in NO_SUCH_CALL else "unclear"
+        raise RequestRejected("refused_by_server", f"{name}: SGLang refused it ({status}): {text}", blame)
     raise BackendFailed(f"{name}: SGLang failed ({status}): {text}")

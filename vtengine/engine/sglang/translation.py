@@ -20,6 +20,7 @@ from vtengine.engine.sglang.pixels import full_layout
 if TYPE_CHECKING:
     from vtengine.engine.base import ImageInput, Request, SamplingParams
     from vtengine.engine.sglang.served import ServedModel
+    from vtengine.protocol.messages import Blame
 
 BAN = -1e9  # JSON has no infinity; after softmax in float32 this is a probability of exactly 0
 SEED_BITS = 0x7FFFFFFF
@@ -130,7 +131,7 @@ def _check_text(request: Request, text: str) -> None:
             "its text spells <|image_pad|> or <|video_pad|>, which SGLang over HTTP takes for an image; leave that "
             "out, or use --backend sglang (in-process)"
         )
-        raise _rejected(request, "text_spells_marker", message)
+        raise _rejected(request, "text_spells_marker", message, "request")
 
 
 def _check_sampling(request: Request, vocab_size: int) -> None:
@@ -160,5 +161,6 @@ def _spans(request: Request, image_token_id: int) -> list[Span]:
     return runs
 
 
-def _rejected(request: Request, code: str, message: str) -> RequestRejected:
-    return RequestRejected(code, f"request {request.request_id}: {message}")
+def _rejected(request: Request, code: str, message: str, blame: Blame = "setup") -> RequestRejected:
+    """Ids, sampling and pixels are made by this program; a question brings its text alone."""
+    return RequestRejected(code, f"request {request.request_id}: {message}", blame)

@@ -32,7 +32,7 @@ class ServerUnsuitable(RequestRejected):
     """The server cannot serve us whatever is asked: another version, another model, other settings."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("server_unsuitable", message)
+        super().__init__("server_unsuitable", message, "setup")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class ServerFacts:
     model_type: str | None
     weight_version: str
     incremental: bool = False
-    deterministic: bool = False
     skips_tokenizer: bool = False
     radix_cache: bool = True
     rl_on_policy_target: str | None = None
