@@ -31,6 +31,7 @@ _SPEED = {
     "engine": "Engine",
     "concurrency": "Concurrency",
     "resumption": "Resumption",
+    "threads": "Threads",
     "questions_per_s": "Questions/s",
     "tokens_per_s": "Tokens/s",
     "ttft_turn2_ms": "First token of turn 2, ms",
@@ -104,6 +105,7 @@ def _speed_row(
     return {
         "part": "speed",
         **row,
+        "threads": torch.get_num_threads(),
         **figures,
         "same_replies": same_replies(runs[-1], one_by_one),
         "speedup_sequential": figures["questions_per_s"] * one_by_one.wall_s / len(asked),

@@ -45,6 +45,8 @@ def report() -> list[Availability]:
         _flash("shared_prefix_attention"),
         Availability("shared_prefix_attention", "tiles", True, "torch, matrix products over tiles"),
         Availability("shared_prefix_attention", "ref", True, "torch"),
+        _native("layer_ops", "norms, gates and rotary embeddings of inference make three to five passes over memory"),
+        Availability("layer_ops", "torch", True, "torch"),
         _triton("visual_scatter"),
         Availability("visual_scatter", "ref", True, "torch"),
         *_rows("token_logprob"),

@@ -6,7 +6,7 @@ import functools
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from vtengine_kernels import layer_ops
 
 from vtengine.model.linear import Linear
 
@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return layer_ops.rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -32,8 +32,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        return self.down(layer_ops.swiglu(self.gate_up(x)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -46,14 +45,6 @@ def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rotary_tables(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """angles float32 [N, D/2] -> (cos, signed sin), each float32 [N, 1, D], as `rotate` takes them."""
+    """angles float32 [N, D/2] -> (cos, signed sin), each float32 [N, 1, D], as `layer_ops.rotary` takes them."""
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
-
-
-def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotary embedding of x [N, heads, D], pairs (i, i + D/2); computed in float32, returned in x's dtype.
-
-    Rolling by half a head swaps the halves; the sign of the first half is in the table.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).to(x.dtype)

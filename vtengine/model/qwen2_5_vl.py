@@ -10,10 +10,11 @@ import functools
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vtengine_kernels.layer_ops import rotary
 
 from vtengine.model.attention import AttentionContext
 from vtengine.model.config import ModelConfig, TextConfig
-from vtengine.model.layers import RMSNorm, SwiGLU, inverse_frequencies, rotary_tables, rotate
+from vtengine.model.layers import RMSNorm, SwiGLU, inverse_frequencies, rotary_tables
 from vtengine.model.linear import Linear, linear
 from vtengine.model.vision_tower import VisionTower
 
@@ -34,7 +35,7 @@ class TextAttention(nn.Module):
         """x [T, H] -> [T, H], or only the wanted `rows` [R] of it."""
         qkv = self.qkv(x).view(-1, self.heads + 2 * self.kv_heads, self.head_dim)
         turned = self.heads + self.kv_heads
-        rotated = rotate(qkv[:, :turned], cos, sin)
+        rotated = rotary(qkv[:, :turned], cos, sin)
         out = attention.attend(layer, rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, turned:])
         return self.o_proj(_pick(out, rows).flatten(1))
 

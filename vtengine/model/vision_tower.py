@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from vtengine_kernels.layer_ops import rotary
 
 from vtengine.model.attention import Runs, dense_attention
 from vtengine.model.config import VisionConfig
-from vtengine.model.layers import RMSNorm, SwiGLU, inverse_frequencies, rotary_tables, rotate
+from vtengine.model.layers import RMSNorm, SwiGLU, inverse_frequencies, rotary_tables
 from vtengine.model.linear import Linear, linear
 from vtengine.model.positions import Grid
 from vtengine.model.vision_plan import VisionPlan, vision_plan
@@ -55,7 +56,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, tables: Tables, runs: Runs) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (3 * self.heads, -1))
-        rotated = rotate(qkv[:, : 2 * self.heads], *tables)
+        rotated = rotary(qkv[:, : 2 * self.heads], *tables)
         q, k = rotated[:, : self.heads], rotated[:, self.heads :]
         return self.proj(dense_attention(q, k, qkv[:, 2 * self.heads :], runs).flatten(1))
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from vtengine.engine.embedded.sequence import Sequence
     from vtengine.model import Qwen2_5_VL
 
-# Patches per call of the vision tower (a larger image goes alone); bounds its activations.
-MAX_PATCHES = 16384
+# Patches per call of the vision tower (a larger image goes alone). On a GPU this bounds its activations; on a CPU more
+# rows make no product faster, and what a layer makes of more falls out of the caches before the next one reads it.
+MAX_PATCHES = {"cpu": 1024}
+MAX_PATCHES_ELSEWHERE = 16384
 
 
 class Runner:
@@ -150,11 +152,12 @@ class Runner:
     def _run_tower(self, images: list[ImageInput]) -> list[Tensor]:
         """Features per image; similar pixel layouts go through the tower together."""
         features: dict[int, Tensor] = {}
+        limit = MAX_PATCHES.get(self.model.device.type, MAX_PATCHES_ELSEWHERE)
         for width in sorted({image.pixel_values.shape[1] for image in images}):
             batch: list[int] = []
             for index in [i for i, image in enumerate(images) if image.pixel_values.shape[1] == width] + [-1]:
                 patches = sum(len(images[i].pixel_values) for i in batch)
-                if batch and (index < 0 or patches + len(images[index].pixel_values) > MAX_PATCHES):
+                if batch and (index < 0 or patches + len(images[index].pixel_values) > limit):
                     features |= zip(batch, self._run_tower_once([images[i] for i in batch]), strict=True)
                     batch = []
                 batch.append(index)

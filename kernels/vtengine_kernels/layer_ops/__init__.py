@@ -1,0 +1,43 @@
+"""layer_ops: what a transformer layer does between its matrix products: norm, gate, rotary embedding.
+
+Suffixes: N rows, H numbers of a row, I half of them, D head size. A row's result depends on nothing but the row.
+"torch": any device and dtype, differentiable. "cpu": float32 on the CPU, in inference mode.
+ValueError: no such `impl`, or it does not take these tensors. RuntimeError: `impl` is not available here.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+from torch import Tensor
+
+from vtengine_kernels.dispatch import select
+from vtengine_kernels.layer_ops import native, plain
+
+Impl = Literal["auto", "cpu", "torch"]
+
+_IMPLS: dict[str, ModuleType] = {"cpu": native, "torch": plain}
+
+__all__ = ["Impl", "rms_norm", "rotary", "swiglu"]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> Tensor:
+    """x [N, H] / rms(x) * weight [H] -> [N, H]; the mean square is taken in float32."""
+    out: Tensor = select("layer_ops", impl, _IMPLS, x).rms_norm(x, weight, eps)
+    return out
+
+
+def swiglu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """x [N, 2 I], the gate before what it gates -> silu(gate) * up [N, I]."""
+    out: Tensor = select("layer_ops", impl, _IMPLS, x).swiglu(x)
+    return out
+
+
+def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """x [N, heads, D], tables float32 [N, 1, D] -> [N, heads, D]: pairs (i, i + D/2) are turned, in float32.
+
+    signed_sin: the sine, negative in the first half of D. Rows and heads of x may be strided.
+    """
+    out: Tensor = select("layer_ops", impl, _IMPLS, x).rotary(x, cos, signed_sin)
+    return out

@@ -1,0 +1,86 @@
+"""layer_ops: the C++ implementation errs no more than torch does, on any size, view and number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from vtengine_kernels import layer_ops, library
+from vtengine_kernels.layer_ops import native, plain
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no C++ library: {native.missing()}")
+ISAS = ["scalar", "avx2", "avx512"]
+
+
+def numbers(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def tables(rows, size):
+    angles = numbers(rows, 1, size // 2, seed=3, scale=20.0)
+    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+
+
+def cases(rows, size):
+    """(op, its float32 arguments): every op on `rows` rows of about `size` numbers."""
+    size += size % 2
+    return [
+        ("rms_norm", (numbers(rows, size, scale=5.0), numbers(size, seed=1), 1e-6)),
+        ("swiglu", (numbers(rows, 2 * size, scale=8.0),)),
+        ("rotary", (numbers(rows, 3, size), *tables(rows, size))),
+    ]
+
+
+def error(out, exact):
+    return float((out.double() - exact).abs().max()) if len(out) else 0.0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1, 7, 16, 40, 192, 257, 3584])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_errs_no_more_than_torch(rows, size, isa):
+    if isa not in library.isas():
+        pytest.skip(f"this machine has no {isa}")
+    for op, arguments in cases(rows, size):
+        exact = getattr(plain, op)(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
+        out = getattr(native, op)(*arguments, isa=isa)
+        assert out.shape == exact.shape and out.is_contiguous()
+        largest = float(exact.abs().max()) if len(exact) else 0.0
+        assert error(out, exact) <= error(getattr(plain, op)(*arguments), exact) + 3e-7 * largest, op
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_gate_keeps_its_ends(isa):
+    if isa not in library.isas():
+        pytest.skip(f"this machine has no {isa}")
+    gate = torch.tensor([0.0, -0.0, 1e4, -1e4, 80.0, -80.0, 1e-30, 3e30] * 3)
+    out = native.swiglu(torch.cat((gate, torch.full_like(gate, 2.0)))[None], isa=isa)
+    assert torch.allclose(out[0], torch.nn.functional.silu(gate) * 2, rtol=1e-6, atol=0)
+    assert native.swiglu(torch.full((1, 2), float("nan")), isa=isa).isnan().all()
+
+
+def test_a_row_depends_on_nothing_else_whatever_the_threads_and_the_view():
+    before = torch.get_num_threads()
+    for op, arguments in cases(700, 256):
+        x, rest = arguments[0], arguments[1:]
+        whole = getattr(native, op)(x, *rest)
+        wide = torch.full((len(x), x[0].numel() + 24), float("nan"))
+        wide[:, : x[0].numel()] = x.flatten(1)
+        view = wide[:, : x[0].numel()].unflatten(1, x.shape[1:])
+        try:
+            torch.set_num_threads(3)
+            assert torch.equal(getattr(native, op)(view, *rest), whole)
+        finally:
+            torch.set_num_threads(before)
+        one = [y[7:8] if op == "rotary" else y for y in rest]
+        assert torch.equal(getattr(native, op)(x[7:8], *one), whole[7:8])
+
+
+def test_gradients_are_left_to_torch():
+    x = numbers(4, 32).requires_grad_()
+    layer_ops.swiglu(x).sum().backward()
+    assert x.grad is not None
+    with torch.inference_mode():
+        assert torch.equal(layer_ops.swiglu(x), native.swiglu(x))
+        with pytest.raises(ValueError, match="takes no"):
+            layer_ops.swiglu(x.bfloat16(), impl="cpu")
+        assert layer_ops.swiglu(x.bfloat16()).dtype == torch.bfloat16
