@@ -34,7 +34,7 @@ def main() -> None:
         nonlocal ready
         backend: Backend
         if name == "embedded":
-            model = load_model(folder, dtype=torch.float32)
+            model = load_model(folder, dtype=torch.float32).requires_grad_(False)
             backend = EmbeddedEngine(model, tokenizer, EngineConfig(max_running=8))
         else:
             backend = TransformersBackend(folder, 8)

@@ -119,7 +119,7 @@ def _transformers(folder: Path, concurrencies: tuple[int, ...]) -> Iterator[tupl
 
 @contextmanager
 def _embedded(folder: Path, concurrencies: tuple[int, ...], resume: bool) -> Iterator[tuple[Side, Started | None]]:
-    model = load_model(folder, dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32).requires_grad_(False)
 
     def make(concurrency: int) -> MakeBackend:
         config = EngineConfig(max_running=concurrency, resume=resume)

@@ -48,7 +48,7 @@ TABLES = {
 
 def run(context: Any) -> list[dict[str, Any]]:
     folder = model_folder()
-    model, tokenizer = load_model(folder, dtype=torch.float32), Tokenizer.load(folder)
+    model, tokenizer = load_model(folder, dtype=torch.float32).requires_grad_(False), Tokenizer.load(folder)
     rounds = 1 if context.quick else 3
     bench = _Bench(model, tokenizer)
     asyncio.run(bench.batch(8))  # warm-up

@@ -74,7 +74,7 @@ class Pass:
 
 def run(context: Any) -> list[dict[str, Any]]:
     folder = model_folder()
-    model = load_model(folder, dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32).requires_grad_(False)
     asked = held_out_questions(16 if context.quick else QUESTIONS)
     concurrency = 8 if context.quick else CONCURRENCY
     for side in SIDES:  # warm-up: allocator, threads, compiled op

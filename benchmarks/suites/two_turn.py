@@ -59,7 +59,7 @@ TABLES = {
 def run(context: Any) -> list[dict[str, Any]]:
     folder = model_folder()
     asked = held_out_questions(12 if context.quick else QUESTIONS)
-    model = load_model(folder, dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32).requires_grad_(False)
     run_once(folder, partial(embedded, model, 4, True), asked[:8], 4)  # warm-up: allocator, threads, compiled op
     return speed(context, folder, model, asked) + modes(context, folder, model, asked)
 

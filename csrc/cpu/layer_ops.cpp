@@ -17,7 +17,7 @@ namespace {
 #define VT_BODY "layer_ops.h"
 #include "per_isa.h"
 
-constexpr int64_t kPiece = 1 << 15;  // numbers: less is not worth waking a thread for
+constexpr int64_t kPiece = 1 << 16;  // numbers: less is not worth waking a thread for
 
 // row(n) for every row; `size` numbers are written for each.
 template <typename Row>

@@ -9,7 +9,7 @@ import pytest
 from tests.engine.tiny import Letters, cold_greedy, image, prompt, request, tiny_model
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 
-MODEL = tiny_model()
+MODEL = tiny_model().requires_grad_(False)  # as the command line serves it
 TOLERANCE = 1e-4
 
 

@@ -155,7 +155,7 @@ def _backend(
 
     running = min(concurrency, MAX_RUNNING)
     try:
-        model = load_model(folder, device=device, dtype=dtype)
+        model = load_model(folder, device=device, dtype=dtype).requires_grad_(False)
         kv_bytes = _kv_bytes(model, running) if arguments.kv_gb is None else int(arguments.kv_gb * 2**30)
         return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=running, kv_bytes=max(1, kv_bytes)))
     except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's

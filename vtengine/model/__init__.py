@@ -2,6 +2,7 @@
 
 from vtengine.model.attention import AttentionContext, PackedCausal, PackedTree
 from vtengine.model.config import ModelConfig, ModelLoadError, TextConfig, VisionConfig
+from vtengine.model.linear import store_by_column
 from vtengine.model.names import checkpoint_name, hf_tensors
 from vtengine.model.positions import mrope_positions
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
@@ -22,4 +23,5 @@ __all__ = [
     "load_tensors",
     "mrope_positions",
     "save_model",
+    "store_by_column",
 ]

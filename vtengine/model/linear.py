@@ -42,6 +42,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product(x.contiguous(), weight, bias)
 
 
+def store_by_column(model: nn.Module) -> None:
+    """Turns the memory of the float32 matrices on the CPU, so that MKL's products read them in the order it packs them.
+
+    Values, shapes and names stay, and weights can be copied in and saved as before. For models that are only read: FSDP
+    takes no such parameters. Where oneDNN does the products, nothing changes.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear) and not onednn_is_better():
+            weight = module.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
+                weight.data = weight.data.t().contiguous().t()
+
+
 class _OneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

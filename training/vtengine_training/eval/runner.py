@@ -75,7 +75,7 @@ async def _ask_all(
     config: EvalConfig, folder: Path, root: Path, rows: list[Row], resolution: str, progress: Callable[[str, int], None]
 ) -> list[Row]:
     tokenizer = Tokenizer.load(folder)
-    engine = EmbeddedEngine(load_model(folder), tokenizer, EngineConfig(kv_bytes=1 << 28))
+    engine = EmbeddedEngine(load_model(folder).requires_grad_(False), tokenizer, EngineConfig(kv_bytes=1 << 28))
     sampling = SamplingParams(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

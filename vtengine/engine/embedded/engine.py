@@ -24,7 +24,7 @@ from vtengine.engine.embedded.runner import Runner
 from vtengine.engine.embedded.scheduler import Row, Scheduler
 from vtengine.engine.embedded.stop import Decoder, StopFinder
 from vtengine.engine.embedded.vision_cache import VisionCache
-from vtengine.model import hf_tensors, load_model, load_tensors
+from vtengine.model import hf_tensors, load_model, load_tensors, store_by_column
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 class EmbeddedEngine:
     """A `Backend` over a model in this process. `close` it: the worker thread keeps it alive.
 
+    A model that nobody trains (no parameter wants a gradient) may be stored as it is read fastest: see store_by_column.
+
     Requests may come from any event loop; everything below `step` happens in the worker thread. Weight updates wait
     until what is running has finished, so that every completion comes from one version; what waits is served after.
     """
@@ -44,6 +46,8 @@ class EmbeddedEngine:
     def __init__(self, model: Qwen2_5_VL, tokenizer: Decoder, config: EngineConfig | None = None) -> None:
         self.config = config = config or EngineConfig()
         self.model = model.to(config.device) if config.device else model
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            store_by_column(self.model)
         text, dtype = model.config.text, model.dtype
         page_bytes = 2 * text.num_layers * config.page_size * text.num_kv_heads * text.head_dim * dtype.itemsize
         num_pages = config.pages_that_fit(page_bytes)
