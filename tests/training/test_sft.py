@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from vtengine_training.cli import main
 from vtengine_training.sft.config import DataConfig, PhaseConfig, SftConfig, ShapeConfig
 from vtengine_training.sft.evaluate import forced_accuracy, questions
 from vtengine_training.sft.optim import learning_rate
 from vtengine_training.sft.trainer import Run, phase_at
+from vtengine_training.stopping import EXIT_STOPPED
 
-from vtengine.config import ConfigError, load_config
+from vtengine.config import ConfigError, load_config, to_toml
 from vtengine.model import load_model
 from vtengine.protocol.profile import load_profile
 
@@ -53,6 +60,64 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
     final = [next(r for r in rows if r["step"] == 3 and "norm" in r) for rows in (whole, rest)]
     assert final[0] | {"seconds": 0} == final[1] | {"seconds": 0}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_finishes_the_step_saves_and_has_its_own_status(tmp_path: Path, number: int) -> None:
+    """To the whole process group, as a terminal and a scheduler send it: worker processes leave it to the run."""
+    phases = (PhaseConfig("talk", steps=400, scenes=2, questions=2, warmup=1),)
+    config = small(tmp_path / "run", phases=phases, data=DataConfig(workers=1, prefetch=4), eval_every=1000)
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    repo = CONFIGS.parent
+    environment = os.environ | {"PYTHONPATH": f"{repo}:{repo / 'kernels'}:{repo / 'training'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vtengine_training.cli", "sft", str(tmp_path / "run.toml")]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 1) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_STOPPED, said
+    rows = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert f"stopped and saved at step {rows[-1]} of 400" in said and 2 <= rows[-1] < 400
+    assert rows == list(range(1, rows[-1] + 1))
+    again = Run(config)
+    assert again.resume() and again.step == rows[-1]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_stopping_saves_what_an_uninterrupted_run_has_there(tmp_path: Path) -> None:
+    Run(small(tmp_path / "whole")).train(lambda _: None)
+    run = Run(small(tmp_path / "cut"))
+    run.train(lambda row: setattr(run, "stop_requested", row["step"] >= 1))
+    assert run.step == 2  # asked after step 1 was over
+    again = Run(small(tmp_path / "cut"))
+    assert again.resume() and again.step == 2
+    again.train(lambda _: None)
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, SafetensorError("I/O error: No space left on device")])
+def test_a_save_that_is_cut_short_leaves_the_one_before(tmp_path: Path, monkeypatch, fault) -> None:
+    run = Run(small(tmp_path))
+    run.train(lambda _: None, until=1)
+    run.step = 2
+
+    def cut(tensors, path, metadata=None):
+        path.write_bytes(b"half")
+        raise fault
+
+    monkeypatch.setattr("safetensors.torch.save_file", cut)
+    expected = OSError if isinstance(fault, Exception) else KeyboardInterrupt
+    with pytest.raises(expected, match=r"resume-2\.safetensors: cannot be written" if expected is OSError else None):
+        run.save()
+    assert sorted(path.name for path in tmp_path.glob("resume*")) == ["resume-1.safetensors", "resume.json"]
+    again = Run(small(tmp_path))
+    assert again.resume() and again.step == 1
 
 
 def test_worker_processes_make_the_same_batches(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ Each reads a TOML file; `--set a.b=c` changes it, `--dry-run` checks it. Imports
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0 done, 1 stopped, 2 bad usage, 130 interrupted.
 
-    `grpo` also: 4 diverged, 75 stopped by SIGTERM after saving. `sweep` also: 3 some run failed, 75 as `grpo`.
+    `sft` and `grpo` also: 75 stopped by SIGTERM or Ctrl-C, and saved. `grpo` also: 4 diverged. `sweep` also: 3 some run
+    failed, 75 stopped.
     """
     arguments = build_parser().parse_args(argv)
     try:
@@ -59,34 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sft(arguments: argparse.Namespace) -> int:
-    from vtengine.config import load_config, to_toml
-    from vtengine_training.sft.config import SftConfig
+    from vtengine_training.sft.command import run_sft
 
-    config = load_config(SftConfig, arguments.config, arguments.overrides)
-    if arguments.dry_run:
-        print(to_toml(config), end="")
-        return 0
-    from vtengine_training.sft.curves import plot_curves
-    from vtengine_training.sft.trainer import Run
-
-    run = Run(config)
-    if run.resume():
-        print(f"{config.output}: going on from step {run.step}", file=sys.stderr)
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    with progress_bar() as progress, (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-        task = progress.add_task("", total=config.total_steps, completed=run.step, note="")
-
-        def report(figures: dict[str, Any]) -> None:
-            metrics.write(json.dumps(figures) + "\n")
-            metrics.flush()
-            progress.update(task, completed=figures["step"], note=_note(figures))
-
-        run.train(report)
-    plot_curves(folder / "metrics.jsonl", folder / "curves.png")
-    print(f"{folder / 'model'}: the model; {folder / 'curves.png'}: how it got there", file=sys.stderr)
-    return 0
+    return run_sft(arguments)
 
 
 def _grpo(arguments: argparse.Namespace) -> int:
@@ -183,12 +158,6 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
 
 def _examples(*lines: str) -> str:
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _note(figures: dict[str, Any]) -> str:
-    shown = figures.get("validation") or figures
-    names = ("high/all", "low/enough", "two/all", "char", "key", "language_loss", "dense_loss")
-    return "  ".join(f"{name} {shown[name]:.3f}" for name in names if name in shown)
 
 
 def progress_bar() -> Any:

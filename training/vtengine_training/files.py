@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -10,3 +16,20 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def save_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The same for tensors, as safetensors, flushed before the file has its name. Raises OSError that names `path`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(dict(tensors), temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written: {error}; what was saved before is as it was") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from vtengine_training.sync.gathered import gathered
@@ -16,15 +17,31 @@ from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.step import Learner, _Sums
+from vtengine_training.trainer.trajectory import Trajectory
 
 from tests.training.trainer.toy import rewarder
 from vtengine.config import load_config
 
 
-def gradients(run: Run, max_tokens: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """loss.M and M.NAME: loss and whole gradients of one mini-batch cut at M tokens."""
+def text_only(one: Trajectory) -> Trajectory:
+    """Without its images, as if they had never been shown."""
+    keep = np.ones(len(one), dtype=bool)
+    for span in one.images:
+        keep[span.start : span.end] = False
+    arrays = {name: getattr(one, name)[keep] for name in ("token_ids", "trainable", "logprobs")}
+    return replace(one, **arrays, positions=one.positions[:, torch.from_numpy(keep)], images=())
+
+
+def gradients(run: Run, max_tokens: tuple[int, ...], blind: bool = False) -> dict[str, torch.Tensor]:
+    """loss.M and M.NAME: loss and whole gradients of one mini-batch cut at M tokens. blind: the draws of rank 0 of 2
+    have no images."""
     learner, found = run.parts.learner, {}
     groups = asyncio.run(run.parts.collector.collect(1)).groups
+    if blind:
+        groups = [
+            group if group.draw % 2 else replace(group, trajectories=tuple(map(text_only, group.trajectories)))
+            for group in groups
+        ]
     for bound in max_tokens:
         update = replace(run.config.update, max_tokens=bound)
         probe = Learner(
@@ -79,8 +96,8 @@ def main(config: GrpoConfig, out: Path, what: str) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.join(torch.device("cpu"))
     run = Run(config, rewarder(), ranks)
-    if what == "gradients":
-        tensors = gradients(run, (1, 200, 10**6))
+    if what.startswith("gradients"):
+        tensors = gradients(run, (1, 200, 10**6), what == "gradients-blind")
         if ranks.is_first:
             save_file(tensors, out)
     elif what.startswith("curve"):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from vtengine_training.cli import main
+from vtengine_training.stopping import EXIT_STOPPED
 from vtengine_training.trainer.checkpoint import find_latest
-from vtengine_training.trainer.command import EXIT_DIVERGED, EXIT_STOPPED, cut_metrics, rounded
+from vtengine_training.trainer.command import EXIT_DIVERGED, cut_metrics, rounded
 
 from vtengine.config import to_toml
 
@@ -48,12 +49,13 @@ def metrics(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if not name.startswith(TIMED)} for row in rows]
 
 
-def test_sigterm_finishes_the_step_saves_and_has_its_own_status(command, tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_finishes_the_step_saves_and_has_its_own_status(command, tmp_path, number) -> None:
     process = start(command("stopped", "toy_reward:slow_low_bytes", "steps=500", "checkpoint.every=1000"))
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 2/500"):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             break
     rest = process.communicate(timeout=120)[1]
     assert process.returncode == EXIT_STOPPED, rest

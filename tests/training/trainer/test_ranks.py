@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,14 +18,23 @@ from vtengine_training.trainer.checkpoint import find_latest
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.models import build_models
 from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.step import _Sums
 
 from tests.training.trainer import ranks_worker
 from tests.training.trainer.toy import rewarder
 from vtengine.config import to_toml
+from vtengine.model import load_model, save_model
 
 REPO = Path(__file__).resolve().parents[3]
 ALONE = {"concurrency": 1}
 TIMED = ("time/", "samples/", "mismatch/")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 @pytest.fixture
@@ -33,9 +44,7 @@ def ranks(tmp_path):
     def start(config, what: str, size: int = 2):
         path, out = tmp_path / "ranks.toml", tmp_path / f"{what}.out"
         path.write_text(to_toml(config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         environment = os.environ | {
             "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}:{REPO / 'training'}",
             **{"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
@@ -47,7 +56,7 @@ def ranks(tmp_path):
         finally:
             for process in processes:
                 process.kill()
-        return load_file(out) if what == "gradients" else json.loads(out.read_text())
+        return load_file(out) if what.startswith("gradients") else json.loads(out.read_text())
 
     return start
 
@@ -74,6 +83,44 @@ def test_same_loss_and_gradients(make_config, ranks, prompts, changes) -> None:
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
         assert (found[name] - wanted).abs().max() <= 1e-6, name
+
+
+def test_a_rank_whose_batch_shows_no_image_keeps_nobody_waiting(make_config, ranks) -> None:
+    config = make_config(rollout={"prompts": 4, "max_refill": 6.0, **ALONE})
+    expected = ranks_worker.gradients(Run(config, rewarder()), (1, 200, 10**6), blind=True)
+    found = ranks(config, "gradients-blind")
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (found[name] - wanted).abs().max() <= 1e-6, name
+    assert any(wanted.abs().max() > 1e-4 for name, wanted in expected.items() if ".visual." in name)
+
+
+BF16_TOLERANCE = 0.02
+"""Of the gradient's norm, against float32 on the same samples and weights: bfloat16 has 8 significant bits (0.4 %)."""
+
+
+def test_sixteen_bits_in_pieces_stay_near_float32(make_config, ranks, tiny_folder, tmp_path) -> None:
+    """FSDP2 computes in bfloat16 on float32 masters; gradients are summed in float32, whatever the cut."""
+    folder = tmp_path / "sixteen"
+    shutil.copytree(tiny_folder, folder)
+    save_model(load_model(tiny_folder, dtype=torch.bfloat16), folder)
+    settings = {"model": str(folder), "rollout": {"prompts": 3, **ALONE}}
+    config = make_config(**settings, dtype="bfloat16", steps=2)
+    found = ranks(config, "gradients")
+    half, exact = (Run(make_config(**settings, dtype=dtype), rewarder()) for dtype in ("bfloat16", "float32"))
+    groups = asyncio.run(half.parts.collector.collect(1)).groups
+    learner = exact.parts.learner
+    loss = learner.backward(learner.build(groups), None, _Sums())
+    wanted = {name: p.grad for name, p in exact.parts.model.named_parameters()}
+    for one in (half, exact):
+        asyncio.run(one.close())
+    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    for bound in ("1", "200", "1000000"):
+        errors = [(found[f"{bound}.{name}"] - gradient).norm() for name, gradient in wanted.items()]
+        assert 0 < torch.stack(errors).norm() <= BF16_TOLERANCE * whole
+        assert float(found[f"loss.{bound}"]) == pytest.approx(loss, abs=BF16_TOLERANCE)
+    rows = ranks(config, "curve-9")
+    assert [row["updates/skipped"] for row in rows] == [0, 0] and all(row["mismatch/abs_diff"] < 0.05 for row in rows)
 
 
 def test_same_run_and_goes_on_with_any_number_of_ranks(make_config, ranks, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,6 +75,31 @@ def test_resume_equals_uninterrupted(make_config, tmp_path, name, stops) -> None
         assert content.keys() == tensors[1][file].keys()
         for key, value in content.items():
             assert torch.equal(value, tensors[1][file][key]), (file, key)
+
+
+def test_a_disk_that_is_full_costs_one_checkpoint(make_config, tmp_path) -> None:
+    """As far as files may grow (RLIMIT_FSIZE): the kernel refuses the write in the middle of a file."""
+    config = make_config(steps=2, **SETTINGS["rollout logprobs, one episode at a time"])
+    expected = run_until(replace(config, output=str(tmp_path / "whole")), 2)
+    rows = run_until(config, 1)
+    one = Run(config, rewarder())
+    one.resume()
+    checkpoints = Path(config.output) / "checkpoints"
+    before = {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
+    one.step = 2
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"step-00000002: cannot be written: .*File too large.*older checkpoints stay"
+        ):
+            one.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        asyncio.run(one.close())
+    assert {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()} == before
+    rows += run_until(config, 2)
+    assert [timeless(row) for row in rows] == [timeless(row) for row in expected]
 
 
 def test_the_exported_model_is_a_checkpoint_of_its_own(make_config, tmp_path, tiny_folder) -> None:

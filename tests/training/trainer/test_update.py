@@ -141,11 +141,11 @@ def test_siblings_share_their_prompt_and_nothing_else(run) -> None:
     one = run(rollout={"prompts": 2, "n": 4})
     first, second = (group.trajectories for group in collect(one))
     members = [*first, *second]
-    batch = build_batch(members, [1.0] * 8, torch.device("cpu"))
+    batch = build_batch(members, [1.0] * 8)
     assert batch.tree.parents == (-1, 0, 0, 0, 0, -1, 5, 5, 5, 5)
     prompts = [group[0].prompt_length for group in (first, second)]
     assert batch.tree.num_tokens == sum(map(len, members)) - 3 * sum(prompts)
-    plain_batch = build_batch(members, [1.0] * 8, torch.device("cpu"), share_prefix=False)
+    plain_batch = build_batch(members, [1.0] * 8, share_prefix=False)
     assert plain_batch.tree.lengths == tuple(map(len, members))
     assert torch.equal(batch.token_ids[batch.sources], plain_batch.token_ids[plain_batch.sources])
     assert torch.equal(batch.positions[:, batch.sources], plain_batch.positions[:, plain_batch.sources])
@@ -206,7 +206,7 @@ def test_frozen_vision_tower_gets_no_gradient_and_the_rest_the_same(run) -> None
 def test_temperature_is_the_engines(run) -> None:
     one = run(rollout={"temperature": 1.7})
     groups = collect(one)
-    batch = build_batch(groups[0].trajectories, [1.0] * 4, torch.device("cpu"))
+    batch = build_batch(groups[0].trajectories, [1.0] * 4)
     logprobs, _ = one.parts.learner.policy.logprobs(batch)
     torch.testing.assert_close(logprobs.detach(), batch.rollout, rtol=1e-4, atol=1e-5)
 
@@ -240,7 +240,7 @@ def test_max_tokens_counts_packed_tokens() -> None:
     assert plan == [[(0, t) for t in range(4)], [(0, 4), (0, 5)], [(1, 0), (1, 1)]]
     for members in plan:
         chosen = [groups[g][t] for g, t in members]
-        assert len(build_batch(chosen, [1.0] * len(chosen), torch.device("cpu")).token_ids) <= 26
+        assert len(build_batch(chosen, [1.0] * len(chosen)).token_ids) <= 26
     assert plan_micro_batches(groups, 50) == [[*((0, t) for t in range(6)), (1, 0), (1, 1)]]
 
 

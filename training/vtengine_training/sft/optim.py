@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vtengine_training.files import save_whole
 from vtengine_training.sft.config import OptimizerConfig, PhaseConfig
 
 
@@ -25,7 +27,9 @@ def learning_rate(phase: PhaseConfig, step: int) -> float:
 class MasterAdamW:
     """Keeps a float32 copy of every parameter; `step` updates the copies and writes them back into the modules.
 
-    own_masters=False: the parameters are float32 themselves and are updated where they are (sharded ones: DTensors).
+    Gradients add up in float32, over any number of backward passes: as soon as a parameter's is complete it is added to
+    its copy's, and freed. own_masters=False: the parameters are float32 themselves, gather their own gradients and are
+    updated where they are (sharded ones: DTensors).
     """
 
     def __init__(
@@ -35,7 +39,9 @@ class MasterAdamW:
         self.live = dict(named)
         self.master: dict[str, Tensor] = dict(self.live)
         if own_masters:
-            self.master = {name: p.detach().float().clone() for name, p in self.live.items()}
+            self.master = {name: p.detach().to(torch.float32, copy=True) for name, p in self.live.items()}
+            for name, parameter in self.live.items():
+                parameter.register_post_accumulate_grad_hook(partial(_hand_over, self.master[name]))
         matrices = [p for p in self.master.values() if p.ndim > 1]
         vectors = [p for p in self.master.values() if p.ndim <= 1]
         groups = [
@@ -45,11 +51,7 @@ class MasterAdamW:
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
 
     def step(self, rate: float) -> float:
-        """One update with the gradients of the live parameters, then clears them. Returns the gradient norm."""
-        copies = [(self.master[name], p) for name, p in self.live.items() if self.master[name] is not p]
-        for master, parameter in copies:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
+        """One update with the gradients gathered since the last one, then drops them. Returns the gradient norm."""
         norm: Any = nn.utils.clip_grad_norm_(self.master.values(), self.config.clip)
         if hasattr(norm, "full_tensor"):  # of sharded gradients: that of all ranks
             norm = norm.full_tensor()
@@ -57,9 +59,13 @@ class MasterAdamW:
             group["lr"] = rate
         if bool(torch.isfinite(norm)):
             self.adam.step()
-        self.adam.zero_grad()
+        self.drop_gradients()
         self.write_back()
         return float(norm)
+
+    def drop_gradients(self) -> None:
+        """Forgets what was gathered."""
+        self.adam.zero_grad()
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -69,8 +75,8 @@ class MasterAdamW:
                 parameter.copy_(self.master[name])
 
     def save(self, path: Path) -> None:
-        """Master weights and both moments as one safetensors file."""
-        save_file(self.tensors(), str(path))
+        """Master weights and both moments as one safetensors file. Raises OSError."""
+        save_whole(path, self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
         """All that `step` changes, by name, where it is: weight.NAME, and once there was a step, step.NAME [1],
@@ -104,3 +110,13 @@ class MasterAdamW:
             if state:
                 state["step"] = state["step"].reshape(())
                 self.adam.state[weight] = state
+
+
+def _hand_over(master: Tensor, parameter: Tensor) -> None:
+    """A parameter's gradient of one backward pass becomes part of its master's."""
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad.add_(parameter.grad)
+    parameter.grad = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,7 +26,7 @@ from vtengine_training.glance.views import LIMITS
 from vtengine_training.sft.batch import Batch, make_batch
 from vtengine_training.sft.config import PhaseConfig, SftConfig
 from vtengine_training.sft.episodes import Renderer
-from vtengine_training.sft.evaluate import forced_accuracy, questions
+from vtengine_training.sft.evaluate import Asked, forced_accuracy, questions
 from vtengine_training.sft.loss import DenseHead, losses
 from vtengine_training.sft.optim import MasterAdamW, learning_rate
 from vtengine_training.sft.tokenizer import token_ids, train_tokenizer, write_processor_files
@@ -83,6 +85,8 @@ _teaching: Teaching | None = None
 
 def _start_worker(config: SftConfig) -> None:
     global _teaching
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the run, which ends its workers when it has saved
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.nice(5)
     _teaching = Teaching.build(config)
@@ -93,7 +97,7 @@ def _work(step: int) -> Batch:
     return _teaching.batch(step)
 
 
-def batches(teaching: Teaching, first: int, last: int) -> Iterator[Batch]:
+def batches(teaching: Teaching, first: int, last: int) -> Generator[Batch, None, None]:
     """Batches of steps first to last - 1 in order, made ahead in worker processes when there are any."""
     config = teaching.config
     if config.data.workers == 0:
@@ -104,15 +108,21 @@ def batches(teaching: Teaching, first: int, last: int) -> Iterator[Batch]:
     with ProcessPoolExecutor(config.data.workers, context, _start_worker, (config,)) as pool:
         ahead: list[Future[Batch]] = []
         following = first
-        for _ in range(first, last):
-            while following < last and len(ahead) < config.data.prefetch:
-                ahead.append(pool.submit(_work, following))
-                following += 1
-            yield ahead.pop(0).result()
+        try:
+            for _ in range(first, last):
+                while following < last and len(ahead) < config.data.prefetch:
+                    ahead.append(pool.submit(_work, following))
+                    following += 1
+                yield ahead.pop(0).result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 class Run:
-    """One training run in its output folder: model, dense head, optimizer, step count."""
+    """One training run in its output folder: model, dense head, optimizer, step count.
+
+    stop_requested: finish the step, save, return (a signal handler sets it).
+    """
 
     def __init__(self, config: SftConfig) -> None:
         self.config = config
@@ -130,6 +140,7 @@ class Run:
             self.head.to(torch.bfloat16)
         self.teaching = Teaching(config, Renderer(self.tokenizer, self.profile), model_config.image_token_id)
         self.step = 0
+        self.stop_requested = False
 
     @property
     def _resume_file(self) -> Path:
@@ -170,25 +181,31 @@ class Run:
         save_model(shipped, folder)
 
     def train(self, report: Report, until: int | None = None) -> None:
-        """Runs to step `until` (default: the end), reporting metrics; saves on the way and at the end."""
+        """Runs to step `until` (default: the end), or until stop_requested, reporting metrics; saves on the way and at
+        the end."""
         torch.set_num_threads(self.config.threads)
         last = min(until or self.config.total_steps, self.config.total_steps)
         asked = questions("validation", self.config.data.seed, self.config.eval_questions)
         began = time.perf_counter()
-        for batch in batches(self.teaching, self.step, last):
-            figures = self._update(batch)
-            self.step += 1
-            if self.step % self.config.log_every == 0 or self.step == last:
-                figures["seconds"] = round(time.perf_counter() - began, 2)
-                report(figures)
-            if self.step % self.config.save_every == 0 or self.step == last:
-                self.save()
-            phase, _ = phase_at(self.config, self.step - 1)
-            if phase.questions and (self.step % self.config.eval_every == 0 or self.step == last):
-                model = self.model
-                with sdpa_kernel(SDPBackend.MATH):
-                    found = forced_accuracy(model, self.teaching.renderer, asked, self.teaching.image_token)
-                report({"step": self.step, "phase": phase.name, "validation": found})
+        with closing(batches(self.teaching, self.step, last)) as made:
+            for batch in made:
+                figures = self._update(batch)
+                self.step += 1
+                is_last, stops = self.step == last, self.stop_requested
+                if self.step % self.config.log_every == 0 or is_last:
+                    figures["seconds"] = round(time.perf_counter() - began, 2)
+                    report(figures)
+                if self.step % self.config.save_every == 0 or is_last or stops:
+                    self.save()
+                if stops:
+                    return
+                phase, _ = phase_at(self.config, self.step - 1)
+                if phase.questions and (self.step % self.config.eval_every == 0 or is_last):
+                    report({"step": self.step, "phase": phase.name, "validation": self._validate(asked)})
+
+    def _validate(self, asked: Sequence[Asked]) -> dict[str, float]:
+        with sdpa_kernel(SDPBackend.MATH):
+            return forced_accuracy(self.model, self.teaching.renderer, asked, self.teaching.image_token)
 
     def _update(self, batch: Batch) -> dict[str, Any]:
         phase, inside = phase_at(self.config, self.step)

@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtengine.config import load_config, to_toml
+from vtengine_training.stopping import EXIT_STOPPED
 from vtengine_training.sweep.config import SweepConfig
 from vtengine_training.sweep.plan import Planned, plan_runs
 from vtengine_training.sweep.run import Ended, is_done, prepare, run_all, steps_done
 
 EXIT_FAILED = 3
 """Some run failed; the others were run."""
-EXIT_STOPPED = 75
-"""After SIGTERM: the runs under way saved and ended; the same command goes on (as `grpo`)."""
 
 
 def run_sweep(arguments: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,21 @@ class MicroBatch:
     pixel_values: Tensor | None
     grids: tuple[Grid, ...]
     placement: Placement | None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """A copy on `device`; to a GPU through pinned memory, without waiting. Itself where it is there already."""
+        if self.token_ids.device == device:
+            return self
+
+        def moved(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            return pinned.to(device, non_blocking=True)
+
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: moved(value) for name, value in own.items() if isinstance(value, Tensor)}
+        if (at := self.placement) is not None:
+            changed["placement"] = replace(at, rows=moved(at.rows), order=moved(at.order), starts=moved(at.starts))
+        return replace(self, **changed)
 
 
 def plan_micro_batches(
@@ -123,33 +139,32 @@ class Layout:
 def build_batch(
     trajectories: Sequence[Trajectory],
     weights: Sequence[float],
-    device: torch.device,
     share_images: bool = True,
     share_prefix: bool = True,
 ) -> MicroBatch:
-    """Packs the trajectories in order. weights: that of each token of each trajectory."""
+    """Packs the trajectories in order, on the CPU. weights: that of each token of each trajectory."""
     layout = Layout.of(trajectories, share_prefix)
     trainable = [np.flatnonzero(one.trainable) for one in trajectories]
     sources = np.concatenate([places[at - 1] for places, at in zip(layout.places, trainable, strict=True)])
     targets = np.concatenate([one.token_ids[at] for one, at in zip(trajectories, trainable, strict=True)])
     counts = [len(at) for at in trainable]
-    images = gather_images([image for piece in layout.pieces for image in _images(*piece)], share_images, device)
+    images = gather_images([image for piece in layout.pieces for image in _images(*piece)], share_images)
 
     def per_token(values: Sequence[float]) -> Tensor:
-        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), counts)).to(device)
+        return torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), counts))
 
     token_ids = np.concatenate([one.token_ids[begin:end] for one, begin, end in layout.pieces])
     return MicroBatch(
-        token_ids=torch.from_numpy(token_ids).to(device),
-        positions=torch.cat([one.positions[:, begin:end] for one, begin, end in layout.pieces], dim=1).to(device),
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.cat([one.positions[:, begin:end] for one, begin, end in layout.pieces], dim=1),
         tree=layout.tree,
-        sources=torch.from_numpy(sources).to(device),
-        targets=torch.from_numpy(targets).to(device),
-        rollout=torch.from_numpy(np.concatenate([one.logprobs[one.trainable] for one in trajectories])).to(device),
-        advantages=torch.from_numpy(np.concatenate([one.token_advantages for one in trajectories])).to(device),
+        sources=torch.from_numpy(sources),
+        targets=torch.from_numpy(targets),
+        rollout=torch.from_numpy(np.concatenate([one.logprobs[one.trainable] for one in trajectories])),
+        advantages=torch.from_numpy(np.concatenate([one.token_advantages for one in trajectories])),
         weights=per_token(weights),
-        sequences=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device),
-        versions=torch.from_numpy(np.repeat([one.version for one in trajectories], counts)).to(device),
+        sequences=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        versions=torch.from_numpy(np.repeat([one.version for one in trajectories], counts)),
         num_sequences=len(trajectories),
         pixel_values=images[0],
         grids=images[1],
@@ -158,7 +173,7 @@ def build_batch(
 
 
 def gather_images(
-    images: Sequence[ImageInput], share: bool, device: torch.device
+    images: Sequence[ImageInput], share: bool
 ) -> tuple[Tensor | None, tuple[Grid, ...], Placement | None]:
     """images: in the order in which a pack shows them.
 
@@ -178,8 +193,8 @@ def gather_images(
         rows.append(np.arange(first_row[key], first_row[key] + image.visual_tokens))
     if not distinct:
         return None, (), None
-    pixels = torch.cat([image.pixel_values for image in distinct]).to(device)
-    placement = None if len(distinct) == len(rows) else Placement.of(np.concatenate(rows), total, device)
+    pixels = torch.cat([image.pixel_values for image in distinct])
+    placement = None if len(distinct) == len(rows) else Placement.of(np.concatenate(rows), total)
     return pixels, tuple(image.grid_thw for image in distinct), placement
 
 

@@ -8,25 +8,22 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from vtengine.config import load_config, to_toml
 from vtengine_training.files import write_whole
 from vtengine_training.rewards.penalty import PenaltyConfig
+from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 from vtengine_training.trainer.config import GrpoConfig
 
 if TYPE_CHECKING:
     from vtengine_training.trainer.loop import Run
 
-EXIT_STOPPED = 75
-"""After SIGTERM: the step was finished and saved; the same command goes on from there (EX_TEMPFAIL of sysexits.h)."""
 EXIT_DIVERGED = 4
 NOTE = ("reward/mean", "reward/accuracy", "upscale/ratio", "kl", "entropy", "grad_norm")
 DIGITS = 7
@@ -56,7 +53,7 @@ def run_grpo(arguments: argparse.Namespace) -> int:
         if ranks.is_first:
             (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
         reporting = report_to(output, config.steps, run.step) if ranks.is_first else nullcontext(_nothing)
-        with reporting as report, stop_at_sigterm(run):
+        with reporting as report, stop_at_signal(run):
             asyncio.run(train(run, report))
     except TrainingDiverged as error:
         say(f"vtengine-train: stopped at step {run.step}: {error}")
@@ -82,20 +79,6 @@ async def train(run: Run, report: Callable[[dict[str, float]], None]) -> None:
         await run.train(report)
     finally:
         await run.close()
-
-
-@contextmanager
-def stop_at_sigterm(run: Run) -> Iterator[None]:
-    """While inside, SIGTERM asks the run to stop after its step."""
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        run.stop_requested = True
-
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -41,10 +41,11 @@ class ModelCost:
         return (FORWARD + BACKWARD) * (self.text * tokens + self.head * trained) + vision
 
     def training_bytes(self, element_bytes: int, reference: bool, train_vision: bool = True, ranks: int = 1) -> int:
-        """Weights, gradients, float32 masters and both moments, and the reference; activations come on top."""
+        """Weights, float32 masters, gradients and both moments, and the reference; activations come on top."""
         trained = self.total if train_vision else self.total - self.vision
         if ranks > 1:  # a whole copy for the engine; masters, gradients, moments and the reference in pieces
             pieces = 4 * self.total + 12 * trained + (self.total * element_bytes if reference else 0)
             return self.total * element_bytes + -(-pieces // ranks)
         live = self.total * element_bytes * (2 if reference else 1)
-        return live + trained * (4 + 12)  # gradients are float32 when the optimiser steps
+        masters = 0 if element_bytes == 4 else 4  # float32 parameters are their own
+        return live + trained * (masters + 12)

@@ -78,5 +78,5 @@ def build_models(
     named = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
     if update.recompute:
         recompute_layers(policy.model)
-    optimizer = MasterAdamW(named, update.optimizer, own_masters=ranks.is_alone)
+    optimizer = MasterAdamW(named, update.optimizer, own_masters=ranks.is_alone and model.dtype != torch.float32)
     return Models(model, policy, reference, optimizer)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vtengine_training.data.sampler import Sampler
-from vtengine_training.trainer.checkpoint import CheckpointError, find_latest, write_checkpoint
+from vtengine_training.trainer.checkpoint import CheckpointError, find_latest, step_name, write_checkpoint
 from vtengine_training.trainer.optimizer_state import load_optimizer, save_optimizer
 from vtengine_training.trainer.parts import export_model
 from vtengine_training.trainer.trajectory import Group, pack_groups, unpack_groups
@@ -50,10 +50,11 @@ def save(run: Run) -> None:
     try:
         write_checkpoint(run.checkpoints, run.step, write, run.config.checkpoint.keep)
     except OSError as error:
-        failure = str(error)
+        place = run.checkpoints / step_name(run.step)
+        failure = f"{place}: cannot be written: {error}; older checkpoints stay; make room, and run the same command"
         if not asked:
             ranks.first("")
-        raise
+        raise OSError(failure) from error
     finally:
         ranks.first(failure)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,8 @@ from vtengine_training.trainer.trajectory import Group, Trajectory
 
 Outline = list[tuple[int, list[int]]]
 """(number of the draw, trainable tokens of each sibling) of every group of a mini-batch, on all ranks, in order."""
+Member = tuple[int, int]
+"""(number of the draw, sibling)."""
 MAXIMA = ("mismatch/max",)
 """Figures of which the largest counts; the others are sums over tokens."""
 
@@ -35,7 +37,7 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class MiniBatch:
-    """One optimiser update: this rank's micro-batches; those from num_own on are padding and have no effect."""
+    """One optimiser update: this rank's micro-batches, on the CPU; those from num_own on are padding without effect."""
 
     batches: tuple[MicroBatch, ...]
     num_own: int
@@ -44,8 +46,11 @@ class MiniBatch:
 class Learner:
     """Turns groups into updates. `version` counts the updates made; `skipped` those in a row that were not finite.
 
-    Each rank brings its own groups. Mini-batches are cut from those of all ranks in the order of their draws, and the
-    weights of the tokens are set over all of them, so that loss and gradients are the same for any number of ranks.
+    Each rank brings its own groups. Mini-batches are cut from those of all ranks in the order of their draws, as equal
+    as can be, and the weights of the tokens are set over all of the step: loss and gradients are the same for any
+    number of ranks, and a sample counts as much in a mini-batch with one group fewer as in the others.
+
+    A micro-batch is on the model's device only while it is worked on.
     """
 
     def __init__(
@@ -88,39 +93,48 @@ class Learner:
 
     def _minibatches(self, groups: Sequence[Group]) -> Iterator[MiniBatch]:
         outline = self._outline(groups)
-        size = self.update.minibatch_prompts or max(1, len(outline))
-        for start in range(0, len(outline), size):
-            part = outline[start : start + size]
+        parts = self._parts(outline)
+        weights = self._weights(outline, len(parts))
+        for part in parts:
             draws = {draw for draw, _ in part}
-            yield self.build([group for group in groups if group.draw in draws], part)
+            yield self._cut([group for group in groups if group.draw in draws], weights)
 
     def _outline(self, groups: Sequence[Group]) -> Outline:
         own = [(group.draw, [one.num_trainable for one in group.trajectories]) for group in groups]
         return sorted((draw, lengths) for part in self.ranks.gather(own) for draw, lengths in part)
 
-    def build(self, groups: Sequence[Group], outline: Outline | None = None) -> MiniBatch:
-        """Weights from the whole mini-batch, which `outline` describes; then the cut of the own groups into
-        micro-batches, as many as the rank with the most has."""
-        outline = outline or self._outline(groups)
+    def _parts(self, outline: Outline) -> list[Outline]:
+        """Cut into mini-batches of at most update.minibatch_prompts groups, whose sizes differ by one at most."""
+        total = len(outline)
+        count = math.ceil(total / (self.update.minibatch_prompts or max(1, total)))
+        return [outline[part * total // count : (part + 1) * total // count] for part in range(count)]
+
+    def _weights(self, outline: Outline, count: int) -> dict[Member, float]:
+        """The weight of each token of each sequence in one of `count` mini-batches: `count` times that in all of them
+        together."""
+        members = [(draw, t) for draw, siblings in outline for t in range(len(siblings))]
         lengths = [length for _, siblings in outline for length in siblings]
-        owners = [index for index, (_, siblings) in enumerate(outline) for _ in siblings]
+        owners = [draw for draw, _ in members]
         weights = token_weights(lengths, owners, self.loss.objective.aggregation, self.constant_length)
-        place: dict[tuple[int, int], int] = {}
-        for draw, siblings in outline:
-            for t in range(len(siblings)):
-                place[draw, t] = len(place)
+        return {member: count * weight for member, weight in zip(members, weights, strict=True)}
+
+    def build(self, groups: Sequence[Group]) -> MiniBatch:
+        """The groups of all ranks as one mini-batch."""
+        return self._cut(groups, self._weights(self._outline(groups), 1))
+
+    def _cut(self, groups: Sequence[Group], weights: Mapping[Member, float]) -> MiniBatch:
+        """This rank's groups of a mini-batch in micro-batches, as many as the rank with the most has."""
         batches = []
         update = self.update
         plan = plan_micro_batches([group.trajectories for group in groups], update.max_tokens, update.share_prefix)
         for members in plan:
             chosen: list[Trajectory] = [groups[g].trajectories[t] for g, t in members]
-            own = [weights[place[groups[g].draw, t]] for g, t in members]
+            own = [weights[groups[g].draw, t] for g, t in members]
             if not self.ranks.is_alone and needs_padding(chosen):
                 chosen, own = [*chosen, self._padding], [*own, 0.0]
-            device = self.policy.model.device
-            batches.append(build_batch(chosen, own, device, update.share_images, update.share_prefix))
+            batches.append(build_batch(chosen, own, update.share_images, update.share_prefix))
         missing = max(self.ranks.gather(len(batches))) - len(batches)
-        empty = [build_batch([self._padding], [0.0], self.policy.model.device)] * missing
+        empty = [build_batch([self._padding], [0.0])] * missing
         return MiniBatch((*batches, *empty), len(batches))
 
     @cached_property
@@ -136,18 +150,24 @@ class Learner:
         """
         loss = 0.0
         for index, batch in enumerate(minibatch.batches):
-            logprobs, result = self._loss(batch, None if old is None else old[index])
-            if sampled_by is not None and index < minibatch.num_own:
-                seen = logprobs.detach() if old is None else old[index]
+            counted = sums if index < minibatch.num_own else None
+            loss += self._backward(batch, None if old is None else old[index], counted, sampled_by)
+        return loss
+
+    def _backward(self, batch: MicroBatch, old: Tensor | None, sums: _Sums | None, sampled_by: int | None) -> float:
+        """`backward` of one micro-batch, which leaves the device with the return; sums: None for padding."""
+        batch = batch.to(self.policy.model.device)
+        logprobs, result = self._loss(batch, old)
+        if sums is not None:
+            if sampled_by is not None:
+                seen = logprobs.detach() if old is None else old
                 same = batch.versions == sampled_by
                 sums.add(mismatch_figures(seen[same], batch.rollout[same]), int(same.sum()))
-            if index < minibatch.num_own:
-                sums.add(result.figures, len(logprobs))
-                sums.work(batch)
-            if not self.ranks.is_alone or torch.isfinite(result.total):  # the others wait in the backward pass
-                result.total.backward()  # type: ignore[no-untyped-call]
-            loss += float(result.total.detach())
-        return loss
+            sums.add(result.figures, len(logprobs))
+            sums.work(batch)
+        if not self.ranks.is_alone or torch.isfinite(result.total):  # the others wait in the backward pass
+            result.total.backward()  # type: ignore[no-untyped-call]
+        return float(result.total.detach())
 
     def _loss(self, batch: MicroBatch, old: Tensor | None) -> tuple[Tensor, LossResult]:
         """(log-probabilities, the batch's loss and figures); by the kernel where the policy is fused."""
@@ -172,7 +192,7 @@ class Learner:
         return logprobs, result if fused is None else LossResult(fused.total, result.figures)
 
     def _frozen(self, batch: MicroBatch) -> Tensor:
-        return _without_gradients(self.policy, batch)
+        return _without_gradients(self.policy, batch.to(self.policy.model.device))
 
     def _update(
         self, minibatch: MiniBatch, old: Sequence[Tensor] | None, rate: float, sums: _Sums, sampled_by: int | None
@@ -182,8 +202,7 @@ class Learner:
             norm = self.optimizer.step(rate)
         else:
             norm = math.nan
-            for parameter in self.optimizer.live.values():
-                parameter.grad = None
+            self.optimizer.drop_gradients()
         self.version += 1
         sums.update(loss, norm)
         if math.isfinite(norm):

@@ -1,0 +1,54 @@
+"""`vtengine-train sft`: reads the config, trains, ends with a status that says why it ended."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vtengine.config import load_config, to_toml
+from vtengine_training.sft.config import SftConfig
+from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
+
+NOTE = ("high/all", "low/enough", "two/all", "char", "key", "language_loss", "dense_loss")
+
+
+def run_sft(arguments: argparse.Namespace) -> int:
+    """The command. Raises ValueError for a config that cannot be used, OSError where files cannot be written."""
+    config = load_config(SftConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(to_toml(config), end="")
+        return 0
+    from vtengine_training.cli import progress_bar
+    from vtengine_training.sft.curves import plot_curves
+    from vtengine_training.sft.trainer import Run
+
+    run = Run(config)
+    if run.resume():
+        print(f"{config.output}: going on from step {run.step}", file=sys.stderr)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    with progress_bar() as progress, (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        task = progress.add_task("", total=config.total_steps, completed=run.step, note="")
+
+        def report(figures: dict[str, Any]) -> None:
+            metrics.write(json.dumps(figures) + "\n")
+            metrics.flush()
+            progress.update(task, completed=figures["step"], note=_note(figures))
+
+        with stop_at_signal(run):
+            run.train(report)
+    if run.step < config.total_steps:
+        print(f"{folder}: stopped and saved at step {run.step} of {config.total_steps}", file=sys.stderr)
+        return EXIT_STOPPED
+    plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+    print(f"{folder / 'model'}: the model; {folder / 'curves.png'}: how it got there", file=sys.stderr)
+    return 0
+
+
+def _note(figures: dict[str, Any]) -> str:
+    shown = figures.get("validation") or figures
+    return "  ".join(f"{name} {shown[name]:.3f}" for name in NOTE if name in shown)
