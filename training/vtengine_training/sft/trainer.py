@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -203,7 +203,7 @@ class Run:
                 if phase.questions and (self.step % self.config.eval_every == 0 or is_last):
                     report({"step": self.step, "phase": phase.name, "validation": self._validate(asked)})
 
-    def _validate(self, asked: Sequence[Asked]) -> dict[str, float]:
+    def _validate(self, asked: list[Asked]) -> dict[str, float]:
         with sdpa_kernel(SDPBackend.MATH):
             return forced_accuracy(self.model, self.teaching.renderer, asked, self.teaching.image_token)
 
