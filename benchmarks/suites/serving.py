@@ -4,13 +4,16 @@ The shipped model, greedy, fp32, 64 at a time; every other picture is made to be
 in this process. Server: the real application in this process, asked by a process of its own over 64 kept connections,
 which has its requests ready beforehand (load_client.py); the images travel as base64 in either case. Each run has a
 fresh engine and empty caches; the sides take turns within each round. `overhead` is the median over the rounds of a
-side's time over that of the direct side in the same round, less one.
+side's time over that of the direct side in the same round, less one. The server writes its log, as the command does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +28,7 @@ import torch
 from child import read
 from two_turn_run import Asked, fresh_setting, held_out_questions, model_folder
 
+from vtengine.cli.serve import LOG_FORMAT
 from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL, load_model
@@ -35,7 +39,7 @@ from vtengine.server.config import ServerLimits
 from vtengine.server.run import Server, address, bind
 
 TESTS = ["tests/server/test_completions.py", "tests/server/test_choices.py"]
-QUESTIONS, CONCURRENCY, ROUNDS = 256, 64, 5
+QUESTIONS, CONCURRENCY, ROUNDS = 192, 64, 5
 SIDES = ("direct", "server", "server, streamed")
 CLIENT = Path(__file__).parents[1] / "load_client.py"
 
@@ -46,6 +50,7 @@ TABLES = {
             "concurrency": "Concurrency",
             "questions_per_s": "Questions/s",
             "overhead": "Overhead",
+            "cpu_ms": "CPU ms per question",
             "loop_cpu_ms": "Event loop, CPU ms per question",
             "client_cpu_ms": "Client, CPU ms per question",
             "first_byte_ms": "First byte, ms",
@@ -59,12 +64,13 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Pass:
-    """One side, once. loop_s: CPU of the thread that runs the event loop; the rest of the CPU is the engine's.
+    """One side, once. cpu_s: of all threads of this process; loop_s: of the one that runs the event loop alone.
 
     first_s, last_s: of each request, as the client saw them; empty where there is none.
     """
 
     wall_s: float
+    cpu_s: float
     loop_s: float
     answers: tuple[str, ...]
     client_s: float = 0.0
@@ -74,11 +80,14 @@ class Pass:
 
 def run(context: Any) -> list[dict[str, Any]]:
     folder = model_folder()
+    logging.basicConfig(level=logging.INFO, filename=os.devnull, format=LOG_FORMAT)
     model = load_model(folder, dtype=torch.float32).requires_grad_(False)
     asked = held_out_questions(16 if context.quick else QUESTIONS)
     concurrency = 8 if context.quick else CONCURRENCY
     for side in SIDES:  # warm-up: allocator, threads, compiled op
         once(side, folder, model, asked[:16], concurrency)
+    gc.collect()
+    gc.freeze()  # as the command does; a full collection would fall to any side
     passes: dict[str, list[Pass]] = {side: [] for side in SIDES}
     for index in range(2 if context.quick else ROUNDS):
         for side in SIDES[index % 3 :] + SIDES[: index % 3]:
@@ -88,7 +97,8 @@ def run(context: Any) -> list[dict[str, Any]]:
 
 def once(side: str, folder: Path, model: Qwen2_5_VL, asked: Sequence[Asked], concurrency: int) -> Pass:
     def engine(tokenizer: Tokenizer) -> Backend:
-        return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=concurrency))
+        config = EngineConfig(max_running=concurrency, max_chunks_per_s=ServerLimits().max_text_events_per_s)
+        return EmbeddedEngine(model, tokenizer, config)
 
     async def go() -> Pass:
         async with fresh_setting(folder, engine, ask_one_in=2) as setting:
@@ -100,11 +110,20 @@ def once(side: str, folder: Path, model: Qwen2_5_VL, asked: Sequence[Asked], con
 
 
 async def _direct(setting: Setting, asked: Sequence[Asked], concurrency: int) -> Pass:
-    wall, busy = time.perf_counter(), time.thread_time()
     questions = [one.question for one in asked]
+    began, busy = time.perf_counter(), _cpu_s()
     answers = [sample.episode.answer async for sample in run_batch(setting, questions, concurrency=concurrency)]
-    wall, busy = time.perf_counter() - wall, time.thread_time() - busy
-    return Pass(wall, busy, tuple(answer or "" for answer in answers))
+    return Pass(time.perf_counter() - began, *_since(busy), tuple(answer or "" for answer in answers))
+
+
+def _cpu_s() -> tuple[float, float]:
+    """CPU seconds of this process and of this thread."""
+    return time.process_time(), time.thread_time()
+
+
+def _since(before: tuple[float, float]) -> tuple[float, float]:
+    process_s, thread_s = _cpu_s()
+    return process_s - before[0], thread_s - before[1]
 
 
 async def _served(setting: Setting, asked: Sequence[Asked], concurrency: int, streams: bool) -> Pass:
@@ -122,10 +141,10 @@ async def _served(setting: Setting, asked: Sequence[Asked], concurrency: int, st
         client = await asyncio.create_subprocess_exec(*line, stdin=pipe, stdout=pipe, limit=1 << 26)
         assert client.stdin is not None and client.stdout is not None
         await client.stdout.readline()
-        busy = time.thread_time()
+        before = _cpu_s()
         client.stdin.write(b"\n")
         said = await client.stdout.readline()
-        busy = time.thread_time() - busy
+        busy = _since(before)
         report = read(CLIENT.name, await client.wait(), said)
     server.stop()
     await serving
@@ -133,7 +152,7 @@ async def _served(setting: Setting, asked: Sequence[Asked], concurrency: int, st
     if report["failed"]:
         raise RuntimeError(f"{len(report['failed'])} requests failed: {report['failed'][0]}")
     times = (tuple(report["first_s"]), tuple(report["last_s"]))
-    return Pass(report["wall_s"], busy, tuple(report["contents"]), report["client_cpu_s"], *times)
+    return Pass(report["wall_s"], *busy, tuple(report["contents"]), report["client_cpu_s"], *times)
 
 
 def _body(one: Asked, streams: bool) -> dict[str, Any]:
@@ -157,6 +176,7 @@ def _row(side: str, passes: dict[str, list[Pass]], concurrency: int) -> dict[str
         "rounds": len(mine),
         "questions_per_s": count / wall_s,
         "overhead": statistics.median(ratios) - 1,
+        "cpu_ms": 1e3 * statistics.median(one.cpu_s for one in mine) / count,
         "loop_cpu_ms": 1e3 * statistics.median(one.loop_s for one in mine) / count,
         "client_cpu_ms": 1e3 * statistics.median(one.client_s for one in mine) / count if firsts else None,
         "first_byte_ms": 1e3 * statistics.median(firsts) if firsts else None,

@@ -39,12 +39,12 @@ def flat(told: list[Told], index: int) -> list[object]:
 @given(st.lists(st.tuples(st.integers(0, 2), words), max_size=20), st.lists(st.booleans(), max_size=20))
 def test_nothing_is_lost_and_nothing_overtakes(told: list[Told], takes: list[bool]) -> None:
     async def main() -> list[Told]:
-        box, out = Mailbox(lambda: 0.0), []
+        box, out = Mailbox(lambda: 0.0, 0.01), []
         for number, one in enumerate(told):
             box.put(one)
             if number < len(takes) and takes[number]:
-                out += await box.take(0.01)
-        return out + await box.take(0.0) + await box.take(0.0)
+                out += await box.take()
+        return out + await box.take() + await box.take()
 
     got = asyncio.run(main())
     assert [flat(got, index) for index in range(3)] == [flat(told, index) for index in range(3)]
@@ -52,23 +52,29 @@ def test_nothing_is_lost_and_nothing_overtakes(told: list[Told], takes: list[boo
 
 def test_the_first_text_of_a_turn_does_not_wait_and_later_text_does() -> None:
     async def main() -> None:
-        box = Mailbox(lambda: 0.2)
+        box = Mailbox(lambda: 0.2, 1.0)
         for turn in range(2):
             box.put((0, Asked(turn, (), 1)))
-            assert len(await box.take(1)) == 1
+            assert len(await box.take()) == 1
             began = time.perf_counter()
             box.put((0, TextDelta(turn, "a")))
-            assert await box.take(1) == [(0, TextDelta(turn, "a"))] and time.perf_counter() - began < 0.15
+            assert await box.take() == [(0, TextDelta(turn, "a"))] and time.perf_counter() - began < 0.15
             for _ in range(5):
                 box.put((0, TextDelta(turn, "b")))
-            assert await box.take(1) == [(0, TextDelta(turn, "bbbbb"))] and time.perf_counter() - began >= 0.2
+            assert await box.take() == [(0, TextDelta(turn, "bbbbb"))] and time.perf_counter() - began >= 0.2
 
     asyncio.run(main())
 
 
 def test_silence() -> None:
     async def main() -> None:
-        assert await Mailbox(lambda: 9.0).take(0.01) == []
+        box = Mailbox(lambda: 9.0, 0.05)
+        began = time.perf_counter()
+        assert [await box.take() for _ in range(3)] == [[], [], []]
+        assert time.perf_counter() - began >= 0.14
+        box.put((0, REPLIED))
+        assert await box.take() == [(0, REPLIED)]  # a silence hands over what waits
+        box.close()
 
     asyncio.run(main())
 

@@ -24,7 +24,7 @@ OPTIONAL = (
     ("flash-attn", "attention on CUDA; without it torch's SDPA is used: pip install flash-attn"),
     ("huggingface_hub", "--model with a Hugging Face id: pip install 'vtengine[hf]'"),
     ("transformers", "parity tests and comparisons only: pip install 'vtengine[hf]'"),
-    ("fastapi", "vtengine serve: pip install 'vtengine[serve]'"),
+    ("uvicorn", "vtengine serve: pip install 'vtengine[serve]'"),
     ("sglang", "rollouts on an SGLang engine"),
 )
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vnni", "amx_tile", "neon", "asimd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import ipaddress
 import logging
 import socket
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vtengine.server")
 MAX_PORT = 65535
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,13 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.port > MAX_PORT:
         raise UsageError(f"--port {arguments.port}: must be at most {MAX_PORT}")
     try:
-        import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
+        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(f"serve needs {error.name}: pip install 'vtengine[serve]'") from None
     limits, keys = _limits(arguments), _keys(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
     listening = _bind(arguments)
     try:
         asyncio.run(_serve(arguments, limits, keys, listening))
@@ -49,12 +52,14 @@ async def _serve(arguments: argparse.Namespace, limits: ServerLimits, keys: ApiK
     from vtengine.vision.decode import DecodeLimits
 
     images = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
-    async with open_session(arguments, limits.max_running, images) as setting:
+    async with open_session(arguments, limits.max_running, images, limits.max_text_events_per_s) as setting:
         name = arguments.served_name or Path(arguments.model).name
         house = create_house(setting, name, limits, keys)
         server = Server(create_app(house), house)
         if not keys and not _is_loopback(arguments.host):
             log.warning("no API key: everybody who reaches %s may ask; see --api-key-file", address(listening))
+        gc.collect()
+        gc.freeze()  # what is there now stays; to look through it again would hold all up for a third of a second
         log.info("model %s on %s", name, address(listening))
         await server.serve(sockets=[listening])
 

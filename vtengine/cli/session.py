@@ -46,16 +46,19 @@ def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @asynccontextmanager
 async def open_session(
-    arguments: argparse.Namespace, concurrency: int, decode_limits: DecodeLimits | None = None
+    arguments: argparse.Namespace,
+    concurrency: int,
+    decode_limits: DecodeLimits | None = None,
+    max_chunks_per_s: float | None = None,
 ) -> AsyncIterator[Setting]:
     """Loads the model and starts the engine; both are released at the end. Raises UsageError with the remedy.
 
-    decode_limits: of one image, where the defaults are not wanted.
+    decode_limits: of one image, where the defaults are not wanted. max_chunks_per_s: of an embedded engine's streams.
     """
     check_backend(arguments.backend)
     folder = find_model(arguments.model)
     try:
-        setting = _build(arguments, folder, concurrency, decode_limits)
+        setting = _build(arguments, folder, concurrency, decode_limits, max_chunks_per_s)
     except ValueError as error:  # a profile, tokenizer or checkpoint that cannot be used
         raise UsageError(f"--model {arguments.model}: {one_line(error)}") from None
     except OSError as error:
@@ -92,7 +95,11 @@ def check_backend(name: str) -> None:
 
 
 def _build(
-    arguments: argparse.Namespace, folder: Path, concurrency: int, decode_limits: DecodeLimits | None = None
+    arguments: argparse.Namespace,
+    folder: Path,
+    concurrency: int,
+    decode_limits: DecodeLimits | None,
+    max_chunks_per_s: float | None,
 ) -> Setting:
     import torch
 
@@ -106,7 +113,7 @@ def _build(
     profile = _profile(arguments.profile, folder)
     tokenizer = Tokenizer.load(folder)
     device, dtype = _device(arguments.device), _dtype(arguments)
-    backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency)
+    backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency, max_chunks_per_s)
     over_http = arguments.backend.startswith(SERVERS)  # bytes are told from float32 pixels, not from bfloat16
     pixels_dtype = dtype if dtype == torch.bfloat16 and not over_http else torch.float32
     bounds, images = pixel_limits(folder), decode_limits or DecodeLimits()
@@ -145,6 +152,7 @@ def _backend(
     device: torch.device,
     dtype: torch.dtype,
     concurrency: int,
+    max_chunks_per_s: float | None,
 ) -> Backend:
     if arguments.backend.startswith(SCRIPTED):
         return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
@@ -157,7 +165,8 @@ def _backend(
     try:
         model = load_model(folder, device=device, dtype=dtype).requires_grad_(False)
         kv_bytes = _kv_bytes(model, running) if arguments.kv_gb is None else int(arguments.kv_gb * 2**30)
-        return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=running, kv_bytes=max(1, kv_bytes)))
+        config = EngineConfig(max_running=running, kv_bytes=max(1, kv_bytes), max_chunks_per_s=max_chunks_per_s)
+        return EmbeddedEngine(model, tokenizer, config)
     except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

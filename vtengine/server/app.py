@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from vtengine.rollout.group import Setting
 from vtengine.server.admission import Gate
@@ -38,60 +41,70 @@ def create_house(
     return House(setting, limits, model, keys or ApiKeys(), gate, Metrics(gate, sources), int(time.time()))
 
 
-def create_app(house: House) -> FastAPI:
+def create_app(house: House) -> Starlette:
     """The ASGI application. The setting's backend and pipeline stay the caller's, who closes them afterwards."""
-    app = FastAPI(title="vtengine", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Frame, metrics=house.metrics)
-    app.add_exception_handler(ApiError, _answer_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
-    app.add_exception_handler(Exception, _answer_fault)
-    _add_models(app, house)
-    _add_state(app, house)
     page = load_page()
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return ChatExchange(house, request.scope["vtengine.request_id"])
-
-    @app.get("/")
-    async def index() -> Response:
+    async def index(request: Request) -> Response:
         return HTMLResponse(page.html, headers=page.headers)
 
-    return app
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", _Chat(house), methods=["POST"]),
+            *_models(house),
+            *_state(house),
+            Route("/", index, methods=["GET"]),
+        ],
+        middleware=[Middleware(Frame, metrics=house.metrics)],
+        exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_fault},
+    )
 
 
-def _add_models(app: FastAPI, house: House) -> None:
+class _Chat:
+    """An ASGI application of its own, so that nothing stands between a request and its exchange."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await ChatExchange(self.house, scope, receive, send).run()
+
+
+def _models(house: House) -> list[Route]:
     card = {"id": house.model, "object": "model", "created": house.created_s, "owned_by": "vtengine"}
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
+    async def models(request: Request) -> Response:
         house.keys.check(request.headers.get("authorization"))
-        return {"object": "list", "data": [card]}
+        return JSONResponse({"object": "list", "data": [card]})
 
-    @app.get("/v1/models/{model:path}")
-    async def model(request: Request, model: str) -> dict[str, Any]:
+    async def model(request: Request) -> Response:
         house.keys.check(request.headers.get("authorization"))
-        if model != house.model:
-            raise ApiError(404, "model_not_found", f"the model {ascii(model)[:100]} does not exist", param="model")
-        return card
+        name = request.path_params["model"]
+        if name != house.model:
+            raise ApiError(404, "model_not_found", f"the model {ascii(name)[:100]} does not exist", param="model")
+        return JSONResponse(card)
+
+    return [Route("/v1/models", models, methods=["GET"]), Route("/v1/models/{model:path}", model, methods=["GET"])]
 
 
-def _add_state(app: FastAPI, house: House) -> None:
+def _state(house: House) -> list[Route]:
     """Open to everybody: they tell nothing of requests."""
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
         """Whether new requests are welcome; a full queue is ready still, as it empties by itself."""
         draining = house.gate.draining
         return JSONResponse({"status": "draining" if draining else "ready"}, 503 if draining else 200)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         return Response(house.metrics.render(), media_type=CONTENT_TYPE)
+
+    return [
+        Route(path, endpoint, methods=["GET"])
+        for path, endpoint in (("/health", health), ("/ready", ready), ("/metrics", metrics))
+    ]
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Sequence
 
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vtengine.rollout.episode import Episode
@@ -29,17 +28,18 @@ GONE = 499
 """Status in log and metrics when the client left first."""
 
 
-class ChatExchange(Response):
-    """The response object of the route; everything happens when it is called, so that time limits cover all of it."""
+class ChatExchange:
+    """Once `run` is called the request's time limit counts."""
 
-    def __init__(self, house: House, request_id: str) -> None:
-        super().__init__()
-        self.house, self.request_id = house, request_id
+    def __init__(self, house: House, scope: Scope, receive: Receive, send: Send) -> None:
+        self.house, self.scope, self.receive, self.send = house, scope, receive, send
+        self.request_id: str = scope["vtengine.request_id"]
         self.has_body = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reply = Reply(send)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    async def run(self) -> None:
+        """Sends the reply, or why there is none. Faults do not leave it."""
+        receive, reply = self.receive, Reply(self.send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.scope["headers"]}
         try:
             async with asyncio.timeout(self.house.limits.request_timeout_s):
                 await self._serve(headers, receive, reply)
@@ -50,7 +50,7 @@ class ChatExchange(Response):
             await self._refuse(ApiError(504, "deadline", message, kind=BROKEN), receive, reply)
         except ClientGone:
             if not reply.ended:
-                scope["vtengine.status"] = GONE
+                self.scope["vtengine.status"] = GONE
                 self.house.metrics.cancelled.inc()
         except asyncio.CancelledError:
             self.has_body = True  # nobody waits for the rest of it any more

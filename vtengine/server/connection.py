@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from pydantic_core import to_json
 from starlette.types import Receive, Send
 
 from vtengine.server.errors import ApiError
@@ -62,22 +62,26 @@ async def discard_body(receive: Receive, max_bytes: int) -> None:
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client leaves (ClientGone) and when the caller is."""
-    job = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(receive))
+    here = asyncio.current_task()
+    assert here is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        here.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if job.done():
-            return job.result()
-        raise ClientGone
+        return await work
+    except asyncio.CancelledError:
+        if gone and here.uncancel() == 0:  # nobody else has cancelled it
+            raise ClientGone from None
+        raise
     finally:
-        job.cancel()
-        gone.cancel()
-        await asyncio.gather(job, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watcher.cancel()
 
 
 class Reply:
@@ -122,8 +126,8 @@ class Reply:
 
 
 def encode_json(value: Any) -> bytes:
-    """ASCII, so that no text of a model can break a line of an event stream."""
-    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+    """ASCII, so that no text of a model can break a line of an event stream. A figure that is no number is null."""
+    return to_json(value, ensure_ascii=True, inf_nan_mode="null")
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -41,6 +41,8 @@ class Metrics:
             "vtengine_time_to_first_token_seconds", "Of each turn, from its submission", ("turn",), buckets=SECONDS,
             registry=self.registry,
         )  # fmt: skip
+        self._cached_tokens, self._prefill_tokens = map(self.prompt_tokens.labels, ("cache", "prefill"))
+        self._ttft = [self.ttft_seconds.labels(turn) for turn in "123"]
         self._gauge("requests_running", "Episodes at work", lambda: gate.running_now)
         self._gauge("requests_waiting", "Episodes that wait for a place", lambda: gate.waiting)
         self.registry.register(_StatsCollector(sources))
@@ -49,15 +51,15 @@ class Metrics:
         """Adds a finished episode."""
         self.episodes.labels(episode.status).inc()
         self.upscaled.inc(episode.is_upscaled)
-        self.turns.inc(len(episode.turns))
+        done = [turn.completion for turn in episode.turns]
+        self.turns.inc(len(done))
         self.visual_tokens.inc(episode.visual_tokens)
         self.visual_tokens_full.inc(episode.visual_tokens_full)
-        for index, turn in enumerate(episode.turns):
-            done = turn.completion
-            self.prompt_tokens.labels("cache").inc(done.cached_tokens)
-            self.prompt_tokens.labels("prefill").inc(done.prefill_tokens)
-            self.completion_tokens.inc(len(done.token_ids))
-            self.ttft_seconds.labels(str(min(index + 1, 3))).observe(done.ttft_s)
+        self._cached_tokens.inc(sum(one.cached_tokens for one in done))
+        self._prefill_tokens.inc(sum(one.prefill_tokens for one in done))
+        self.completion_tokens.inc(sum(len(one.token_ids) for one in done))
+        for index, one in enumerate(done):
+            self._ttft[min(index, 2)].observe(one.ttft_s)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -51,12 +51,9 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
     most = min(limits.max_choices, limits.max_running + limits.max_waiting)
     if chat.n is not None and chat.n > most:
         raise invalid("n", f"at most {most} choices are allowed here")
-    sampling = replace(
-        setting.sampling,
-        temperature=setting.sampling.temperature if chat.temperature is None else chat.temperature,
-        top_p=setting.sampling.top_p if chat.top_p is None else chat.top_p,
-        seed=setting.sampling.seed if chat.seed is None else chat.seed,
-    )
+    stated = {"temperature": chat.temperature, "top_p": chat.top_p, "seed": chat.seed}
+    stated = {name: value for name, value in stated.items() if value is not None}
+    sampling = replace(setting.sampling, **stated) if stated else setting.sampling  # type: ignore[arg-type]
     asked = [value for value in (chat.max_tokens, chat.max_completion_tokens) if value is not None]
     return Job(
         setting=replace(setting, limits=_limits(chat, setting.limits, images.details), sampling=sampling),
@@ -82,6 +79,8 @@ def _limits(chat: ChatRequest, base: Limits, details: set[str | None]) -> Limits
 
     details: of all images; where they agree on low or high, they stand for the resolution.
     """
+    if chat.vtengine is None and details == {None}:
+        return base
     own = chat.vtengine or Extension()
     resolution: Resolution = base.resolution
     if own.resolution is not None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from vtengine.server.house import House
 
@@ -23,8 +23,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Server(uvicorn.Server):
     """uvicorn with our shutdown: the first signal drains, a second one ends at once; the caller's exit status stays."""
 
-    def __init__(self, app: FastAPI, house: House) -> None:
+    def __init__(self, app: ASGIApp, house: House) -> None:
         options = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
+        options["proxy_headers"] = False  # nothing here depends on a client's address
         drain_s = math.ceil(house.limits.drain_s)
         super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=drain_s, **options))  # type: ignore[arg-type]
         self.house = house

@@ -58,11 +58,15 @@ class ReplySplitter:
         return tags if self._answered else (*tags, ANSWER[0])
 
     def _next_tag(self) -> tuple[int, str] | None:
+        if "<" not in self._pending:
+            return None
         found = [(place, tag) for tag in self._wanted() if (place := self._pending.find(tag)) >= 0]
         return min(found, default=None)
 
     def _held(self) -> int:
         """Characters at the end that could begin a tag."""
+        if "<" not in self._pending:
+            return 0
         wanted = self._wanted()
         longest = max(map(len, wanted), default=1) - 1
         for size in range(min(longest, len(self._pending)), 0, -1):

@@ -71,7 +71,8 @@ class Stream:
         episodes. Raises ApiError when one of them gives no completion.
         """
         house = self.house
-        box = Mailbox(lambda: house.gate.running_now / house.limits.max_text_events_per_s)
+        limits = house.limits
+        box = Mailbox(lambda: house.gate.running_now / limits.max_text_events_per_s, limits.keep_alive_s)
 
         async def run(index: int) -> None:
             told = run_choice(self.job, index, self.visit, house, lambda event: box.put((index, event)))
@@ -81,7 +82,7 @@ class Stream:
         episodes.add_done_callback(lambda _: box.wake())
         try:
             while True:
-                batch = await box.take(house.limits.keep_alive_s)
+                batch = await box.take()
                 ended = episodes.done()
                 if ended and not self.reply.started:
                     episodes.result()  # a fault becomes the status
@@ -91,6 +92,7 @@ class Stream:
                     episodes.result()
                     return
         finally:
+            box.close()
             episodes.cancel()
             await asyncio.gather(episodes, return_exceptions=True)
 

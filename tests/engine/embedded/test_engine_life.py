@@ -34,6 +34,23 @@ def test_cancel_by_id_returns_what_there_is_and_keeps_its_pages():
     assert cancelled.token_ids[:5] == again.token_ids[:5]
 
 
+def test_tokens_share_chunks_where_they_come_faster_than_chunks_may():
+    async def chunks_of(engine):
+        async def collect(name):
+            return [chunk async for chunk in engine.stream(request(name, prompt(1, 20), max_new_tokens=40))]
+
+        return await asyncio.gather(*map(collect, "abc"))
+
+    for rate, most in ((1e-3, 3), (1e9, 40)):  # a burst of three streams may begin between two steps
+        for chunks in run(chunks_of, max_chunks_per_s=rate):
+            ids = sum((chunk.token_ids for chunk in chunks), ())
+            assert ids == chunks[-1].completion.token_ids and len(ids) == 40
+            assert len(chunks[0].token_ids) == 1 and 2 <= len(chunks) <= most
+            assert rate < 1 or len(chunks) == 40
+    with pytest.raises(ValueError, match="max_chunks_per_s = 0"):
+        EngineConfig(max_chunks_per_s=0)
+
+
 def test_cancelled_tasks_free_their_pages():
     async def cancel_all(engine):
         tasks = [asyncio.create_task(engine.generate(a)) for a in mixed_requests(12, max_new_tokens=200)]

@@ -13,7 +13,8 @@ class EngineConfig:
 
     max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that hold
     pages at once. resume False: no prefix and no visual feature is ever reused (for measurements). device: None is the
-    model's. num_threads: torch threads of the engine's worker; None leaves them as they are.
+    model's. num_threads: torch threads of the engine's worker; None leaves them as they are. max_chunks_per_s: of all
+    streams together; where tokens come faster, several share one (the first and the last never wait); None: no limit.
     """
 
     page_size: int = 16
@@ -25,6 +26,7 @@ class EngineConfig:
     resume: bool = True
     device: str | None = None
     num_threads: int | None = None
+    max_chunks_per_s: float | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -35,6 +37,12 @@ class EngineConfig:
             (self.max_batch_tokens >= self.max_running, "max_batch_tokens", self.max_batch_tokens, ">= max_running"),
             (self.vision_cache_bytes >= 0, "vision_cache_bytes", self.vision_cache_bytes, ">= 0"),
             (self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, ">= 1, or None"),
+            (
+                self.max_chunks_per_s is None or self.max_chunks_per_s > 0,
+                "max_chunks_per_s",
+                self.max_chunks_per_s,
+                "> 0, or None",
+            ),
         )
         for ok, name, value, allowed in checks:
             if not ok:

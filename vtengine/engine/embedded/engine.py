@@ -18,6 +18,7 @@ from vtengine.engine.base import BackendFailed, Completion, RequestRejected, Tok
 from vtengine.engine.embedded.admission import prepare
 from vtengine.engine.embedded.attention import KVCache
 from vtengine.engine.embedded.config import EngineConfig
+from vtengine.engine.embedded.pace import Pace
 from vtengine.engine.embedded.pages import PagePool
 from vtengine.engine.embedded.radix import RadixTree
 from vtengine.engine.embedded.runner import Runner
@@ -63,6 +64,7 @@ class EmbeddedEngine:
         )  # fmt: skip
         self.runner = Runner(self.model, cache, self.vision, config.max_running, config.resume)
         self._stops = StopFinder(tokenizer)
+        self._pace = Pace(config.max_chunks_per_s)
         self._live: dict[str, Sequence] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._updates: deque[_Update] = deque()
@@ -95,9 +97,16 @@ class EmbeddedEngine:
     async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
         loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
+        kept: list[int] = []
+        begun = False
 
         def on_tokens(token_ids: tuple[int, ...], completion: Completion | None) -> None:
-            self._outbox.append((loop, partial(chunks.put_nowait, TokenChunk(token_ids, completion))))
+            nonlocal begun
+            kept.extend(token_ids)
+            if completion is not None or self._pace.is_due or not begun:
+                begun = True
+                self._outbox.append((loop, partial(chunks.put_nowait, TokenChunk(tuple(kept), completion))))
+                kept.clear()
 
         def on_error(error: Exception) -> None:
             self._outbox.append((loop, partial(chunks.put_nowait, error)))
@@ -250,6 +259,7 @@ class EmbeddedEngine:
 
     def _commit(self, rows: list[Row], token_ids: list[int], logprobs: list[float]) -> None:
         now = time.perf_counter()
+        self._pace.step(now, len(token_ids))
         self._counters["steps"] += 1
         self._counters["generated_tokens"] += len(token_ids)
         for row in rows:
