@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from vtengine_training.cli import main
+from vtengine_training.lora.config import LoraConfig
 from vtengine_training.sft.config import DataConfig, PhaseConfig, SftConfig, ShapeConfig
 from vtengine_training.sft.evaluate import forced_accuracy, questions
 from vtengine_training.sft.optim import learning_rate
@@ -144,6 +146,47 @@ def test_a_run_can_begin_with_a_checkpoint(tmp_path: Path) -> None:
         Run(small(tmp_path / "other", init=str(tmp_path / "model"), shape=replace(SHAPE, text_inner=96)))
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint for adapters to sit on."""
+    folder = tmp_path_factory.mktemp("base")
+    Run(small(folder)).export(folder)
+    return folder
+
+
+def adapting(output: Path, base: Path, **changes: object) -> SftConfig:
+    lora = LoraConfig(rank=4, dropout=0.1, vision=True)
+    return small(output, **{"init": str(base), "lora": lora, **changes})
+
+
+def test_adapters_learn_alone_and_resume_to_the_bit(tmp_path: Path, base: Path) -> None:
+    pytest.importorskip("peft")
+    Run(adapting(tmp_path / "whole", base)).train(lambda _: None)
+    Run(adapting(tmp_path / "cut", base)).train(lambda _: None, until=2)
+    rest = Run(adapting(tmp_path / "cut", base))
+    assert rest.resume() and rest.step == 2
+    rest.train(lambda _: None)
+    before, (one, two) = load_model(base).state_dict(), (weights(tmp_path / name) for name in ("whole", "cut"))
+    changed = {name for name, tensor in one.items() if not torch.equal(tensor, before[name])}
+    assert changed and all(name.endswith("weight") and "merger" not in name for name in changed)
+    assert any(name.startswith("visual.blocks") for name in changed)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    files = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut")]
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    saved = load_file(tmp_path / "whole" / "resume-3.safetensors")
+    assert all(".head." in name or "lora_" in name for name in saved)
+
+
+def test_adapters_go_on_only_on_their_own_model(tmp_path: Path, base: Path) -> None:
+    pytest.importorskip("peft")
+    Run(adapting(tmp_path / "run", base)).save()
+    with pytest.raises(ValueError, match=r"another \[lora\]"):
+        Run(adapting(tmp_path / "run", base, lora=LoraConfig(rank=4, alpha=8))).resume()
+    Run(small(tmp_path, seed=9)).export(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another \[init\]"):
+        Run(adapting(tmp_path / "run", tmp_path / "other")).resume()
+
+
 def test_training_learns_the_format(tmp_path: Path) -> None:
     phases = (PhaseConfig("talk", steps=12, scenes=4, learning_rate=3e-3, warmup=2),)
     figures: list[dict[str, float]] = []
@@ -196,6 +239,8 @@ def test_shipped_configs_load(path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("data.workers=-1", "workers"),
         ("threads='a'", "threads"),
         ("phases=[]", "phases"),
+        ("lora.rank=4", "name it with init"),
+        ("loggers=['tensorbord']", "did you mean tensorboard"),
         ("phases=[{name='a', steps=0}]", "steps"),
         ("phases=[{name='a', low_share=0.7, high_share=0.7}]", "low_share"),
     ],

@@ -125,6 +125,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
             "configs/glance_grpo.toml --dry-run      # the resolved file, the plan, memory and cost",
             "configs/glance_grpo.toml                # again: goes on where it stopped",
             "my.toml --set rollout.n=16 --set loss.algorithm=dapo --set data.files='[\"train.parquet\"]'",
+            'my.toml --set lora.rank=16 --set \'loggers=["console", "tensorboard"]\'',
         ),
     ),
     "eval": (

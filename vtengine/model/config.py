@@ -114,6 +114,11 @@ class TextConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
+    @property
+    def kv_size(self) -> int:
+        """Rows of a layer's keys, and of its values."""
+        return self.num_kv_heads * self.head_dim
+
 
 @dataclass(frozen=True)
 class ModelConfig:

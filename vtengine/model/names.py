@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vtengine.model.config import ModelConfig
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
 
 # transformers 5 names -> checkpoint names
@@ -22,42 +23,46 @@ def hf_tensors(
 
     of: what is viewed of a parameter: its data, or for instance its gradient.
     """
-    vision, text = model.config.vision, model.config.text
+    vision = model.config.vision
     pixels = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     named = {"visual.patch_embed.proj.weight": of(model.visual.patch_embed.weight).unflatten(1, pixels)}
-
-    def add(name: str, path: str, **parts: int) -> None:
-        """The tensors of the submodule at `path`, or `parts` of their rows (name -> number of rows), under `name`."""
+    for path, parts in hf_modules(model.config).items():
         for kind, parameter in model.get_submodule(path).named_parameters(recurse=False):
-            if not parts:
-                named[f"{name}.{kind}"] = of(parameter)
-                continue
-            for part, rows in zip(parts, of(parameter).split(list(parts.values())), strict=True):
-                named[f"{name}.{part}.{kind}"] = rows
+            whole = of(parameter)
+            pieces = whole.split(list(parts.values())) if len(parts) > 1 else (whole,)
+            named |= {f"{name}.{kind}": piece for name, piece in zip(parts, pieces, strict=True)}
+    return named
 
+
+def hf_modules(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """Path of a module of ours -> the checkpoint's modules that its rows belong to, in order, and how many each has.
+
+    The only one: 0, for all of them. Left out: the patch embedding, which has another shape in a checkpoint.
+    """
+    vision, text = config.vision, config.text
+    found: dict[str, dict[str, int]] = {}
     for i in range(vision.depth):
         block, inner = f"visual.blocks.{i}", vision.intermediate_size
         for path in ("norm1", "norm2", "attn.qkv", "attn.proj"):
-            add(f"{block}.{path}", f"{block}.{path}")
-        add(f"{block}.mlp", f"{block}.mlp.gate_up", gate_proj=inner, up_proj=inner)
-        add(f"{block}.mlp.down_proj", f"{block}.mlp.down")
-    add("visual.merger.ln_q", "visual.merger.ln_q")
-    add("visual.merger.mlp.0", "visual.merger.fc1")
-    add("visual.merger.mlp.2", "visual.merger.fc2")
-    add("model.embed_tokens", "embed_tokens")
+            found[f"{block}.{path}"] = {f"{block}.{path}": 0}
+        found[f"{block}.mlp.gate_up"] = {f"{block}.mlp.gate_proj": inner, f"{block}.mlp.up_proj": inner}
+        found[f"{block}.mlp.down"] = {f"{block}.mlp.down_proj": 0}
+    for ours, theirs in (("ln_q", "ln_q"), ("fc1", "mlp.0"), ("fc2", "mlp.2")):
+        found[f"visual.merger.{ours}"] = {f"visual.merger.{theirs}": 0}
+    found["embed_tokens"] = {"model.embed_tokens": 0}
     for i in range(text.num_layers):
         layer, ours, inner = f"model.layers.{i}", f"layers.{i}", text.intermediate_size
-        kv = text.num_kv_heads * text.head_dim
-        add(f"{layer}.input_layernorm", f"{ours}.input_norm")
-        add(f"{layer}.self_attn", f"{ours}.attn.qkv", q_proj=text.hidden_size, k_proj=kv, v_proj=kv)
-        add(f"{layer}.self_attn.o_proj", f"{ours}.attn.o_proj")
-        add(f"{layer}.post_attention_layernorm", f"{ours}.post_norm")
-        add(f"{layer}.mlp", f"{ours}.mlp.gate_up", gate_proj=inner, up_proj=inner)
-        add(f"{layer}.mlp.down_proj", f"{ours}.mlp.down")
-    add("model.norm", "norm")
-    if model.lm_head is not None:
-        add("lm_head", "lm_head")
-    return named
+        rows = {"q_proj": text.hidden_size, "k_proj": text.kv_size, "v_proj": text.kv_size}
+        found[f"{ours}.input_norm"] = {f"{layer}.input_layernorm": 0}
+        found[f"{ours}.attn.qkv"] = {f"{layer}.self_attn.{name}": count for name, count in rows.items()}
+        found[f"{ours}.attn.o_proj"] = {f"{layer}.self_attn.o_proj": 0}
+        found[f"{ours}.post_norm"] = {f"{layer}.post_attention_layernorm": 0}
+        found[f"{ours}.mlp.gate_up"] = {f"{layer}.mlp.gate_proj": inner, f"{layer}.mlp.up_proj": inner}
+        found[f"{ours}.mlp.down"] = {f"{layer}.mlp.down_proj": 0}
+    found["norm"] = {"model.norm": 0}
+    if not config.tie_word_embeddings:
+        found["lm_head"] = {"lm_head": 0}
+    return found
 
 
 def checkpoint_name(name: str) -> str:
@@ -65,4 +70,12 @@ def checkpoint_name(name: str) -> str:
     for prefix, replacement in _RENAMES:
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
+    return name
+
+
+def transformers_name(name: str) -> str:
+    """The other way round: what transformers 5 calls a module or tensor of a checkpoint."""
+    for prefix, replacement in _RENAMES:
+        if name.startswith(replacement):
+            return prefix + name.removeprefix(replacement)
     return name

@@ -123,7 +123,8 @@ class Qwen2_5_VL(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, H] -> [T, vocab], in the model's dtype."""
-        return linear(hidden, self.head_weight)
+        out: Tensor = linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        return out
 
     @property
     def head_weight(self) -> Tensor:

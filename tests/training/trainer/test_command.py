@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from vtengine_training.cli import main
+from vtengine_training.loggers.jsonl import cut_metrics, rounded
 from vtengine_training.stopping import EXIT_STOPPED
 from vtengine_training.trainer.checkpoint import find_latest
-from vtengine_training.trainer.command import EXIT_DIVERGED, cut_metrics, rounded
+from vtengine_training.trainer.command import EXIT_DIVERGED
 
 from vtengine.config import to_toml
 

@@ -27,7 +27,8 @@ from vtengine.model import load_model, save_model
 
 REPO = Path(__file__).resolve().parents[3]
 ALONE = {"concurrency": 1}
-TIMED = ("time/", "samples/", "mismatch/")
+TIMED = ("time/", "samples/", "mismatch/", "patches/")
+"""Not the same for every number of ranks: two of them may each encode an image that one would encode once."""
 
 
 def free_port() -> int:
@@ -73,7 +74,11 @@ def close_rows(found, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize(
     ("prompts", "changes"),
-    [(3, {"loss": {"aggregation": "prompt-mean"}}), (1, {"loss": {"kl_coef": 0.1, "entropy_coef": 0.01}})],
+    [
+        (3, {"loss": {"aggregation": "prompt-mean"}}),
+        (1, {"loss": {"kl_coef": 0.1, "entropy_coef": 0.01}}),
+        (2, {"loss": {"kl_coef": 0.1}, "lora": {"rank": 3, "vision": True}}),
+    ],
 )
 def test_same_loss_and_gradients(make_config, ranks, prompts, changes) -> None:
     """Ranks with unequal shares, and, for one prompt, a rank without any; 1, some and many micro-batches."""
@@ -123,8 +128,10 @@ def test_sixteen_bits_in_pieces_stay_near_float32(make_config, ranks, tiny_folde
     assert [row["updates/skipped"] for row in rows] == [0, 0] and all(row["mismatch/abs_diff"] < 0.05 for row in rows)
 
 
-def test_same_run_and_goes_on_with_any_number_of_ranks(make_config, ranks, tmp_path) -> None:
+@pytest.mark.parametrize("lora", [{}, {"rank": 3}], ids=["whole", "adapters"])
+def test_same_run_and_goes_on_with_any_number_of_ranks(make_config, ranks, tmp_path, lora) -> None:
     settings = {
+        "lora": lora,
         "rollout": {"prompts": 3, "oversample": 1.5, "max_refill": 4.0, "dump_every": 2, **ALONE},
         "update": {"minibatch_prompts": 2, "learning_rate": 1e-3, "max_tokens": 200},
         "validation": {"every": 2, "files": make_config().data.files},
@@ -138,7 +145,8 @@ def test_same_run_and_goes_on_with_any_number_of_ranks(make_config, ranks, tmp_p
     found += ranks(several, "curve-99")
     close_rows(found, expected, 1e-3)
     ends = [find_latest(tmp_path / name / "checkpoints") for name in ("one", "several")]
-    first, second = (load_file(folder / "model" / "model.safetensors") for folder in ends if folder is not None)
+    file = "adapter/adapter_model.safetensors" if lora else "model/model.safetensors"
+    first, second = (load_file(folder / file) for folder in ends if folder is not None)
     for name, tensor in first.items():
         assert (tensor - second[name]).abs().max() < 1e-4, name
     dumps = [

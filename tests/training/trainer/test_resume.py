@@ -26,6 +26,11 @@ SETTINGS = {
         "rollout": {"oversample": 2.0, "max_refill": 6.0},
         "update": {"minibatch_prompts": 1},
     },
+    "adapters": {
+        "lora": {"rank": 3, "dropout": 0.1},
+        "rollout": {"concurrency": 1, "oversample": 2.0, "max_refill": 6.0},
+        "loss": {"kl_coef": 0.01},
+    },
 }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vtengine.config import load_config, to_toml
+from vtengine_training.loggers.open import check_loggers, open_loggers
 from vtengine_training.sft.config import SftConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 
@@ -21,7 +22,7 @@ def run_sft(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(to_toml(config), end="")
         return 0
-    from vtengine_training.cli import progress_bar
+    check_loggers(config.loggers)
     from vtengine_training.sft.curves import plot_curves
     from vtengine_training.sft.trainer import Run
 
@@ -31,16 +32,8 @@ def run_sft(arguments: argparse.Namespace) -> int:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    with progress_bar() as progress, (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-        task = progress.add_task("", total=config.total_steps, completed=run.step, note="")
-
-        def report(figures: dict[str, Any]) -> None:
-            metrics.write(json.dumps(figures) + "\n")
-            metrics.flush()
-            progress.update(task, completed=figures["step"], note=_note(figures))
-
-        with stop_at_signal(run):
-            run.train(report)
+    with open_loggers(config, config.total_steps, run.step, _note) as report, stop_at_signal(run):
+        run.train(report)
     if run.step < config.total_steps:
         print(f"{folder}: stopped and saved at step {run.step} of {config.total_steps}", file=sys.stderr)
         return EXIT_STOPPED
@@ -49,6 +42,6 @@ def run_sft(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _note(figures: dict[str, Any]) -> str:
+def _note(figures: Mapping[str, Any]) -> str:
     shown = figures.get("validation") or figures
     return "  ".join(f"{name} {shown[name]:.3f}" for name in NOTE if name in shown)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from vtengine.model.config import ModelConfig, TextConfig, VisionConfig
 from vtengine_training.checks import at_least
+from vtengine_training.loggers.config import DEFAULT_LOGGERS, LoggerName, WandbConfig
+from vtengine_training.lora.config import LoraConfig
 
 
 def _share(name: str, value: float) -> None:
@@ -123,7 +125,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """The whole file. init: the checkpoint to begin with, a folder or a shipped name; empty = random weights."""
+    """The whole file. init: the checkpoint to begin with, a folder or a shipped name; empty = random weights.
+
+    loggers: where metrics go: console, jsonl (always), tensorboard, wandb.
+    """
 
     output: str = "runs/glance-sft"
     init: str = ""
@@ -139,10 +144,15 @@ class SftConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+    loggers: tuple[LoggerName, ...] = DEFAULT_LOGGERS
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         if not self.phases:
             raise ValueError("phases = []: name at least one [[phases]] table")
+        if self.lora.rank and not self.init:
+            raise ValueError(f"lora.rank = {self.lora.rank}: adapters need a model to sit on; name it with init")
         at_least(self, 1, "threads", "log_every", "eval_every", "eval_questions", "save_every")
 
     @property

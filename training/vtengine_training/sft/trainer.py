@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vtengine.config import to_dict
 from vtengine.model import Qwen2_5_VL, load_model, save_model
 from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
 from vtengine_training.eval.runner import model_folder
 from vtengine_training.files import write_whole
+from vtengine_training.fingerprint import weights_fingerprint
 from vtengine_training.glance.views import LIMITS
+from vtengine_training.lora.adapters import Adapters, save_adapter
 from vtengine_training.sft.batch import Batch, make_batch
 from vtengine_training.sft.config import PhaseConfig, SftConfig
 from vtengine_training.sft.episodes import Renderer
@@ -132,7 +135,11 @@ class Run:
         self.model = make_model(config, self.tokenizer)
         model_config = self.model.config
         self.head = DenseHead(model_config.text.hidden_size, config.seed)
-        named = [(f"model.{n}", p) for n, p in self.model.named_parameters()]
+        self.adapters: Adapters | None = None
+        if config.lora.rank:
+            self.adapters = Adapters.put_into(self.model, config.lora)
+            self.adapters.begin(config.seed)
+        named = [(f"model.{n}", p) for n, p in self.model.named_parameters() if p.requires_grad]
         named += [(f"head.{n}", p) for n, p in self.head.named_parameters()]
         self.optimizer = MasterAdamW(named, config.optimizer)
         if config.bfloat16:
@@ -151,8 +158,9 @@ class Run:
         if not self._resume_file.exists():
             return False
         state = json.loads(self._resume_file.read_text())
-        if state["shape"] != json.loads(json.dumps(asdict(self.config.shape))):
-            raise ValueError(f"{self._resume_file}: made with another [shape]; use another output, or delete it")
+        for part, wanted in self._identity().items():
+            if state.get(part, wanted) != wanted:
+                raise ValueError(f"{self._resume_file}: made with another [{part}]; use another output, or delete it")
         self.optimizer.load(self.folder / state["file"])
         self.step = int(state["step"])
         return True
@@ -162,18 +170,31 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = f"resume-{self.step}.safetensors"
         self.optimizer.save(self.folder / file)
-        state = {"step": self.step, "file": file, "shape": asdict(self.config.shape)}
-        write_whole(self._resume_file, json.dumps(state))
+        write_whole(self._resume_file, json.dumps({"step": self.step, "file": file} | self._identity()))
         for old in self.folder.glob("resume-*.safetensors"):
             if old.name != file:
                 old.unlink()
         self.export(self.folder / "model")
+        if self.adapters is not None:
+            base = model_folder(self.config.init)
+            save_adapter(self.adapters.tensors(), self.adapters, base, self.folder / "adapter")
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must have in common with the run that goes on from it. Adapters are worth nothing without
+        the model that they sit on."""
+        found: dict[str, Any] = {"shape": to_dict(self.config.shape)}
+        if self.adapters is not None:
+            found |= {"lora": to_dict(self.config.lora), "init": weights_fingerprint(model_folder(self.config.init))}
+        return found
 
     def export(self, folder: Path) -> None:
-        """The model alone, bfloat16, with all its files: loads in transformers, SGLang and vLLM."""
-        shipped = Qwen2_5_VL(self.model.config).to(torch.bfloat16)
-        weights = {n.removeprefix("model."): w for n, w in self.optimizer.master.items() if n.startswith("model.")}
-        shipped.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in weights.items()})
+        """The model alone, bfloat16, adapters merged, with all its files: loads in transformers, SGLang and vLLM."""
+        if self.adapters is not None:
+            shipped = self.adapters.merged_model().to(torch.bfloat16)
+        else:
+            shipped = Qwen2_5_VL(self.model.config).to(torch.bfloat16)
+            weights = {n.removeprefix("model."): w for n, w in self.optimizer.master.items() if n.startswith("model.")}
+            shipped.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in weights.items()})
         source = SHIPPED / f"{self.config.profile}.toml"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / PROFILE_FILE).write_bytes((source if source.is_file() else Path(self.config.profile)).read_bytes())
@@ -210,6 +231,8 @@ class Run:
     def _update(self, batch: Batch) -> dict[str, Any]:
         phase, inside = phase_at(self.config, self.step)
         rate = learning_rate(phase, inside)
+        if self.config.lora.dropout:  # drawn by step number, as batches are
+            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
         with sdpa_kernel(SDPBackend.MATH):  # on CPUs faster than the flash kernel, whose backward is slow there
             result = losses(self.model, self.head, batch, phase.aux_weight, phase.look_weight)
             result.total.backward()  # type: ignore[no-untyped-call]

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.config import load_config, to_toml
-from vtengine_training.files import write_whole
+from vtengine_training.loggers.open import check_loggers, open_loggers
 from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 from vtengine_training.trainer.config import GrpoConfig
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 EXIT_DIVERGED = 4
 NOTE = ("reward/mean", "reward/accuracy", "upscale/ratio", "kl", "entropy", "grad_norm")
-DIGITS = 7
 
 
 def run_grpo(arguments: argparse.Namespace) -> int:
@@ -36,8 +34,9 @@ def run_grpo(arguments: argparse.Namespace) -> int:
         print(to_toml(config), end="")
         print("\n".join(f"# {line}" if line else "#" for line in plan(config)))
         return 0
+    check_loggers(config.loggers)
     from vtengine_training.trainer.loop import Run
-    from vtengine_training.trainer.parts import export_model, pick_device
+    from vtengine_training.trainer.parts import export_whole, pick_device
     from vtengine_training.trainer.ranks import Ranks
     from vtengine_training.trainer.step import TrainingDiverged
 
@@ -52,9 +51,11 @@ def run_grpo(arguments: argparse.Namespace) -> int:
             say(f"{output}: going on from step {run.step}")
         if ranks.is_first:
             (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        reporting = report_to(output, config.steps, run.step) if ranks.is_first else nullcontext(_nothing)
+        reporting = open_loggers(config, config.steps, run.step, note) if ranks.is_first else nullcontext(_nothing)
         with reporting as report, stop_at_signal(run):
             asyncio.run(train(run, report))
+        if run.step == config.steps:
+            export_whole(run.parts, output, ranks)
     except TrainingDiverged as error:
         say(f"vtengine-train: stopped at step {run.step}: {error}")
         return EXIT_DIVERGED
@@ -63,8 +64,6 @@ def run_grpo(arguments: argparse.Namespace) -> int:
     if run.step < config.steps:
         say(f"{output}: stopped and saved at step {run.step} of {config.steps}")
         return EXIT_STOPPED
-    if ranks.is_first:
-        export_model(run.parts.model, run.parts.folder, output / "model")
     say(f"{output / 'model'}: the model; {output / 'metrics.jsonl'}: how it got there")
     return 0
 
@@ -81,52 +80,9 @@ async def train(run: Run, report: Callable[[dict[str, float]], None]) -> None:
         await run.close()
 
 
-@contextmanager
-def report_to(output: Path, total: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Metrics to metrics.jsonl and to a progress line. A resumed run first drops the rows past its step."""
-    from vtengine_training.cli import progress_bar
-
-    path = output / "metrics.jsonl"
-    cut_metrics(path, done)
-    with progress_bar() as progress, path.open("a", encoding="utf-8") as file:
-        task = progress.add_task("", total=total, completed=done, note="")
-
-        def report(figures: dict[str, float]) -> None:
-            file.write(json.dumps(rounded(figures)) + "\n")
-            file.flush()
-            note = "  ".join(f"{name} {figures[name]:.4g}" for name in NOTE if name in figures)
-            if progress.console.is_terminal:
-                progress.update(task, completed=int(figures["step"]), note=note)
-            else:
-                print(f"step {int(figures['step'])}/{total}  {note}", file=sys.stderr, flush=True)
-
-        yield report
-
-
-def cut_metrics(path: Path, done: int) -> None:
-    """Keeps the rows up to step `done`: those after it, and a torn last line, belong to work that was lost."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= done:
-            kept.append(line + "\n")
-    write_whole(path, "".join(kept))
-
-
-def rounded(figures: dict[str, float]) -> dict[str, Any]:
-    """For JSON: seven significant digits, whole numbers as such, and null for what is not finite."""
-    found: dict[str, Any] = {}
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            found[name] = None
-        else:
-            found[name] = int(value) if float(value).is_integer() else float(f"{value:.{DIGITS}g}")
-    return found
+def note(figures: Mapping[str, Any]) -> str:
+    """What the console says of a step."""
+    return "  ".join(f"{name} {figures[name]:.4g}" for name in NOTE if name in figures)
 
 
 def plan(config: GrpoConfig) -> list[str]:
@@ -158,6 +114,7 @@ def _penalty(config: PenaltyConfig) -> str:
 def _estimate(config: GrpoConfig) -> list[str]:
     from vtengine.model import ModelConfig
     from vtengine_training.eval.runner import model_folder
+    from vtengine_training.lora.targets import find_targets
     from vtengine_training.trainer.cost import MIB, ModelCost
 
     try:
@@ -171,12 +128,17 @@ def _estimate(config: GrpoConfig) -> list[str]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     memory = "memory" if ranks == 1 else f"memory of each of {ranks} processes"
     weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, ranks)
+    adapters = sum(target.parameters(config.lora.rank) for target in find_targets(model, config.lora))
+    if config.lora.rank:
+        weights = cost.adapter_bytes(element, adapters, ranks)
     copies = 1 if update.logits == "fused" else 3
     logits = copies * 4 * update.logits_chunk * model.text.vocab_size
-    token = cost.training_flops(1, 0, 0) / 1e9
-    patch = cost.training_flops(0, 0, 1, update.train_vision) / 1e9
+    frozen = bool(config.lora.rank)
+    token = cost.training_flops(1, 0, 0, frozen=frozen) / 1e9
+    patch = cost.training_flops(0, 0, 1, config.trains_vision, frozen) / 1e9
     return [
-        f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision",
+        f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision"
+        + (f"; {adapters:,} in adapters learn in their place" if frozen else ""),
         f"{memory}: about {weights / MIB:,.0f} MiB for weights, gradients, masters and moments, "
         f"{config.rollout.kv_mib} MiB for keys and values, {logits / MIB:,.0f} MiB for logits; "
         f"activations of {update.max_tokens} tokens on top",

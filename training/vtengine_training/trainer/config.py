@@ -9,6 +9,8 @@ from typing import Literal
 from vtengine_training.checks import at_least, positive_or_none
 from vtengine_training.data.config import DataConfig, SourceConfig
 from vtengine_training.grpo.config import LossConfig
+from vtengine_training.loggers.config import DEFAULT_LOGGERS, LoggerName, WandbConfig
+from vtengine_training.lora.config import LoraConfig
 from vtengine_training.rewards.rewarder import RewardConfig
 from vtengine_training.sft.config import OptimizerConfig
 
@@ -98,6 +100,7 @@ class UpdateConfig:
     the prompt that siblings have in common is computed once per micro-batch.
     constant_length: divisor of the `constant` aggregation; None = rollout.max_new_tokens.
     max_skipped: updates in a row without finite gradients, or steps in a row without any group, before the run stops.
+    train_vision: with [lora], the adapters' own `vision` and `merger` say it.
     recompute: layers keep only their inputs and run again in the backward pass: less memory, a third more work.
     warmup: steps in which the rate rises to learning_rate; schedule: how it then goes to final_rate, by the last step.
     """
@@ -150,6 +153,7 @@ class GrpoConfig:
 
     profile: a name, a path, or empty for the one that belongs to the model. resume: auto goes on from the output's
     newest checkpoint; never refuses an output that has one. peak_tflops: of the machine, to report `mfu`.
+    loggers: where metrics go: console, jsonl (always), tensorboard, wandb.
     """
 
     model: str
@@ -168,8 +172,11 @@ class GrpoConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
+    loggers: tuple[LoggerName, ...] = DEFAULT_LOGGERS
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
@@ -179,6 +186,11 @@ class GrpoConfig:
                 f"update.minibatch_prompts = {self.update.minibatch_prompts}: must be at most rollout.prompts "
                 f"(= {self.rollout.prompts})"
             )
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether gradients reach the vision tower."""
+        return self.lora.trains_vision if self.lora.rank else self.update.train_vision
 
     @property
     def updates_per_step(self) -> int:

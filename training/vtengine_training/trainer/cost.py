@@ -32,13 +32,25 @@ class ModelCost:
         text = sum(p.numel() for layer in model.layers for p in layer.parameters())
         return ModelCost(text, vision, config.text.vocab_size * config.text.hidden_size, total)
 
-    def training_flops(self, tokens: float, trained: float, patches: float, train_vision: bool = True) -> float:
+    def training_flops(
+        self, tokens: float, trained: float, patches: float, train_vision: bool = True, frozen: bool = False
+    ) -> float:
         """Forward and backward of `tokens` packed tokens, logits at `trained` of them, `patches` encoded patches.
 
-        Attention between tokens is left out: it is small where sequences are short against the width.
+        Attention between tokens is left out: it is small where sequences are short against the width. frozen: weights
+        get no gradients, because adapters learn; the work of these is left out.
         """
-        vision = (FORWARD + BACKWARD if train_vision else FORWARD) * self.vision * patches
-        return (FORWARD + BACKWARD) * (self.text * tokens + self.head * trained) + vision
+        both = FORWARD + (FORWARD if frozen else BACKWARD)
+        vision = (both if train_vision else FORWARD) * self.vision * patches
+        return both * (self.text * tokens + self.head * trained) + vision
+
+    def adapter_bytes(self, element_bytes: int, adapters: int, ranks: int = 1) -> int:
+        """The same as `training_bytes` where `adapters` parameters learn in place of the weights. No reference: it is
+        the model without them."""
+        if ranks > 1:  # a whole copy for the engine, with the adapters in it; the model itself in pieces
+            return self.total * element_bytes + -(-(self.total * element_bytes + 16 * adapters) // ranks)
+        masters = 0 if element_bytes == 4 else 4  # float32 adapters are their own
+        return self.total * element_bytes + (element_bytes + masters + 12) * adapters
 
     def training_bytes(self, element_bytes: int, reference: bool, train_vision: bool = True, ranks: int = 1) -> int:
         """Weights, float32 masters, gradients and both moments, and the reference; activations come on top."""

@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from vtengine.rollout.records import Row, RowWriter
+from vtengine_training.fingerprint import weights_fingerprint
 from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.trainer import state
@@ -16,7 +19,7 @@ from vtengine_training.trainer.alarms import Alarms
 from vtengine_training.trainer.collect import Collected
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import ModelCost
-from vtengine_training.trainer.parts import build_parts, weights_fingerprint
+from vtengine_training.trainer.parts import build_parts
 from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.schedule import learning_rate
 from vtengine_training.trainer.step import TrainingDiverged
@@ -89,6 +92,8 @@ class Run:
         figures |= rollout_metrics(collected.facts) | self._group_metrics(collected)
         rate = self.rate(self.step)
         await parts.publisher.release()
+        if self.config.lora.dropout:  # drawn by step number: a run that goes on draws what it would have drawn
+            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * self.ranks.size + self.ranks.rank)
         figures |= parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
         finished = time.perf_counter()
         await parts.publisher.publish(parts.learner.version)
@@ -169,7 +174,8 @@ class Run:
                 figures["tokens/packed"],
                 figures["tokens/trained"],
                 figures["patches/encoded"],
-                self.config.update.train_vision,
+                self.config.trains_vision,
+                bool(self.config.lora.rank),
             )
             peak = self.config.peak_tflops * 1e12 * self.ranks.size
             found["mfu"] = work / figures["time/learn"] / peak

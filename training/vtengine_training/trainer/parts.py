@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from vtengine_training.data.examples import Dataset
 from vtengine_training.data.load import load_examples
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.eval.runner import model_folder
+from vtengine_training.lora.adapters import Adapters, save_adapter
 from vtengine_training.rewards.rewarder import RewardConfig, Rewarder
 from vtengine_training.sync.base import Publisher
 from vtengine_training.trainer.collect import Collector
@@ -33,7 +33,6 @@ from vtengine_training.trainer.step import Learner
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.toml")
 NOT_COPIED = ("config.json", "model.safetensors.index.json")
-SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +49,7 @@ class Parts:
     collector: Collector
     learner: Learner
     publisher: Publisher
+    adapters: Adapters | None
 
 
 def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ranks | None = None) -> Parts:
@@ -73,8 +73,9 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, ranks)
     publisher = models.publisher(config, setting.backend)
     return Parts(
-        folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher
-    )
+        folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher,
+        models.adapters,
+    )  # fmt: skip
 
 
 def share_judge(config: RewardConfig, ranks: Ranks) -> RewardConfig:
@@ -142,14 +143,14 @@ def export_model(model: Qwen2_5_VL, source: Path, folder: Path) -> None:
     save_model(model, folder)
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Names, sizes, heads and tails of the weight files: tells checkpoints apart without reading them whole."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(0, size - SAMPLE_BYTES))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+def export_whole(parts: Parts, output: Path, ranks: Ranks) -> None:
+    """What a run ends with: output/model, and with adapters, which are in its weights, output/adapter. A meeting."""
+    adapters = parts.adapters
+    tensors = None if adapters is None else adapters.tensors()
+    if not ranks.is_first:
+        return
+    model = parts.model
+    if adapters is not None and tensors is not None:
+        save_adapter(tensors, adapters, parts.folder, output / "adapter")
+        model = adapters.merged_model() if adapters.model is model else model
+    export_model(model, parts.folder, output / "model")

@@ -16,6 +16,7 @@ from vtengine_kernels.token_logprob import BANNED, token_logprob
 from vtengine_kernels.visual_scatter import visual_scatter
 
 from vtengine.model import PackedTree, Qwen2_5_VL
+from vtengine_training.lora.layers import AdaptedLinear
 from vtengine_training.trainer.batch import MicroBatch
 
 
@@ -85,7 +86,9 @@ class Policy:
     def _head(self) -> Head:
         weight = self.model.head_weight
         banned = torch.tensor(self.banned, device=weight.device) if self.banned else None
-        return Head(weight, self.temperature, banned=banned)
+        head = self.model.lm_head
+        low_rank = head.low_rank() if isinstance(head, AdaptedLinear) else None
+        return Head(weight, self.temperature, banned=banned, low_rank=low_rank)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """[N, H]: the final hidden states that predict the trainable tokens."""

@@ -15,17 +15,20 @@ from vtengine.model import Qwen2_5_VL
 from vtengine_training.trainer.policy import attention_kernel
 
 
-def recompute_layers(model: Qwen2_5_VL) -> None:
-    """Every decoder layer and vision block of `model`, wherever gradients are on; generating is as before."""
+def recompute_layers(model: Qwen2_5_VL, draws: bool = False) -> None:
+    """Every decoder layer and vision block of `model`, wherever gradients are on; generating is as before.
+
+    draws: layers draw random numbers (dropout), and need the same ones again.
+    """
     for layer in (*model.layers, *model.visual.blocks):
-        layer.forward = partial(_forward, layer.forward)
+        layer.forward = partial(_forward, layer.forward, draws)
 
 
-def _forward(forward: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
+def _forward(forward: Callable[..., Tensor], draws: bool, x: Tensor, *rest: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x, *rest)
     contexts = partial(_contexts, x.device)
-    return checkpoint(forward, x, *rest, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return checkpoint(forward, x, *rest, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)
 
 
 def _contexts(device: torch.device) -> tuple[Any, Any]:

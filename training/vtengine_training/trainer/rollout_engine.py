@@ -12,7 +12,7 @@ from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL
 from vtengine.rollout.tokenizer import Tokenizer
-from vtengine_training.sync.base import Publisher, weights_of
+from vtengine_training.sync.base import Publisher, Weights, weights_of
 from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB
@@ -39,15 +39,17 @@ def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer:
     return connect_servers(rollout.backend, folder, api_key=os.environ.get(API_KEY))
 
 
-def build_publisher(config: GrpoConfig, engine: Backend, model: Qwen2_5_VL) -> Publisher:
-    """A frozen vision tower is not sent."""
+def build_publisher(
+    config: GrpoConfig, engine: Backend, model: Qwen2_5_VL, weights: Weights | None = None
+) -> Publisher:
+    """A frozen vision tower is not sent. weights: what to send, where it is not what `model` trains."""
     if isinstance(engine, EmbeddedEngine):
         return SharedParameters(engine)
     from vtengine.engine.sglang import SglangBackend, SglangFleet
     from vtengine_training.sync.sglang import ByBroadcast, ByDisk, ByTensor, Sender, SglangPublisher
 
     assert isinstance(engine, SglangBackend | SglangFleet)
-    rollout, whole = config.rollout, config.update.train_vision
+    rollout, whole = config.rollout, config.trains_vision and weights is None
     way = rollout.sync if rollout.sync != "auto" else "tensor" if rollout.backend == "sglang" else "disk"
     senders: dict[str, Sender] = {
         "tensor": ByTensor(),
@@ -55,7 +57,8 @@ def build_publisher(config: GrpoConfig, engine: Backend, model: Qwen2_5_VL) -> P
         "distributed": ByBroadcast("nccl" if model.device.type == "cuda" else "gloo", rollout.sync_address),
     }
     released = () if not rollout.release_memory else ("kv_cache", "weights") if whole else ("kv_cache",)
-    return SglangPublisher(engine, weights_of(model, trained_only=not whole), senders[way], released=released)
+    weights = weights or weights_of(model, trained_only=not whole)
+    return SglangPublisher(engine, weights, senders[way], released=released)
 
 
 def pixels_dtype(config: GrpoConfig) -> torch.dtype:

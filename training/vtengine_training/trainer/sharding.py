@@ -12,6 +12,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vtengine.model import Qwen2_5_VL
+from vtengine_training.lora.adapters import Adapters
+from vtengine_training.lora.config import LoraConfig
 from vtengine_training.trainer.ranks import Ranks
 
 
@@ -36,6 +38,7 @@ class Sharded:
 
     model: Qwen2_5_VL
     whole: Pass
+    adapters: Adapters | None = None
 
     def __call__(self, compute: Callable[..., Any], *arguments: Any) -> Any:
         result = self.whole(compute, *arguments)
@@ -44,10 +47,17 @@ class Sharded:
         return result
 
 
-def shard(full: Qwen2_5_VL, ranks: Ranks, train_vision: bool = True, frozen: bool = False) -> Sharded:
+def shard(
+    full: Qwen2_5_VL,
+    ranks: Ranks,
+    train_vision: bool = True,
+    frozen: bool = False,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+) -> Sharded:
     """A sharded copy of `full`, in float32 (the optimiser's masters), or, frozen, in the dtype of `full`.
 
-    It computes in the dtype of `full`.
+    It computes in the dtype of `full`. lora: the copy is frozen and gets adapters in float32; seed: of their values.
 
     Each decoder layer and vision block is gathered before it runs and freed after; the rest (embedding, head, norms,
     patch embedding, merger) stays gathered for a whole pass. Gradients are summed over the ranks, in float32.
@@ -55,8 +65,11 @@ def shard(full: Qwen2_5_VL, ranks: Ranks, train_vision: bool = True, frozen: boo
     device, mesh = full.device, ranks.mesh(full.device)
     with torch.device("meta"):
         model = Qwen2_5_VL(full.config)
+    adapted = lora is not None and lora.rank > 0
+    frozen = frozen or adapted
     model.to(full.dtype if frozen else torch.float32).requires_grad_(not frozen)
     model.visual.requires_grad_(train_vision and not frozen)
+    adapters = Adapters.put_into(model, lora) if lora is not None and adapted else None
     policy = MixedPrecisionPolicy(param_dtype=full.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = Pass(model)
     for part in (*model.layers, *model.visual.blocks):
@@ -68,9 +81,11 @@ def shard(full: Qwen2_5_VL, ranks: Ranks, train_vision: bool = True, frozen: boo
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=device)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            copy_into(parameter, full.get_parameter(name))
-    return Sharded(model.eval(), whole)
+        for name, parameter in full.named_parameters():
+            copy_into(model.get_parameter(name), parameter)
+        for target, value in adapters.initial(seed) if adapters is not None else ():
+            copy_into(target, value.to(device))
+    return Sharded(model.eval(), whole, adapters)
 
 
 def copy_into(target: Tensor, source: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, written and read. Tensors as safetensors, the rest as JSON: nothing is unpickled.
 
-model/        a Hugging Face checkpoint      optimizer/   masters and moments, in one piece per rank
+model/        a Hugging Face checkpoint; where adapters learn, adapter/ as peft reads it, and no copy of their base
+optimizer/    masters and moments, in one piece per rank
 state.json    what all ranks have in common  ranks/R/     leftover groups, random state and rewarder of rank R
 """
 
@@ -17,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from vtengine.config import to_dict
 from vtengine_training.data.sampler import Sampler
+from vtengine_training.lora.adapters import save_adapter
+from vtengine_training.lora.config import LoraConfig
 from vtengine_training.trainer.checkpoint import CheckpointError, find_latest, step_name, write_checkpoint
 from vtengine_training.trainer.optimizer_state import load_optimizer, save_optimizer
 from vtengine_training.trainer.parts import export_model
@@ -61,9 +66,11 @@ def save(run: Run) -> None:
 
 def _write_all(run: Run, folder: Path, raises: bool = True) -> None:
     """Every rank its part. Raises OSError where one failed."""
+    adapters = run.parts.adapters
+    adapter = None if adapters is None else adapters.tensors()
     errors = []
     for part in (partial(save_optimizer, run.parts.learner.optimizer, folder / "optimizer", run.ranks),
-                 partial(_write_own, run, folder)):  # fmt: skip
+                 partial(_write_own, run, folder, adapter)):  # fmt: skip
         try:
             part()
         except (OSError, SafetensorError) as error:
@@ -73,7 +80,7 @@ def _write_all(run: Run, folder: Path, raises: bool = True) -> None:
         raise OSError("; ".join(failures))
 
 
-def _write_own(run: Run, folder: Path) -> None:
+def _write_own(run: Run, folder: Path, adapter: dict[str, Tensor] | None) -> None:
     """This rank's files; the first one also writes what exists once."""
     parts, own = run.parts, folder / "ranks" / str(run.ranks.rank)
     own.mkdir(parents=True)
@@ -84,7 +91,10 @@ def _write_own(run: Run, folder: Path) -> None:
     (own / "state.json").write_text(json.dumps(of_rank), encoding="utf-8")
     if not run.ranks.is_first:
         return
-    export_model(parts.model, parts.folder, folder / "model")
+    if parts.adapters is not None and adapter is not None:
+        save_adapter(adapter, parts.adapters, parts.folder, folder / "adapter")
+    else:
+        export_model(parts.model, parts.folder, folder / "model")
     state = {
         "step": run.step,
         "ranks": run.ranks.size,
@@ -172,6 +182,14 @@ def _check_state(run: Run, folder: Path, state: Mapping[str, Any]) -> None:
     for name, reason in remedies.items():
         if state["fingerprints"][name] != run.fingerprints[name]:
             raise CheckpointError(f"{folder}: {reason}; give them back, or use another output")
+    saved, wanted = state["config"].get("lora", to_dict(LoraConfig())), to_dict(run.config.lora)
+    if saved != wanted:
+        changed = [
+            f"lora.{name} = {saved.get(name)}, not {value}"
+            for name, value in wanted.items()
+            if saved.get(name) != value
+        ]
+        raise CheckpointError(f"{folder}: was made with {', '.join(changed)}; give it back, or use another output")
     for name, value in (("data_seed", run.config.data.seed), ("seed", run.config.seed)):
         if state[name] != value:
             field = name.replace("_", ".")

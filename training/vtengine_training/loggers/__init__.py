@@ -1,0 +1,1 @@
+"""Where a run's metrics go: a JSONL always, and what the configuration names beside it."""
