@@ -1,7 +1,8 @@
-"""Renders the tables of README.md and of pages below docs/ from benchmarks/results/*.json.
+"""Renders benchmarks/results/*.json: the tables of README.md and of pages below docs/, and data that the product reads.
 
 A table stands between `<!-- results:NAME -->` and `<!-- /results -->`; NAME is a table that a result document names in
-its `tables` (columns with headings, an optional filter), or a suite, which then shows all plain columns.
+its `tables` (columns with headings, an optional filter), or a suite, which then shows all plain columns. Data are JSON
+files that the product reads; a result document names them in its `data`.
 `--check` writes nothing and exits 1 where a page differs from the results.
 """
 
@@ -91,20 +92,27 @@ def fill(text: str, tables: dict[str, str], page: str) -> str:
     return MARKED.sub(replace, text)
 
 
+def load_data(folder: Path) -> dict[str, str]:
+    """Text by file of the product, with the result that it comes from."""
+    files = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for name, data in result.get("data", {}).items():
+            files[name] = json.dumps(data | {"source": source_line(result).strip("*")}, indent=1) + "\n"
+    return files
+
+
 def update(root: Path, *, check: bool) -> list[str]:
-    """The pages that differ from the results; they are rewritten unless `check`."""
-    tables = load_tables(root / "benchmarks" / "results")
-    changed = []
-    for page in PAGES:
-        path = root / page
-        if not path.is_file():
-            continue
-        text = path.read_text(encoding="utf-8")
-        filled = fill(text, tables, page)
-        if filled != text:
-            changed.append(page)
-            if not check:
-                path.write_text(filled, encoding="utf-8")
+    """The files that differ from the results; they are rewritten unless `check`."""
+    results = root / "benchmarks" / "results"
+    tables, wanted = load_tables(results), load_data(results)
+    pages = {page: (root / page).read_text(encoding="utf-8") for page in PAGES if (root / page).is_file()}
+    wanted |= {page: fill(text, tables, page) for page, text in pages.items()}
+    known = pages | {name: (root / name).read_text(encoding="utf-8") for name in wanted if (root / name).is_file()}
+    changed = [name for name, text in wanted.items() if known.get(name) != text]
+    if not check:
+        for name in changed:
+            (root / name).write_text(wanted[name], encoding="utf-8")
     return changed
 
 

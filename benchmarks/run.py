@@ -5,9 +5,10 @@ A suite is a file `benchmarks/suites/NAME.py` with `run(context) -> list[dict]` 
     TESTS = ["tests/..."]     must pass first: no number is written for code whose tests are red
     TABLES = {"marker": {"columns": {"row key": "heading"}, "where": {"row key": value}}}     read by report.py
     def plot(rows, path)      draws `results/NAME.svg`
+    def data(rows)            {a file of the product: what it is to hold}; written by report.py
 
-Results are `{"suite", "stamp": {commit, dirty, machine, versions, date}, "quick", "tables", "rows"}`. A quick run
-shrinks the work, checks nothing and writes only where `--json` says, so that no published table comes from it.
+Results are `{"suite", "stamp": {commit, dirty, machine, versions, date}, "quick", "tables", "data", "rows"}`. A quick
+run shrinks the work, checks nothing and writes only where `--json` says, so that no published table comes from it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def run_suite(name: str, *, quick: bool = False, gated: bool = True) -> dict[str
         raise RuntimeError(f"suite {name}: its tests fail, so no number is written")
     before = stamp(ROOT)
     rows = module.run(Context(quick=quick, results=RESULTS))
-    return {"suite": name, "stamp": before, "quick": quick, "tables": getattr(module, "TABLES", {}), "rows": rows}
+    data = module.data(rows) if hasattr(module, "data") else {}
+    found = {"suite": name, "stamp": before, "quick": quick, "tables": getattr(module, "TABLES", {})}
+    return found | {"data": data, "rows": rows}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

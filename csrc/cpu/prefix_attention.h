@@ -1,79 +1,206 @@
-// The kernel of one row and one key head, compiled once per instruction set: the including file defines VT_TARGET (the
-// function attribute) and VT_LANES (floats per vector) inside its own namespace. Include it there, more than once.
+// The kernel of some rows and one key head, compiled once per instruction set: the including file defines VT_TARGET (the
+// function attribute), VT_LANES (floats per vector) and VT_FMA inside its own namespace. Include it there, more than once.
+//
+// Tokens pass in blocks that begin at multiples of kBlock. What a query gets from a block, and the order in which it gets
+// it, depends on that query alone: a block that several rows share gives each of them the same bits as alone.
 #include "lanes.h"
 
-// scores[0..length) become weights that add up to the returned sum; entries up to a multiple of VT_LANES become 0.
-VT_TARGET static inline float softmax_row(float* scores, int64_t length) {
-    float highest = scores[0];
-    for (int64_t t = 1; t < length; ++t) highest = scores[t] > highest ? scores[t] : highest;
-    const int64_t padded = (length + VT_LANES - 1) / VT_LANES * VT_LANES;
-    for (int64_t t = length; t < padded; ++t) scores[t] = -1e30f;
-    Vec total = {};
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t EightIndices __attribute__((vector_size(32)));
+#if defined(__clang__)
+#define VT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define VT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (EightIndices){__VA_ARGS__})
+#endif
+
+// The first eight lanes of x; where there are sixteen, each with the one eight further on added.
+VT_TARGET static inline void fold(const Vec& x, Eight& out) {
+    float lane[VT_LANES];
+    vec(lane) = x;
+    out = *reinterpret_cast<const Eight*>(lane);
+    if (VT_LANES == 16) out += *reinterpret_cast<const Eight*>(lane + VT_LANES - 8);
+}
+
+// out[i] = the sum of the lanes of x[i].
+VT_TARGET static inline void sum_eight(const Vec* x, float* out) {
+    Eight v[8], a[4], b[2];
+    for (int i = 0; i < 8; ++i) fold(x[i], v[i]);
+    for (int i = 0; i < 4; ++i) {
+        a[i] = VT_SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + VT_SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    for (int i = 0; i < 2; ++i) {
+        b[i] = VT_SHUFFLE(a[2 * i], a[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               VT_SHUFFLE(a[2 * i], a[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+    *reinterpret_cast<Eight*>(out) =
+        VT_SHUFFLE(b[0], b[1], 0, 2, 8, 10, 4, 6, 12, 14) + VT_SHUFFLE(b[0], b[1], 1, 3, 9, 11, 5, 7, 13, 15);
+}
+#undef VT_SHUFFLE
+
+// Q queries against 8 / Q keys; NV vectors per head.
+template <int NV, int Q>
+VT_TARGET static inline void score(const float* q, const float* keys, const int64_t* places, float* scores) {
+    constexpr int kSize = NV * VT_LANES, kKeys = 8 / Q;
+    Vec dots[8] = {};
+#pragma GCC unroll 2
+    for (int i = 0; i < NV; ++i) {
+#pragma GCC unroll 8
+        for (int t = 0; t < kKeys; ++t) {
+            const Vec k = vec(keys + places[t] + i * VT_LANES);
+#pragma GCC unroll 2
+            for (int g = 0; g < Q; ++g) dots[g * kKeys + t] = VT_FMA(vec(q + g * kSize + i * VT_LANES), k, dots[g * kKeys + t]);
+        }
+    }
+    float sums[8];
+    sum_eight(dots, sums);
+    for (int g = 0; g < Q; ++g) {
+        for (int t = 0; t < kKeys; ++t) scores[g * kBlock + t] = sums[g * kKeys + t];
+    }
+}
+
+// scores[0..count) of a query become weights relative to its highest score so far; what it summed before fades.
+template <int NV>
+VT_TARGET static inline void weigh(float* scores, int64_t count, float& highest, float& total, float* sums) {
+    const int64_t padded = (count + VT_LANES - 1) / VT_LANES * VT_LANES;
+    for (int64_t t = count; t < padded; ++t) scores[t] = -1e30f;
+    Vec top = vec(scores);
+    for (int64_t t = VT_LANES; t < padded; t += VT_LANES) top = vec(scores + t) > top ? vec(scores + t) : top;
+    float lane[VT_LANES];
+    vec(lane) = top;
+    float now = highest;
+    for (int i = 0; i < VT_LANES; ++i) now = lane[i] > now ? lane[i] : now;
+    Vec part = {};
     for (int64_t t = 0; t < padded; t += VT_LANES) {
-        Vec x = vec(scores + t) - highest;
+        Vec x = vec(scores + t) - now;
         exp_lanes(x);
         vec(scores + t) = x;
-        total += x;
+        part += x;
     }
-    return sum_lanes(total);
+    Vec fade = (highest - now) - Vec{};
+    exp_lanes(fade);
+    vec(lane) = fade;
+    total = total * lane[0] + sum_lanes(part);
+    highest = now;
+    if (lane[0] != 1.0f) {
+        for (int i = 0; i < NV; ++i) vec(sums + i * VT_LANES) *= fade;
+    }
 }
 
-// NV vectors per head. Queries q[group] against every key, then the weighted values. scores: [group, stride].
-template <int NV>
-VT_TARGET static void attend(const Task& task, float* scores, int64_t stride) {
+// Adds the weighted values of up to 8 tokens to V vectors of each of Q queries.
+template <int NV, int Q, int V>
+VT_TARGET static inline void add_values(const float* weights, const float* values, const int64_t* places, int64_t count, float* sums) {
     constexpr int kSize = NV * VT_LANES;
-    constexpr int kTogether = NV <= 4 ? 4 : (NV <= 8 ? 2 : 1);  // query heads whose sums stay in registers
-    const int64_t token_stride = task.kv_heads * kSize;
-    for (int64_t first = 0, page = 0; first < task.length; first += task.page_size, ++page) {
-        const int64_t count = std::min(task.page_size, task.length - first);
-        const float* key = task.keys + task.table[page] * task.page_size * token_stride;
-        for (int64_t t = 0; t < count; ++t, key += token_stride) {
-            Vec k[NV];
-#pragma GCC unroll 16
-            for (int i = 0; i < NV; ++i) k[i] = vec(key + i * VT_LANES);
-            for (int64_t g = 0; g < task.group; ++g) {
-                const float* q = task.q + g * kSize;
-                Vec dot = vec(q) * k[0];
-#pragma GCC unroll 16
-                for (int i = 1; i < NV; ++i) dot += vec(q + i * VT_LANES) * k[i];
-                scores[g * stride + first + t] = sum_lanes(dot) * task.scale;
-            }
+    Vec kept[Q][V];
+#pragma GCC unroll 8
+    for (int g = 0; g < Q; ++g) {
+#pragma GCC unroll 8
+        for (int i = 0; i < V; ++i) kept[g][i] = vec(sums + g * kSize + i * VT_LANES);
+    }
+    for (int64_t t = 0; t < count; ++t) {
+        const float* value = values + places[t];
+        Vec v[V];
+#pragma GCC unroll 8
+        for (int i = 0; i < V; ++i) v[i] = vec(value + i * VT_LANES);
+#pragma GCC unroll 8
+        for (int g = 0; g < Q; ++g) {
+            const Vec weight = weights[g * kBlock + t] - Vec{};
+#pragma GCC unroll 8
+            for (int i = 0; i < V; ++i) kept[g][i] = VT_FMA(v[i], weight, kept[g][i]);
         }
     }
-    for (int64_t g0 = 0; g0 < task.group; g0 += kTogether) {
-        const int64_t heads = std::min<int64_t>(kTogether, task.group - g0);
-        Vec sums[kTogether][NV] = {};
-        float totals[kTogether];
-        for (int64_t g = 0; g < heads; ++g) totals[g] = softmax_row(scores + (g0 + g) * stride, task.length);
-        for (int64_t first = 0, page = 0; first < task.length; first += task.page_size, ++page) {
-            const int64_t count = std::min(task.page_size, task.length - first);
-            const float* value = task.values + task.table[page] * task.page_size * token_stride;
-            for (int64_t t = 0; t < count; ++t, value += token_stride) {
-#pragma GCC unroll 4
-                for (int g = 0; g < kTogether; ++g) {
-                    const float weight = g < heads ? scores[(g0 + g) * stride + first + t] : 0.0f;
-#pragma GCC unroll 16
-                    for (int i = 0; i < NV; ++i) sums[g][i] += vec(value + i * VT_LANES) * weight;
-                }
-            }
+#pragma GCC unroll 8
+    for (int g = 0; g < Q; ++g) {
+#pragma GCC unroll 8
+        for (int i = 0; i < V; ++i) vec(sums + g * kSize + i * VT_LANES) = kept[g][i];
+    }
+}
+
+template <int NV, int Q>
+VT_TARGET static inline void add_columns(const float* weights, const float* values, const int64_t* places, int64_t count, float* sums) {
+    constexpr int V = 8 / Q < NV ? 8 / Q : NV, kWhole = NV / V * V;
+    for (int i = 0; i < kWhole; i += V) add_values<NV, Q, V>(weights, values + i * VT_LANES, places, count, sums + i * VT_LANES);
+    for (int i = kWhole; i < NV; ++i) add_values<NV, Q, 1>(weights, values + i * VT_LANES, places, count, sums + i * VT_LANES);
+}
+
+// Queries [begin, end) of the scratch meet the tokens at `places`, `count` of which are real. Eight tokens at a time: their
+// keys or values stay in the first cache while the queries pass by.
+template <int NV>
+VT_TARGET static void meet(const Task& task, int64_t begin, int64_t end, const int64_t* places, int64_t count) {
+    constexpr int kSize = NV * VT_LANES;
+    const Scratch& s = task.scratch;
+    for (int64_t t = 0; t < count; t += 8) {
+#ifdef PF
+        for (int64_t ahead = t; ahead < t + 8; ++ahead) {
+            if (ahead + 8 < count) for (int i = 0; i < kSize; i += 16) __builtin_prefetch(task.keys + places[ahead + 8] + i, 0, 3);
+            for (int i = 0; i < kSize; i += 16) __builtin_prefetch(task.values + places[ahead] + i, 0, 2);
         }
-        for (int64_t g = 0; g < heads; ++g) {
-            for (int i = 0; i < NV; ++i) vec(task.out + (g0 + g) * kSize + i * VT_LANES) = sums[g][i] / totals[g];
+#endif
+        int64_t g = begin;
+        for (; g + 2 <= end; g += 2) {
+            score<NV, 2>(s.q + g * kSize, task.keys, places + t, s.scores + g * kBlock + t);
+            score<NV, 2>(s.q + g * kSize, task.keys, places + t + 4, s.scores + g * kBlock + t + 4);
+        }
+        if (g < end) score<NV, 1>(s.q + g * kSize, task.keys, places + t, s.scores + g * kBlock + t);
+    }
+    for (int64_t g = begin; g < end; ++g) weigh<NV>(s.scores + g * kBlock, count, s.highest[g], s.totals[g], s.sums + g * kSize);
+    for (int64_t t = 0; t < count; t += 8) {
+        const int64_t some = std::min<int64_t>(8, count - t);
+        const float* w = s.scores + t;
+        int64_t g = begin;
+        for (; g + 4 <= end; g += 4) add_columns<NV, 4>(w + g * kBlock, task.values, places + t, some, s.sums + g * kSize);
+        for (; g + 2 <= end; g += 2) add_columns<NV, 2>(w + g * kBlock, task.values, places + t, some, s.sums + g * kSize);
+        if (g < end) add_columns<NV, 1>(w + g * kBlock, task.values, places + t, some, s.sums + g * kSize);
+    }
+}
+
+template <int NV>
+VT_TARGET static void attend(const Task& task) {
+    constexpr int kSize = NV * VT_LANES;
+    const Scratch& s = task.scratch;
+    const int64_t group = task.group;
+    int64_t longest = 0;
+    for (int64_t n = 0; n < task.num_rows; ++n) {
+        const float* q = task.rows[n].q;
+        for (int64_t i = 0; i < group * kSize; ++i) s.q[n * group * kSize + i] = q[i] * task.scale;
+        longest = std::max(longest, task.rows[n].length);
+    }
+    for (int64_t g = 0; g < task.num_rows * group; ++g) {
+        s.highest[g] = -1e38f;  // what is below it by a score still is a number
+        s.totals[g] = 0.0f;
+    }
+    std::fill(s.sums, s.sums + task.num_rows * group * kSize, 0.0f);
+    int64_t places[kBlock];
+    for (int64_t first = 0; first < longest; first += kBlock) {
+        for (int64_t n = 0, end; n < task.num_rows; n = end) {
+            end = n + 1;
+            const int64_t count = std::min(kBlock, task.rows[n].length - first);
+            if (count <= 0) continue;
+            while (end < task.num_rows && task.rows[end].shared >= first + kBlock) ++end;
+            find_places(task, task.rows[n].table, first, count, kSize, places);
+            meet<NV>(task, n * group, end * group, places, count);
+        }
+    }
+    for (int64_t n = 0; n < task.num_rows; ++n) {
+        for (int64_t g = 0; g < group; ++g) {
+            const float* sums = s.sums + (n * group + g) * kSize;
+            for (int i = 0; i < NV; ++i) {
+                vec(task.rows[n].out + g * kSize + i * VT_LANES) = vec(sums + i * VT_LANES) / s.totals[n * group + g];
+            }
         }
     }
 }
 
-VT_TARGET static void run(const Task& task, int64_t size, float* scores, int64_t stride) {
+VT_TARGET static void run(const Task& task, int64_t size) {
     switch (size / VT_LANES) {
-        case 1: return attend<1>(task, scores, stride);
-        case 2: return attend<2>(task, scores, stride);
-        case 4: return attend<4>(task, scores, stride);
-        case 5: return attend<5>(task, scores, stride);
-        case 6: return attend<6>(task, scores, stride);
-        case 8: return attend<8>(task, scores, stride);
-        case 10: return attend<10>(task, scores, stride);
-        case 12: return attend<12>(task, scores, stride);
-        case 16: return attend<16>(task, scores, stride);
-        case 32: return attend<32>(task, scores, stride);
+        case 1: return attend<1>(task);
+        case 2: return attend<2>(task);
+        case 4: return attend<4>(task);
+        case 5: return attend<5>(task);
+        case 6: return attend<6>(task);
+        case 8: return attend<8>(task);
+        case 10: return attend<10>(task);
+        case 12: return attend<12>(task);
+        case 16: return attend<16>(task);
+        case 32: return attend<32>(task);
     }
 }

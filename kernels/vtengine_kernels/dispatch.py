@@ -32,11 +32,13 @@ def report() -> list[Availability]:
         ),
         Availability("patchify", "ref", True, "numpy, one thread"),
         _triton("patchify"),  # for images that are brought to a GPU, where it is the only one
+        *_installed("prefix_attention"),
         _native(
             "prefix_attention", "decoding copies and pads its keys and values: 1.5 to 2 times slower at 64 requests"
         ),
         _triton("prefix_attention"),
         Availability("prefix_attention", "ref", True, "torch"),
+        *_installed("paged_prefill"),
         _triton("paged_prefill"),
         Availability("paged_prefill", "ref", True, "torch; the engine gathers pages instead"),
         _triton("kv_store"),
@@ -96,6 +98,15 @@ def _flash(op: str) -> Availability:
     return Availability(
         op, "flash", reason is None, reason or "torch's variable-length flash kernels, float16, bfloat16"
     )
+
+
+def _installed(op: str) -> list[Availability]:
+    """Paged attention of other packages."""
+    from vtengine_kernels import flash_attn3, flashinfer_paged
+
+    modules = {"flash": (flash_attn3, "flash-attn 3"), "flashinfer": (flashinfer_paged, "FlashInfer")}
+    found = {name: (module.missing(), f"{says}, float16, bfloat16") for name, (module, says) in modules.items()}
+    return [Availability(op, name, reason is None, reason or says) for name, (reason, says) in found.items()]
 
 
 def _rows(op: str) -> list[Availability]:

@@ -22,8 +22,8 @@ def test_report_names_every_implementation():
     report = dispatch.report()
     assert {(entry.op, entry.impl) for entry in report} == {
         *(("patchify", impl) for impl in ("cpu", "ref", "triton")),
-        *(("prefix_attention", impl) for impl in ("cpu", "triton", "ref")),
-        *(("paged_prefill", impl) for impl in ("triton", "ref")),
+        *(("prefix_attention", impl) for impl in ("flash", "flashinfer", "cpu", "triton", "ref")),
+        *(("paged_prefill", impl) for impl in ("flash", "flashinfer", "triton", "ref")),
         *(("kv_store", impl) for impl in ("triton", "torch", "ref")),
         *(("shared_prefix_attention", impl) for impl in ("flash", "tiles", "ref")),
         *(("layer_ops", impl) for impl in ("cpu", "torch")),

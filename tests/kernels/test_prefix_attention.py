@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torch.nn import functional as F
 from vtengine_kernels import library
-from vtengine_kernels.prefix_attention import native, prefix_attention, ref
+from vtengine_kernels.prefix_attention import Crossover, Siblings, native, prefix_attention, ref
 from vtengine_kernels.prefix_attention.cases import CASES, Case
 
 CPU = pytest.mark.skipif(native.missing() is not None, reason=f"no C++ library: {native.missing()}")
@@ -85,3 +87,104 @@ def test_bad_arguments_are_named():
         prefix_attention(q.double(), keys, values, tables, lengths)
     with pytest.raises(ValueError, match="impl"):
         prefix_attention(q, keys, values, tables, lengths, impl="gpu")
+
+
+def forest(seed, shape, most=170):
+    """Tensors of rows whose page tables are paths in a random tree, and those paths."""
+    generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
+    heads, kv_heads, size, page_size = shape
+    tables, num_pages = [], 0
+    for _ in range(chance.randint(1, 20)):
+        parent = chance.choice(tables) if tables and chance.random() < 0.8 else []
+        kept = chance.choice((len(parent), chance.randint(0, len(parent))))
+        own = chance.randint(0 if kept else 1, max(1, (most - kept * page_size) // page_size))
+        tables.append(parent[:kept] + list(range(num_pages, num_pages + own)))
+        num_pages += own
+    width = max(map(len, tables))
+    # a length may end anywhere in the table, a shared page included: tokens of one row come as rows of their own
+    lengths = torch.tensor([chance.randint(max(1, len(t) * page_size - 70), len(t) * page_size) for t in tables])
+    keys, values = (torch.randn(num_pages, page_size, kv_heads, size, generator=generator) for _ in range(2))
+    q = 2 * torch.randn(len(tables), heads, size, generator=generator)
+    padded = torch.tensor([table + [0] * (width - len(table)) for table in tables])
+    return (q, keys, values, padded, lengths), tables
+
+
+SHAPES = ((4, 2, 64, 16), (7, 1, 16, 5), (28, 4, 128, 16), (3, 3, 80, 1), (80, 2, 32, 64))
+
+
+@CPU
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_siblings_change_no_bit(isa, shape):
+    if isa not in library.isas():
+        pytest.skip(f"this machine has no {isa}")
+    shared_anything = 0
+    before = torch.get_num_threads()
+    for seed in range(12):
+        tensors, tables = forest(seed, shape)
+        scale = shape[2] ** -0.5
+        plain = native.prefix_attention(*tensors, scale, isa=isa)
+        assert (plain - truth(*tensors)).abs().max() < 1e-5
+        siblings = Siblings.of(tables, shape[3], Crossover())
+        shared_anything += siblings is not None and int(siblings.shared.max()) >= 64
+        try:
+            for threads in (1, 3):  # which cut the rows differently
+                torch.set_num_threads(threads)
+                assert torch.equal(native.prefix_attention(*tensors, scale, siblings, isa=isa), plain)
+        finally:
+            torch.set_num_threads(before)
+    assert shared_anything > 2
+
+
+@CPU
+def test_a_row_has_the_same_bits_in_any_company():
+    tensors, tables = forest(3, SHAPES[0])
+    q, keys, values, padded, lengths = tensors
+    together = prefix_attention(*tensors, Siblings.of(tables, 16, Crossover()))
+    for row in range(len(q)):
+        one = slice(row, row + 1)
+        assert torch.equal(prefix_attention(q[one], keys, values, padded[one], lengths[one])[0], together[row])
+
+
+def test_siblings_are_those_with_equal_beginnings():
+    for seed in range(30):
+        _, tables = forest(seed, SHAPES[1])
+        found = Siblings.of(tables, 5, Crossover())
+        best = [max((equal(a, b) for b in tables if b is not a), default=0) for a in tables]
+        if found is None:
+            assert not any(best)
+            continue
+        order, shared = found.order.tolist(), found.shared.tolist()
+        assert sorted(order) == list(range(len(tables))) and shared[0] == 0
+        for n in range(1, len(order)):
+            assert shared[n] == 5 * equal(tables[order[n - 1]], tables[order[n]])
+        for n, row in enumerate(order):  # nobody stands away from the row that it shares most with
+            assert max(shared[n : n + 2]) == 5 * best[row]
+
+
+def equal(a, b):
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@pytest.mark.parametrize(
+    ("shared", "kept"),
+    [
+        ([0, 90, 90], [0, 90, 90]),  # three share enough
+        ([0, 90], [0, 0]),  # two would have to share 100
+        ([0, 50, 200, 60, 90, 40, 99], [0, 0, 200, 0, 0, 0, 0]),
+        ([0, 100, 90, 80, 80], [0, 100, 90, 80, 80]),
+        ([0], [0]),
+        ([], []),
+    ],
+)
+def test_too_little_is_not_shared(shared, kept):
+    Crossover((2, 3), (100, 80)).drop_small(shared)
+    assert shared == kept
+    assert Siblings.of([[1, 2], [1, 3]], 16, Crossover((2,), (17,))) is None
+    assert Siblings.of([[1, 2], [1, 3]], 16, Crossover((), ())) is None
+
+
+def test_siblings_must_be_of_the_same_rows():
+    tensors = CASES["siblings"].tensors()
+    with pytest.raises(ValueError, match="siblings of 2 rows"):
+        prefix_attention(*tensors, Siblings(torch.arange(2), torch.zeros(2, dtype=torch.int64)))

@@ -72,6 +72,16 @@ def test_report_fills_and_is_then_quiet(repo_root: Path, tmp_path: Path) -> None
     assert "12,346" not in text and "old" not in text and "0123456789" in text
 
 
+def test_report_writes_what_the_product_reads(repo_root: Path, tmp_path: Path) -> None:
+    report = load(repo_root, "report")
+    root = project(tmp_path, "", {**RESULT, "data": {"measured.json": {"siblings": [2], "tokens": [64]}}})
+    assert report.update(root, check=True) == ["measured.json"]
+    assert report.update(root, check=False) == ["measured.json"]
+    assert report.update(root, check=True) == []
+    found = json.loads((root / "measured.json").read_text(encoding="utf-8"))
+    assert found["tokens"] == [64] and "benchmarks/results/demo.json" in found["source"]
+
+
 def test_report_without_columns_shows_all_plain_ones(repo_root: Path, tmp_path: Path) -> None:
     root = project(tmp_path, "<!-- results:demo -->\n<!-- /results -->\n")
     load(repo_root, "report").update(root, check=False)

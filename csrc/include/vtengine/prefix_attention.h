@@ -11,11 +11,16 @@
 extern "C" {
 #endif
 
+// Tokens that are taken together, from a multiple of it on; rows share whole blocks only.
+#define VT_PREFIX_ATTENTION_BLOCK 64
+
 // Row n: heads query heads of `size` floats at q + n * q_stride, over tokens 0 .. lengths[n] - 1, which lie in pages
 // tables[n * table_stride + token / page_size]. Keys and values: [pages, page_size, kv_heads, size]. out: [rows, heads, size].
+// order, shared (both or neither, else null): rows in an order in which the n-th has its first shared[n] tokens in the same
+// pages as the one before it. They change the time, never the result.
 typedef struct vt_prefix_attention_args {
     const float *q, *keys, *values;
-    const int64_t *tables, *lengths;
+    const int64_t *tables, *lengths, *order, *shared;
     float* out;
     int64_t rows, heads, kv_heads, size, page_size, q_stride, table_stride;
     float scale;
@@ -23,7 +28,7 @@ typedef struct vt_prefix_attention_args {
 } vt_prefix_attention_args;
 
 // size must be a multiple of 16, at most 256. Thread-safe. Returns a vt_status.
-VT_API int32_t vt_prefix_attention(const vt_prefix_attention_args* args);
+VT_API int32_t vt_prefix_attention_shared(const vt_prefix_attention_args* args);
 
 #ifdef __cplusplus
 }

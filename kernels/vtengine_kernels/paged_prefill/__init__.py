@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vtengine_kernels.dispatch import select
-from vtengine_kernels.paged_prefill import ref, triton
+from vtengine_kernels.paged_prefill import flash, flashinfer, ref, triton
 
-Impl = Literal["auto", "triton", "ref"]
+Impl = Literal["auto", "flash", "flashinfer", "triton", "ref"]
 
-_IMPLS: dict[str, ModuleType] = {"triton": triton, "ref": ref}
+_IMPLS: dict[str, ModuleType] = {"flash": flash, "flashinfer": flashinfer, "triton": triton, "ref": ref}
 
 __all__ = ["Impl", "available", "paged_prefill"]
 
@@ -36,8 +36,11 @@ def paged_prefill(
 
     tables int64 [N, P], lengths int64 [N], offsets int64 [N + 1] from 0 to T; longest: most queries of a row, on the
     host. Every row has at least one query and no more than its length; lengths fit the tables (not checked, nor are
-    page numbers). What lies beyond a length may hold anything, NaN too. "triton": CUDA, 16-bit and float32, head sizes
-    up to 128. "ref": all. ValueError: shapes or dtypes that do not fit. RuntimeError: `impl` is not available here.
+    page numbers). What lies beyond a length may hold anything, NaN too.
+
+    "flash", "flashinfer": CUDA, 16 bits, where these packages are installed. "triton": CUDA, 16-bit and float32, head
+    sizes up to 128. "ref": all.
+    ValueError: shapes or dtypes that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, keys, values, tables, lengths, offsets)
     module = select("paged_prefill", impl, _IMPLS, keys)

@@ -1,7 +1,10 @@
 """prefix_attention: each row is one query token over the cached keys and values of its own sequence.
 
 Row n attends over tokens 0 .. lengths[n] - 1; token t lies in page tables[n, t // page_size] at t % page_size. Query
-head h reads key head h * Hkv // Hq. Rows may share pages: siblings of a group read one prompt.
+head h reads key head h * Hkv // Hq. Rows may share pages: siblings of a group read one prompt, and `Siblings` says
+which rows these are, so that what they share is read once for all of them. With whom a row shares changes the time and
+never a bit of its result, so a sample does not depend on what else is in the batch. "cpu": nor does it change a bit
+whether siblings are given at all.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ import torch
 from torch import Tensor
 
 from vtengine_kernels.dispatch import select
-from vtengine_kernels.prefix_attention import native, ref, triton
+from vtengine_kernels.prefix_attention import flash, flashinfer, native, ref, triton
+from vtengine_kernels.prefix_attention.siblings import Crossover, Siblings
 
-Impl = Literal["auto", "triton", "cpu", "ref"]
+Impl = Literal["auto", "flash", "flashinfer", "triton", "cpu", "ref"]
 
-_IMPLS: dict[str, ModuleType] = {"triton": triton, "cpu": native, "ref": ref}
+_IMPLS: dict[str, ModuleType] = {"flash": flash, "flashinfer": flashinfer, "triton": triton, "cpu": native, "ref": ref}
+_SHARING = {name: _IMPLS[name] for name in ("triton", "cpu", "ref")}
 
-__all__ = ["Impl", "available", "prefix_attention"]
+__all__ = ["Crossover", "Impl", "Siblings", "available", "capturable", "crossover", "prefix_attention"]
 
 
 def available(keys: Tensor) -> bool:
@@ -27,20 +32,39 @@ def available(keys: Tensor) -> bool:
     return select("prefix_attention", "auto", _IMPLS, keys) is not ref
 
 
+def crossover(keys: Tensor) -> Crossover | None:
+    """From where on impl "auto" gains by knowing siblings, as measured; None: it was not, or it does not."""
+    module = select("prefix_attention", "auto", _SHARING, keys)
+    return Crossover.measured(next(name for name, known in _SHARING.items() if known is module))
+
+
+def capturable(keys: Tensor) -> Impl | None:
+    """The implementation for a CUDA graph with keys like these: one that reads nothing back; None: there is none."""
+    names: tuple[Impl, ...] = ("flash", "triton")
+    return next((n for n in names if keys.is_cuda and _IMPLS[n].missing() is None and _IMPLS[n].takes(keys)), None)
+
+
 def prefix_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, *, impl: Impl = "auto"
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, siblings: Siblings | None = None,
+    *, impl: Impl = "auto",
+) -> Tensor:  # fmt: skip
     """q [N, Hq, D], keys and values [pages, page_size, Hkv, D], tables int64 [N, P], lengths int64 [N] -> [N, Hq, D].
 
-    The scale is 1 / sqrt(D). Lengths are at least 1 and fit their tables (not checked, nor are page numbers). Keys,
-    values and tables are contiguous in all but the first dimension; what lies beyond a length may hold anything, NaN
-    too. "triton": CUDA, 16-bit and float32. "cpu": float32, head sizes 16, 32, 64, 80, 96, 128, 256. "ref": all.
+    The scale is 1 / sqrt(D). siblings: of these rows. Lengths are at least 1 and fit their tables (not checked, nor are
+    page numbers). Keys, values and tables are contiguous in all but the first dimension; what lies beyond a length may
+    hold anything, NaN too.
+
+    "flash", "flashinfer": CUDA, 16 bits, where these packages are installed; they know no siblings, so "auto" takes
+    another where there are some. "triton": CUDA, 16-bit and float32. "cpu": float32, head sizes 16, 32, 64, 80, 96,
+    128, 256. "ref": all.
     ValueError: shapes or dtypes that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, keys, values, tables, lengths)
+    if siblings is not None and not len(siblings.order) == len(siblings.shared) == len(q):
+        raise ValueError(f"siblings of {len(siblings.order)} rows: must be of the {len(q)} rows of q")
     scale = q.shape[2] ** -0.5
-    module = select("prefix_attention", impl, _IMPLS, keys)
-    return module.prefix_attention(q, keys, values, tables, lengths, scale)
+    module = select("prefix_attention", impl, _SHARING if impl == "auto" and siblings is not None else _IMPLS, keys)
+    return module.prefix_attention(q, keys, values, tables, lengths, scale, siblings)
 
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> None:

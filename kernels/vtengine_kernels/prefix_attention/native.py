@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from vtengine_kernels import library
+from vtengine_kernels.prefix_attention.siblings import Siblings
 
 HEAD_SIZES = (16, 32, 64, 80, 96, 128, 256)
 
 
 class _Args(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "tables", "lengths", "out")),
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "tables", "lengths", "order", "shared", "out")),
         *(
             (name, ctypes.c_int64)
             for name in ("rows", "heads", "kv_heads", "size", "page_size", "q_stride", "table_stride")
@@ -29,7 +30,7 @@ class _Args(ctypes.Structure):
 @functools.cache
 def missing() -> str | None:
     """Why there is no such function here, or None."""
-    return library.missing("vt_prefix_attention")
+    return library.missing("vt_prefix_attention_shared")
 
 
 def takes(keys: Tensor) -> bool:
@@ -38,7 +39,14 @@ def takes(keys: Tensor) -> bool:
 
 
 def prefix_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float, isa: str = "auto"
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    siblings: Siblings | None = None,
+    isa: str = "auto",
 ) -> Tensor:
     """Contract: the package's docstring. Threads: torch's. RuntimeError: this machine lacks `isa` (for tests)."""
     if q.stride()[1:] != (q.shape[2], 1):
@@ -50,6 +58,8 @@ def prefix_attention(
         values.data_ptr(),
         tables.data_ptr(),
         lengths.data_ptr(),
+        None if siblings is None else siblings.order.data_ptr(),
+        None if siblings is None else siblings.shared.data_ptr(),
         out.data_ptr(),
         q.shape[0],
         q.shape[1],
@@ -62,7 +72,7 @@ def prefix_attention(
         library.ISAS[isa],
         torch.get_num_threads(),
     )
-    status = library.load().vt_prefix_attention(ctypes.byref(args))
+    status = library.load().vt_prefix_attention_shared(ctypes.byref(args))
     if status == 2:
         raise MemoryError("prefix_attention: out of memory")
     if status:

@@ -14,8 +14,11 @@ def takes(keys: Tensor) -> bool:
     return True
 
 
-def prefix_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """Contract: the package's docstring. Works in the dtype of q."""
+def prefix_attention(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float, siblings: object = None
+) -> Tensor:
+    """Contract: the package's docstring. Works in the dtype of q; siblings make no difference."""
+    del siblings
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     group = q.shape[1] // keys.shape[2]
     for row, length in enumerate(lengths.tolist()):

@@ -1,6 +1,7 @@
 """The Triton implementation: one program per row and key head, online softmax over blocks of tokens.
 
-Not split over a row's length: made for batches of rows, where there are programs enough. Runs on the CPU too, under
+Not split over a row's length: made for batches of rows, where there are programs enough. With siblings: `split`.
+Runs on the CPU too, under
 TRITON_INTERPRET=1 (set before triton is imported).
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vtengine_kernels.prefix_attention import split
+from vtengine_kernels.prefix_attention.siblings import Siblings
 from vtengine_kernels.triton_runtime import interpreted, missing
 
 if missing() is None:
@@ -79,8 +82,21 @@ def blocks(group: int, size: int) -> dict[str, int]:
     }
 
 
-def prefix_attention(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def prefix_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    siblings: Siblings | None = None,
+) -> Tensor:
     """Contract: the package's docstring. All on one device; float16, bfloat16 or float32."""
+    if siblings is not None:
+        work = siblings.work
+        if work is None:
+            work = split.work(siblings, lengths.cpu().numpy(), q.device)
+        return split.split_attention(q, keys, values, tables, lengths, scale, work)
     if q.stride()[1:] != (q.shape[2], 1):
         q = q.contiguous()
     rows, heads, size = q.shape

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from vtengine_kernels.kv_store import kv_store
 from vtengine_kernels.paged_prefill import available as prefill_available
 from vtengine_kernels.paged_prefill import paged_prefill
-from vtengine_kernels.prefix_attention import available, prefix_attention
+from vtengine_kernels.prefix_attention import Siblings, available, prefix_attention
 
+from vtengine.engine.embedded.families import Families
 from vtengine.model.attention import PackedCausal
 
 # Rows of one batched call may pad its keys to at most this many times the shortest row.
@@ -62,23 +63,25 @@ class RowLayout:
     """Where the rows of a pass lie. All int64 arrays over rows [N]; pages [N, P] holds each row's page table.
 
     begin: the first token of the row in the packed pass. count: tokens of the row. length: cached prefix + count.
+    held: the same page tables as the sequences hold them.
     """
 
     begin: np.ndarray
     count: np.ndarray
     length: np.ndarray
     pages: np.ndarray
+    held: list[list[int]]
 
 
 class PagedAttention:
     """Each row by the cheapest way there is.
 
     Rows without a cached prefix: plain causal attention. Single tokens and short rows: the `prefix_attention` kernel,
-    which reads pages in place. Long rows: `paged_prefill`, in place too, where it has a kernel (CUDA). The rest:
-    gathered pages, then scaled_dot_product_attention.
+    which reads pages in place, those of siblings once for all of them. Long rows: `paged_prefill`, in place too, where
+    it has a kernel (CUDA). The rest: gathered pages, then scaled_dot_product_attention.
     """
 
-    def __init__(self, cache: KVCache, layout: RowLayout, slots: Tensor, scratch: Scratch) -> None:
+    def __init__(self, cache: KVCache, layout: RowLayout, slots: Tensor, scratch: Scratch, families: Families) -> None:
         self._cache = cache
         self._slots = slots
         self._scratch = scratch
@@ -86,7 +89,7 @@ class PagedAttention:
         self._fresh = _Fresh.plan(layout, fresh, slots.device) if len(fresh) else None
         cached = (layout.length > layout.count) | (layout.count == 1)
         short = cached & (layout.count <= SHORT_ROW_TOKENS) & available(cache.keys[0])
-        self._short = _Short.plan(layout, np.flatnonzero(short), slots.device) if short.any() else None
+        self._short = _Short.plan(layout, np.flatnonzero(short), slots.device, families) if short.any() else None
         long = cached & ~short & prefill_available(cache.keys[0])
         self._long = _Long.plan(layout, np.flatnonzero(long), slots.device) if long.any() else None
         groups = _group(layout, np.flatnonzero(cached & ~short & ~long))
@@ -137,22 +140,25 @@ class _Short:
     tokens: Tensor
     tables: Tensor
     lengths: Tensor
+    siblings: Siblings | None
     whole: bool
 
     @staticmethod
-    def plan(layout: RowLayout, rows: np.ndarray, device: torch.device) -> _Short:
+    def plan(layout: RowLayout, rows: np.ndarray, device: torch.device, families: Families) -> _Short:
         count = layout.count[rows]
         if (count == 1).all():
-            tokens, tables, lengths = layout.begin[rows], layout.pages[rows], layout.length[rows]
+            row, tokens, lengths = rows, layout.begin[rows], layout.length[rows]
         else:
             row, tokens = np.repeat(rows, count), _tokens(layout, rows)
-            tables = layout.pages[row]
             lengths = (layout.length - layout.count)[row] + tokens - layout.begin[row] + 1
-        whole = len(tokens) == int(layout.count.sum())
-        return _Short(_tensor(tokens, device), _tensor(tables, device), _tensor(lengths, device), whole)
+        siblings = families.of([layout.held[n] for n in row])
+        if siblings is not None and device.type == "cuda":
+            siblings = siblings.with_work(lengths, device)
+        at, tables, seen = (_tensor(array, device) for array in (tokens, layout.pages[row], lengths))
+        return _Short(at, tables, seen, siblings, whole=len(tokens) == int(layout.count.sum()))
 
     def attend(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
-        return prefix_attention(q, cache.keys[layer], cache.values[layer], self.tables, self.lengths)
+        return prefix_attention(q, cache.keys[layer], cache.values[layer], self.tables, self.lengths, self.siblings)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ class EngineConfig:
     """num_pages: pages of the KV pool; None: as many as fit kv_bytes.
 
     max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that hold
-    pages at once. resume False: no prefix and no visual feature is ever reused (for measurements). device: None is the
-    model's. num_threads: torch threads of the engine's worker; None leaves them as they are. max_chunks_per_s: of all
-    streams together; where tokens come faster, several share one (the first and the last never wait); None: no limit.
+    pages at once. resume False: no prefix and no visual feature is ever reused (for measurements). share_prefix:
+    whether decoding siblings read the pages that they have in common once for all of them, which changes the time and
+    no sample; None: where a measurement says that it pays. device: None is the model's. num_threads: torch threads of
+    the engine's worker; None leaves them as they are. max_chunks_per_s: of all streams together; where tokens come
+    faster, several share one (the first and the last never wait); None: no limit.
     """
 
     page_size: int = 16
@@ -24,6 +26,7 @@ class EngineConfig:
     max_running: int = 64
     vision_cache_bytes: int = GIB // 4
     resume: bool = True
+    share_prefix: bool | None = None
     device: str | None = None
     num_threads: int | None = None
     max_chunks_per_s: float | None = None

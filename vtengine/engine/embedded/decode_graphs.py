@@ -2,18 +2,21 @@
 
 A graph reads and writes fixed memory, so a step's ids, positions, slots and page tables are copied into buffers that
 live as long as the engine. A batch is filled up to the next captured size with rows that write to a page of their own,
-which no sequence has.
+which no sequence has. Where rows are to be attended to as siblings, what their kernel is to do is one more such buffer,
+and a graph is captured for each power of two of its items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from vtengine_kernels.prefix_attention import available, prefix_attention
+from vtengine_kernels.prefix_attention import Impl, Siblings, capturable, prefix_attention
+from vtengine_kernels.prefix_attention.split import ROWS, SPAN, items
 
 if TYPE_CHECKING:
     from vtengine.engine.embedded.attention import KVCache, RowLayout
@@ -41,20 +44,23 @@ class DecodeGraphs:
         self._slots = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._lengths = torch.ones(max_rows, dtype=torch.int64, device=device)
         self._tables = torch.zeros(max_rows, pages, dtype=torch.int64, device=device)
-        self._replays: dict[int, Callable[[], Tensor]] = {}
+        self._work = torch.full((max_rows * -(-MAX_CONTEXT_TOKENS // SPAN), 1 + ROWS), -1, device=device)
+        self._impl: Impl = capturable(cache.keys[0]) or "auto"
+        self._replays: dict[tuple[int, int], Callable[[], Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle() if capture else None
 
     @staticmethod
     def of(model: Qwen2_5_VL, cache: KVCache, max_rows: int) -> DecodeGraphs | None:
         """None where graphs cannot be: on a CPU, and without a kernel that reads pages in place."""
-        is_possible = model.device.type == "cuda" and available(cache.keys[0])
-        return DecodeGraphs(model, cache, max_rows) if is_possible else None
+        return DecodeGraphs(model, cache, max_rows) if capturable(cache.keys[0]) is not None else None
 
     def takes(self, layout: RowLayout) -> bool:
         """Whether every row is one token, and no context is too long."""
         return bool((layout.count == 1).all()) and layout.pages.shape[1] <= self._tables.shape[1]
 
-    def run(self, token_ids: Tensor, positions: Tensor, slots: Tensor, layout: RowLayout) -> Tensor:
+    def run(
+        self, token_ids: Tensor, positions: Tensor, slots: Tensor, layout: RowLayout, siblings: Siblings | None
+    ) -> Tensor:
         """token_ids, slots [N], positions [3, N] -> hidden [N, H], valid until the next call."""
         count = len(token_ids)
         size = next(size for size in self._sizes if size >= count)
@@ -67,24 +73,32 @@ class DecodeGraphs:
         self._slots[count:size] = spare * self._cache.page_size
         self._lengths[count:size] = 1
         self._tables[count:size, 0] = spare
-        return self._replay(size)()[:count]
+        return self._replay(size, 0 if siblings is None else self._set_work(siblings, layout, size))()[:count]
 
-    def _replay(self, size: int) -> Callable[[], Tensor]:
-        replay = self._replays.get(size)
-        if replay is None:
-            replay = self._replays[size] = self._captured(size) if self._capture else lambda: self._forward(size)
-        return replay
+    def _set_work(self, siblings: Siblings, layout: RowLayout, size: int) -> int:
+        """Fills the buffer; returns how much of it a graph is to go through. Rows that fill up a batch get no items."""
+        found = items(siblings, layout.length)
+        padded = min(1 << (max(len(found), size) - 1).bit_length(), len(self._work))
+        self._work[: len(found)].copy_(_tensor(found))
+        self._work[len(found) : padded] = -1
+        return padded
 
-    def _captured(self, size: int) -> Callable[[], Tensor]:
+    def _replay(self, size: int, work: int) -> Callable[[], Tensor]:
+        key = (size, work)
+        if key not in self._replays:
+            self._replays[key] = self._captured(*key) if self._capture else lambda: self._forward(*key)
+        return self._replays[key]
+
+    def _captured(self, size: int, work: int) -> Callable[[], Tensor]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self._forward(size)
+                self._forward(size, work)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            hidden = self._forward(size)
+            hidden = self._forward(size, work)
 
         def replay() -> Tensor:
             graph.replay()
@@ -92,22 +106,32 @@ class DecodeGraphs:
 
         return replay
 
-    def _forward(self, size: int) -> Tensor:
-        attention = _InPlace(self._cache, self._slots[:size], self._tables[:size], self._lengths[:size])
+    def _forward(self, size: int, work: int) -> Tensor:
+        siblings = replace(Siblings.strangers(size), work=self._work[:work]) if work else None
+        attention = _InPlace(
+            self._cache, self._slots[:size], self._tables[:size], self._lengths[:size], siblings, self._impl
+        )
         embeds = self._model.embed(self._token_ids[:size])
         return self._model.decode(embeds, self._positions[:, :size], attention)
 
 
+@dataclass(frozen=True)
 class _InPlace:
     """Attention of single tokens over pages read in place; an attention context (see `vtengine.model.attention`)."""
 
-    def __init__(self, cache: KVCache, slots: Tensor, tables: Tensor, lengths: Tensor) -> None:
-        self._cache, self._slots, self._tables, self._lengths = cache, slots, tables, lengths
+    cache: KVCache
+    slots: Tensor
+    tables: Tensor
+    lengths: Tensor
+    siblings: Siblings | None
+    impl: Impl
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache = self._cache
-        cache.write(layer, self._slots, k, v)
-        return prefix_attention(q, cache.keys[layer], cache.values[layer], self._tables, self._lengths)
+        cache = self.cache
+        cache.write(layer, self.slots, k, v)
+        impl = self.impl if self.siblings is None else "auto"
+        keys, values = cache.keys[layer], cache.values[layer]
+        return prefix_attention(q, keys, values, self.tables, self.lengths, self.siblings, impl=impl)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

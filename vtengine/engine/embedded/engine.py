@@ -62,7 +62,7 @@ class EmbeddedEngine:
             self.pool, self.tree,
             max_batch_tokens=config.max_batch_tokens, max_running=config.max_running, resume=config.resume,
         )  # fmt: skip
-        self.runner = Runner(self.model, cache, self.vision, config.max_running, config.resume)
+        self.runner = Runner(self.model, cache, self.vision, config.max_running, config.resume, config.share_prefix)
         self._stops = StopFinder(tokenizer)
         self._pace = Pace(config.max_chunks_per_s)
         self._live: dict[str, Sequence] = {}

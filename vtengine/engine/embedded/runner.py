@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vtengine.engine.embedded.attention import KVCache, PagedAttention, RowLayout, Scratch, gather_slots
 from vtengine.engine.embedded.decode_graphs import DecodeGraphs
+from vtengine.engine.embedded.families import Families
 from vtengine.engine.embedded.sampler import SamplingPlan, sample
 from vtengine.engine.embedded.vision_cache import FeatureKey, VisionCache
 
@@ -28,7 +29,10 @@ MAX_PATCHES_ELSEWHERE = 16384
 class Runner:
     """Owns the model, the KV tensors, and a table [max_running, P] with the page table of each running sequence."""
 
-    def __init__(self, model: Qwen2_5_VL, cache: KVCache, vision: VisionCache, max_running: int, resume: bool) -> None:
+    def __init__(
+        self, model: Qwen2_5_VL, cache: KVCache, vision: VisionCache, max_running: int, resume: bool,
+        share_prefix: bool | None = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self.cache = cache
         self.vision = vision
@@ -39,8 +43,9 @@ class Runner:
         config = model.config
         self._banned = [i for i in (config.image_token_id, config.video_token_id) if i < config.text.vocab_size]
         self._tables = np.zeros((max_running, 64), dtype=np.int64)
-        self._owners: list[tuple[Sequence | None, int]] = [(None, 0)] * max_running
+        self._synced: list[tuple[list[int] | None, int]] = [(None, 0)] * max_running
         self._scratch = Scratch()
+        self._families = Families.for_cache(cache.keys[0], cache.page_size, share_prefix)
         self.graphs = DecodeGraphs.of(model, cache, max_running)
         self._plan: tuple[tuple[int, ...], SamplingPlan] | None = None
 
@@ -52,10 +57,10 @@ class Runner:
         token_ids, positions = self._inputs(rows)
         features, sampled = self._features(rows), self._sampled_tokens(rows, layout)
         if self.graphs is not None and features is None and self.graphs.takes(layout):
-            hidden = self.graphs.run(token_ids, positions, slots, layout)
+            hidden = self.graphs.run(token_ids, positions, slots, layout, self._families.of(layout.held))
             hidden = hidden if sampled is None else hidden.index_select(0, sampled)
         else:
-            attention = PagedAttention(self.cache, layout, slots, self._scratch)
+            attention = PagedAttention(self.cache, layout, slots, self._scratch, self._families)
             hidden = self.model.decode(self.model.embed(token_ids, features), positions, attention, sampled)
         sequences = [row.sequence for row in rows if row.samples]
         return self._sample(sequences, hidden) if sequences else ([], [])
@@ -65,21 +70,20 @@ class Runner:
         length = np.array([row.start for row in rows], dtype=np.int64) + count
         slots = [self._sync(row.sequence) for row in rows]
         num_pages = -(-int(length.max()) // self.cache.page_size)
-        return RowLayout(np.cumsum(count) - count, count, length, self._tables[slots, :num_pages])
+        held = [row.sequence.pages for row in rows]
+        return RowLayout(np.cumsum(count) - count, count, length, self._tables[slots, :num_pages], held)
 
     def _sync(self, sequence: Sequence) -> int:
         """Brings the sequence's row of the tables up to date; returns its slot."""
-        slot, known = sequence.slot, len(sequence.pages)
-        owner, synced = self._owners[slot]
-        if owner is sequence and synced == known:
-            return slot
-        if known > self._tables.shape[1]:
-            self._tables = np.pad(self._tables, ((0, 0), (0, max(known, self._tables.shape[1]))))
-        if owner is sequence and synced < known:
-            self._tables[slot, synced:known] = sequence.pages[synced:]
-        else:
-            self._tables[slot, :known] = sequence.pages
-        self._owners[slot] = (sequence, known)
+        slot, pages = sequence.slot, sequence.pages
+        owner, synced = self._synced[slot]
+        if owner is not pages:
+            synced = 0
+        if synced < len(pages):
+            if len(pages) > self._tables.shape[1]:
+                self._tables = np.pad(self._tables, ((0, 0), (0, max(len(pages), self._tables.shape[1]))))
+            self._tables[slot, synced : len(pages)] = pages[synced:]
+            self._synced[slot] = (pages, len(pages))
         return slot
 
     def _inputs(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
@@ -198,7 +202,8 @@ class Runner:
         self.vision.clear()
         self.cache.reset()
         self._plan = None
-        self._owners = [(None, 0)] * len(self._owners)
+        self._families.forget()
+        self._synced = [(None, 0)] * len(self._synced)
 
 
 def _text_positions(positions: list[int] | range) -> np.ndarray:
