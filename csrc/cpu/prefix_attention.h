@@ -129,12 +129,6 @@ VT_TARGET static void meet(const Task& task, int64_t begin, int64_t end, const i
     constexpr int kSize = NV * VT_LANES;
     const Scratch& s = task.scratch;
     for (int64_t t = 0; t < count; t += 8) {
-#ifdef PF
-        for (int64_t ahead = t; ahead < t + 8; ++ahead) {
-            if (ahead + 8 < count) for (int i = 0; i < kSize; i += 16) __builtin_prefetch(task.keys + places[ahead + 8] + i, 0, 3);
-            for (int i = 0; i < kSize; i += 16) __builtin_prefetch(task.values + places[ahead] + i, 0, 2);
-        }
-#endif
         int64_t g = begin;
         for (; g + 2 <= end; g += 2) {
             score<NV, 2>(s.q + g * kSize, task.keys, places + t, s.scores + g * kBlock + t);

@@ -21,10 +21,10 @@ WORKSPACE_BYTES = 128 << 20  # as its documentation recommends
 
 def missing() -> str | None:
     """Why it cannot run here, or None."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return "flashinfer is not installed; on a CUDA machine: `pip install flashinfer-python`"
     if not torch.cuda.is_available():
         return "no CUDA device here"
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed: `pip install flashinfer-python`"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is older than its kernels (compute capability 8.0)"
     return None

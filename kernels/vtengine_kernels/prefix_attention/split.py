@@ -58,7 +58,6 @@ if missing() is None:
             row_M = tl.load(item_ptr + 1 + m // GROUP, mask=m < ROWS * GROUP, other=-1)
             real_M = row_M >= 0
             row_M = tl.where(real_M, row_M, first_row)
-            length_M = tl.load(lengths_ptr + row_M)
             head_M = head * GROUP + m % GROUP
             in_MD = real_M[:, None] & (d[None, :] < SIZE)
             at_MD = row_M[:, None] * q_stride + head_M[:, None] * SIZE + d[None, :]
@@ -76,7 +75,7 @@ if missing() is None:
                 in_TD = there_T[:, None] & (d[None, :] < SIZE)
                 k_TD = tl.load(keys_ptr + at_T[:, None] + d[None, :], mask=in_TD, other=0.0)
                 scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee") * scale
-                scores_MT = tl.where(token_T[None, :] < length_M[:, None], scores_MT, float("-inf"))
+                scores_MT = tl.where(there_T[None, :], scores_MT, float("-inf"))
                 new_M = tl.maximum(highest_M, tl.max(scores_MT, axis=1))
                 weights_MT = tl.exp(scores_MT - new_M[:, None])
                 fade_M = tl.exp(highest_M - new_M)
@@ -147,7 +146,7 @@ def blocks(group: int, size: int, itemsize: int) -> dict[str, int]:
     return {
         "BLOCK_M": max(16, _padded(ROWS * group)),
         "BLOCK_D": max(16, _padded(size)),
-        "BLOCK_T": 32 if itemsize == 2 and size <= 128 else 16,
+        "BLOCK_T": 32 if itemsize == 2 and size <= 64 else 16,
     }
 
 
