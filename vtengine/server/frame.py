@@ -54,7 +54,6 @@ class Frame:
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]
         route = path if path in ROUTES else "/v1/models" if path.startswith("/v1/models/") else "other"
-        self.metrics.requests.labels(route, str(status)).inc()
-        self.metrics.request_seconds.labels(route).observe(seconds)
+        self.metrics.note(route, status, seconds)
         shown = ascii(path)[1:-1][:_SHOWN]
         log.info("%s %s %s %d %.3fs", scope["vtengine.request_id"], scope["method"], shown, status, seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -41,6 +42,7 @@ class Metrics:
             "vtengine_time_to_first_token_seconds", "Of each turn, from its submission", ("turn",), buckets=SECONDS,
             registry=self.registry,
         )  # fmt: skip
+        self._requests_with, self._seconds_on = cache(self.requests.labels), cache(self.request_seconds.labels)
         self._cached_tokens, self._prefill_tokens = map(self.prompt_tokens.labels, ("cache", "prefill"))
         self._ttft = [self.ttft_seconds.labels(turn) for turn in "123"]
         self._gauge("requests_running", "Episodes at work", lambda: gate.running_now)
@@ -60,6 +62,11 @@ class Metrics:
         self.completion_tokens.inc(sum(len(one.token_ids) for one in done))
         for index, one in enumerate(done):
             self._ttft[min(index, 2)].observe(one.ttft_s)
+
+    def note(self, route: str, status: int, seconds: float) -> None:
+        """Adds a finished request."""
+        self._requests_with(route, str(status)).inc()
+        self._seconds_on(route).observe(seconds)
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
