@@ -137,6 +137,28 @@ def test_bad_usage_names_field_and_remedy(command, override, message, monkeypatc
     assert message in capsys.readouterr().err
 
 
+def test_a_logger_without_its_package_is_said_before_anything_is_made(command, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(command("none", "toy_reward:low_bytes", 'loggers=["console", "wandb"]')) == 2
+    assert "wandb is missing; pip install 'vtengine[wandb]'" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_logger_that_fails_ends_no_run(command, tmp_path, monkeypatch, caplog) -> None:
+    module = pytest.importorskip("vtengine_training.loggers.tensorboard")
+    pytest.importorskip("tensorboard")
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+    def fail(self: object, row: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.TensorBoard, "log", fail)
+    assert main(command("full", "toy_reward:low_bytes", "steps=2", 'loggers=["tensorboard"]')) == 0
+    assert [row.get("loggers/failed") for row in metrics(tmp_path / "full")] == [None, 1]
+    assert sum("goes on without it" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_metrics_after_a_kill(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     cut_metrics(path, 3)

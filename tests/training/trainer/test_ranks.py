@@ -27,8 +27,8 @@ from vtengine.model import load_model, save_model
 
 REPO = Path(__file__).resolve().parents[3]
 ALONE = {"concurrency": 1}
-TIMED = ("time/", "samples/", "mismatch/", "patches/")
-"""Not the same for every number of ranks: two of them may each encode an image that one would encode once."""
+TIMED = ("time/", "samples/", "mismatch/", "patches/", "tokens/packed")
+"""Not the same for every number of ranks: two of them may each have an image, or a prompt, that one has once."""
 
 
 def free_port() -> int:
@@ -126,6 +126,17 @@ def test_sixteen_bits_in_pieces_stay_near_float32(make_config, ranks, tiny_folde
         assert float(found[f"loss.{bound}"]) == pytest.approx(loss, abs=BF16_TOLERANCE)
     rows = ranks(config, "curve-9")
     assert [row["updates/skipped"] for row in rows] == [0, 0] and all(row["mismatch/abs_diff"] < 0.05 for row in rows)
+
+
+def test_sixteen_bits_with_adapters_in_float32(make_config, ranks) -> None:
+    """Frozen weights in bfloat16 and adapters in float32 lie in the same pieces; the engines read them merged."""
+    config = make_config(dtype="bfloat16", steps=2, lora={"rank": 3}, update={"learning_rate": 1e-2}, rollout=ALONE)
+    rows = ranks(config, "curve-9")
+    assert [row["updates/skipped"] for row in rows] == [0, 0] and all(row["grad_norm"] > 0 for row in rows)
+    assert all(row["mismatch/abs_diff"] < 0.05 for row in rows)
+    folder = find_latest(Path(config.output) / "checkpoints")
+    assert folder is not None
+    assert {x.dtype for x in load_file(folder / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("lora", [{}, {"rank": 3}], ids=["whole", "adapters"])
