@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtengine_kernels.grpo_loss import triton as grpo_loss
+from vtengine_kernels.prefix_attention import split
 from vtengine_kernels.prefix_attention import triton as prefix_attention
 from vtengine_kernels.shared_prefix_attention import merge
 from vtengine_kernels.token_logprob import triton as token_logprob
@@ -81,6 +82,15 @@ def _attention(dtype: str, group: int, size: int) -> Spec:
     return Spec("prefix_attention", prefix_attention, "_prefix_attention_fwd_kernel", variant, types, constants)
 
 
+def _split(dtype: str, group: int, size: int) -> Spec:
+    types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
+    types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "items_ptr"), "*i64")
+    types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32") | {"scale": "fp32"}
+    constants = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": split.ROWS}
+    constants |= split.blocks(group, size, itemsize=2)
+    return Spec("prefix_attention", split, "_span_kernel", f"{group} heads of {size}, {dtype}", types, constants)
+
+
 def _merge(dtype: str, heads: int, size: int) -> Spec:
     types = dict.fromkeys(("out_ptr", "part_ptr"), f"*{dtype}") | dict.fromkeys(("lse_ptr", "part_lse_ptr"), "*fp32")
     constants = {"HEADS": heads, "SIZE": size, "INDEXED": True, **merge.blocks(heads, size)}
@@ -98,6 +108,7 @@ SPECS = (
     _loss("bf16", "everything", DUAL=True, KL=3, CORRECTED=True, CAPPED=True),
     _loss("fp32", "clipped-weight", POLICY=1, KL=2),
     _attention("bf16", 7, 128),
+    _split("bf16", 7, 128),
     _merge("bf16", 28, 128),
     Spec(
         "visual_scatter",
