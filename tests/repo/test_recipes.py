@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 SCRIPTS = sorted([*RECIPES.glob("*.sh"), *RECIPES.glob("*.sbatch")])
+MANIFESTS = sorted(RECIPES.glob("*.yaml"))
 EXPLAINED = (RECIPES / "README.md").read_text()
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
@@ -45,19 +49,19 @@ def test_scripts_parse(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, RECIPES / "kubernetes.yaml"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS], ids=lambda path: path.name)
 def test_every_flag_is_explained(path: Path) -> None:
     unexplained = {flag for flag in FLAG.findall(commands(path)) if f"{flag}" not in EXPLAINED}
     assert not unexplained
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, RECIPES / "kubernetes.yaml"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS], ids=lambda path: path.name)
 def test_flags_of_our_commands_exist(path: Path) -> None:
     known = flags_of_vtengine()
     for call in re.findall(r"^\s*vtengine (?:generate|serve|ask)[^\n]*", commands(path), re.MULTILINE):
         assert set(FLAG.findall(call)) <= known, call
     if path.suffix == ".yaml":
-        for container in containers():
+        for container in containers(path):
             if container["command"][0] == "vtengine":
                 assert {argument.split("=")[0] for argument in container["args"]} <= known
 
@@ -70,16 +74,16 @@ def test_configs_load(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Plan" in capsys.readouterr().out
 
 
-def containers() -> list[dict]:
+def containers(path: Path) -> list[dict]:
     yaml = pytest.importorskip("yaml")
     found = []
-    for document in yaml.safe_load_all((RECIPES / "kubernetes.yaml").read_text()):
+    for document in yaml.safe_load_all(path.read_text()):
         assert {"apiVersion", "kind", "metadata", "spec"} <= set(document)
         if document["kind"] == "Service":
             continue
         template = document["spec"]["template"]
         labels = template["metadata"]["labels"]
-        assert document["spec"]["selector"]["matchLabels"] == labels
+        assert document["kind"] == "Job" or document["spec"]["selector"]["matchLabels"] == labels
         volumes = {volume["name"] for volume in template["spec"]["volumes"]}
         for container in template["spec"]["containers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
@@ -87,13 +91,83 @@ def containers() -> list[dict]:
     return found
 
 
-def test_the_manifests_fit_together() -> None:
-    sglang, vtengine = containers()
-    addresses = next(a for a in vtengine["args"] if a.startswith("--backend=")).split("=", 1)[1].split(",")
+@pytest.mark.parametrize(
+    ("name", "flag", "servers"),
+    [("kubernetes", "--backend=", "sglang"), ("kubernetes_grpo", "--set=rollout.backend=", "rollouts")],
+)
+def test_the_manifests_fit_together(name: str, flag: str, servers: str) -> None:
+    sglang, client = containers(RECIPES / f"{name}.yaml")
+    addresses = next(a for a in client["args"] if a.startswith(flag)).removeprefix(flag).split(",")
     from vtengine.engine.sglang import addresses as parse
 
-    assert parse(",".join(addresses)) == [f"http://sglang-{k}.sglang:30000" for k in range(4)]
+    assert parse(",".join(addresses)) == [f"http://{servers}-{k}.{servers}:30000" for k in range(4)]
     assert "--port=30000" in sglang["args"] and sglang["ports"] == [{"containerPort": 30000}]
+
+
+def overrides(text: str) -> list[str]:
+    return [word.strip("\"'") for word in re.findall(r"--set[ =](\S+=)", text)]
+
+
+@pytest.mark.parametrize("path", [RECIPES / "slurm_grpo.sbatch", RECIPES / "kubernetes_grpo.yaml"])
+def test_what_they_set_is_in_the_configuration(path: Path) -> None:
+    from vtengine_training.trainer.config import GrpoConfig
+
+    from vtengine.config import load_config
+
+    values = {"rollout.backend": "http://a:1,http://b:1", "rollout.concurrency": "128"}
+    keys = [key.removesuffix("=") for key in overrides(commands(path))]
+    assert {"model", "output", "rollout.backend", "rollout.sync_address"} <= set(keys)
+    load_config(GrpoConfig, RECIPES / "node_8gpu_grpo.toml", [f"{key}={values.get(key, 'x')}" for key in keys])
+
+
+def test_flags_of_torchrun_exist() -> None:
+    from torch.distributed.run import get_args_parser
+
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    calls = [re.search(r"torchrun(.*?) -m ", commands(RECIPES / "node_8gpu_grpo.sh"))[1].split()]
+    calls.append(containers(RECIPES / "kubernetes_grpo.yaml")[1]["args"])
+    for call in calls:
+        ours = [word.split("=")[0] for word in call if word.startswith("--") and not word.startswith("--set=")]
+        assert "--nproc-per-node" in ours and set(ours) <= known
+
+
+STUBS = {
+    "curl": "true",
+    "openssl": "true",
+    # a server: says when it is stopped
+    "python": "trap 'echo server stopped >> $LOG; exit 0' TERM; while :; do sleep .02; done",
+    # the trainer: TERM finishes its step; then the servers must still be there
+    "trainer": "trap 'sleep .3; echo saved >> $LOG; exit 75' TERM; echo training >> $LOG; while :; do sleep .02; done",
+    "torchrun": 'exec trainer "$@"',
+    "vtengine-train": 'exec trainer "$@"',
+    "srun": "while [[ $1 == --* ]]; do case $1 in --job-name=*) name=${1#*=};; esac; shift; done\n"
+    'echo $$ > "$(dirname $LOG)/$name.pid"; export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=8; exec "$@"',
+    "squeue": "printf '7.0 serve\\n7.1 train\\n'",
+    "scancel": '[ "$*" = "--signal=TERM 7.1" ] && kill -TERM "$(cat "$(dirname $LOG)/train.pid")"',
+    "scontrol": 'if [ "$1" = show ]; then printf "n0\\nn1\\nn2\\n"; else echo "$*" >> $LOG; fi',
+}
+"""What the scripts call, in small."""
+
+
+@pytest.mark.parametrize(("name", "servers"), [("node_8gpu_grpo.sh", 4), ("slurm_grpo.sbatch", 1)])
+def test_term_ends_the_trainer_first(name: str, servers: int, tmp_path: Path) -> None:
+    """The step is finished and saved while the servers live; then they are stopped; the status is the trainer's."""
+    log = tmp_path / "log"
+    log.write_text("")
+    for stub, code in STUBS.items():
+        (tmp_path / stub).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / stub).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "MODEL": "/models/m"}
+    environment |= {"SLURM_SUBMIT_DIR": str(RECIPES), "SLURM_JOB_NODELIST": "n[0-2]", "SLURM_JOB_ID": "7"}
+    with subprocess.Popen(["bash", str(RECIPES / name)], env=environment, cwd=tmp_path) as script:
+        until = time.monotonic() + 60
+        while "training" not in log.read_text() and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(timeout=60) == 75
+    requeued = ["requeue 7"] if name.startswith("slurm") else []
+    assert log.read_text().splitlines() == ["training", "saved", *["server stopped"] * servers, *requeued]
 
 
 @pytest.mark.sglang
@@ -107,7 +181,7 @@ def test_flags_of_sglang_exist() -> None:
     for path in SCRIPTS:
         for call in re.findall(r"sglang\.launch_server[^\n&]*", commands(path)):
             assert set(FLAG.findall(call)) <= known, path
-    for container in containers():
+    for container in [one for path in MANIFESTS for one in containers(path)]:
         if "sglang.launch_server" in container["command"]:
             assert {argument.split("=")[0] for argument in container["args"]} <= known
 

@@ -3,7 +3,7 @@
 from vtengine.model.attention import AttentionContext, PackedCausal, PackedTree
 from vtengine.model.config import ModelConfig, ModelLoadError, TextConfig, VisionConfig
 from vtengine.model.linear import store_by_column
-from vtengine.model.names import checkpoint_name, hf_tensors
+from vtengine.model.names import checkpoint_name, hf_tensors, hf_views
 from vtengine.model.positions import mrope_positions
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
 from vtengine.model.weights import load_model, load_tensors, save_model
@@ -19,6 +19,7 @@ __all__ = [
     "VisionConfig",
     "checkpoint_name",
     "hf_tensors",
+    "hf_views",
     "load_model",
     "load_tensors",
     "mrope_positions",

@@ -5,7 +5,7 @@ Inside, q/k/v and gate/up are one matrix each. Loading, saving and updating in p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
@@ -23,15 +23,20 @@ def hf_tensors(
 
     of: what is viewed of a parameter: its data, or for instance its gradient.
     """
+    return dict(hf_views(model, of))
+
+
+def hf_views(model: Qwen2_5_VL, of: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The same one after another: `of` is called once for each parameter, when its first tensor is asked for."""
     vision = model.config.vision
     pixels = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    named = {"visual.patch_embed.proj.weight": of(model.visual.patch_embed.weight).unflatten(1, pixels)}
+    yield "visual.patch_embed.proj.weight", of(model.visual.patch_embed.weight).unflatten(1, pixels)
     for path, parts in hf_modules(model.config).items():
         for kind, parameter in model.get_submodule(path).named_parameters(recurse=False):
             whole = of(parameter)
             pieces = whole.split(list(parts.values())) if len(parts) > 1 else (whole,)
-            named |= {f"{name}.{kind}": piece for name, piece in zip(parts, pieces, strict=True)}
-    return named
+            for name, piece in zip(parts, pieces, strict=True):
+                yield f"{name}.{kind}", piece
 
 
 def hf_modules(config: ModelConfig) -> dict[str, dict[str, int]]:

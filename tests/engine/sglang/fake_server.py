@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.engine.tiny import PAD, VOCAB
 
@@ -27,12 +30,15 @@ class FakeSglang:
     dies: the connection ends before the first token · dies_later: after it · silent: never answers · queue_full ·
     refused · slow: 50 ms per token · garbage; always only: html · miscounts · wrong_ids · no_logprobs · dead: every
     connection is cut. The name of one of CONTROLS: that call says no. `calls`: what came on those, in order.
+    seeded: replies are drawn from prompt and seed, one of its own for each. reads: `loaded` are the tensors of the last
+    update from a folder.
     """
 
     def __init__(self, **info):
         self.info = {"version": "0.5.17", "incremental_streaming_output": False} | info
         self.model = {"model_path": "/models/tiny", "model_type": "qwen2_5_vl", "weight_version": "default"}
         self.vocab, self.image_token, self.token_s = VOCAB, PAD, 0.0
+        self.seeded, self.reads, self.loaded = False, False, {}
         self.workers = None  # a list makes it an sglang-router that is asked for them
         self.faults, self.always, self.flush_refusals = [], set(), 0
         self.requests, self.aborted, self.flushes, self.calls, self.headers = [], [], 0, [], []
@@ -128,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/update_weight_version":
             fake.model["weight_version"] = body["new_version"]
             return self.reply({"success": True})
+        if fake.reads and path == "/update_weights_from_disk":
+            fake.loaded = {k: v for part in Path(body["model_path"]).glob("*") for k, v in load_file(part).items()}
         if path[1:] in fake.offers:
             fake.calls.append((path[1:], body))
             if fake.strikes(path[1:]):
@@ -170,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
         fake, params = self.fake, body["sampling_params"]
         ids, keys = self.expand(body)
         output = list(REPLY) * 8
+        if fake.seeded:
+            output = random.Random(f"{ids} {params['sampling_seed']}").choices(range(32, 127), k=200)
         stops = params["stop_token_ids"]
         output = (
             [*output[:8], stops[0]] if stops and params["max_new_tokens"] > 8 else output[: params["max_new_tokens"]]

@@ -42,10 +42,10 @@ def config(folder, backend, **rollout):
     return build(GrpoConfig, data)
 
 
-def write_questions(folder):
+def write_questions(folder, count=4):
     rng = np.random.default_rng(0)
     rows = []
-    for number in range(4):
+    for number in range(count):
         Image.fromarray(rng.integers(0, 256, (84, 84, 3), dtype=np.uint8)).save(folder / f"{number}.png")
         rows.append({"id": f"q{number}", "image": f"{number}.png", "question": f"{number}?", "answer": "1"})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -90,6 +90,17 @@ def test_grpo_learns_as_over_the_embedded_engine(tmp_path):
     assert abs(ends[0] - ends[1]) < 0.15
 
 
+@pytest.mark.slow
+def test_two_ranks_over_two_servers(tmp_path):
+    """Under torchrun, weights by broadcast and by disk: both ranks sample from the weights that they hold in pieces."""
+    report = last_line("tests.engine.sglang.several_ranks", str(tmp_path))
+    assert report["versions"] == ["3", "3", "3"]
+    for way in ("distributed", "disk"):  # in the second run a server is killed after the first step
+        run = report[way]
+        assert max(run["mismatch/max"]) < 1e-4 and set(run["staleness/mean"]) == {0}
+        assert run["version"] == [1, 2, 3] and set(run["groups/used"]) == {4} and set(run["groups/failed"]) == {0}
+
+
 def test_our_patchify_inside_sglang():
     """For requests that send encoded bytes: the pixels of a JPEG are ours, to what float32 tells."""
     report = last_line("tests.engine.sglang.patchified")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from vtengine_training.sync import gathered as gathered_weights
 from vtengine_training.sync.gathered import gathered
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.config import GrpoConfig
@@ -94,6 +95,7 @@ def skipped(run: Run) -> list[float]:
 
 def main(config: GrpoConfig, out: Path, what: str) -> None:
     torch.set_num_threads(1)
+    gathered_weights.PART_BYTES = 20_000  # a toy model in several parts too
     ranks = Ranks.join(torch.device("cpu"))
     run = Run(config, rewarder(), ranks)
     if what.startswith("gradients"):

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,37 +28,6 @@ REPO = Path(__file__).resolve().parents[3]
 ALONE = {"concurrency": 1}
 TIMED = ("time/", "samples/", "mismatch/", "patches/", "tokens/packed")
 """Not the same for every number of ranks: two of them may each have an image, or a prompt, that one has once."""
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-@pytest.fixture
-def ranks(tmp_path):
-    """ranks(config, what, size=2): what the first of `size` ranks found."""
-
-    def start(config, what: str, size: int = 2):
-        path, out = tmp_path / "ranks.toml", tmp_path / f"{what}.out"
-        path.write_text(to_toml(config))
-        port = free_port()
-        environment = os.environ | {
-            "PYTHONPATH": f"{REPO}:{REPO / 'kernels'}:{REPO / 'training'}",
-            **{"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        }
-        command = [sys.executable, str(REPO / "tests/training/trainer/ranks_worker.py"), str(path), str(out), what]
-        processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(size)]
-        try:
-            assert [process.wait(timeout=240) for process in processes] == [0] * size
-        finally:
-            for process in processes:
-                process.kill()
-        return load_file(out) if what.startswith("gradients") else json.loads(out.read_text())
-
-    return start
 
 
 def timeless(rows):
@@ -193,9 +161,9 @@ def test_torchrun_writes_once_what_exists_once(make_config, tmp_path) -> None:
     assert len(list((folder / "optimizer").glob("*.safetensors"))) == 2
 
 
-def test_several_ranks_refuse_sglang(make_config, tiny_folder) -> None:
-    config = make_config(rollout={"backend": "http://127.0.0.1:1"})
-    with pytest.raises(ValueError, match="embedded engine only"):
+def test_several_ranks_refuse_an_engine_in_each(make_config, tiny_folder) -> None:
+    config = make_config(rollout={"backend": "sglang"})
+    with pytest.raises(ValueError, match=r'rollout.backend = "sglang".*start servers.*addresses'):
         build_models(config, tiny_folder, torch.device("cpu"), (), Ranks(0, 2))
 
 

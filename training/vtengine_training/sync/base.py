@@ -14,6 +14,18 @@ Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 """The learner's weights as they are now: (checkpoint name, whole tensor), one after the other, on any device."""
 
 
+class WeightsInParts(Protocol):
+    """Weights that lie in pieces on all ranks: made whole part by part, from 0 on. Every `gather` is a meeting."""
+
+    def gather(self, number: int) -> list[Tensor]:
+        """The number-th part."""
+        ...
+
+    def named(self, gather: Callable[[int], list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """(checkpoint name, whole tensor) of all. gather: called with 0, 1, ... once the next part is needed."""
+        ...
+
+
 class Publisher(Protocol):
     """What the trainer calls between two steps."""
 

@@ -28,13 +28,14 @@ class Group:
 
 def open_group(name: str, backend: str, address: str, port: int, world_size: int) -> Group:
     """Waits for the other ranks. torch has no public call for a group outside of the default group's world; this is how
-    SGLang opens its side, and both sides must agree on the store's prefixes."""
-    place = f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
-    store, rank, size = next(c10d.rendezvous(place, 0, world_size, timeout=TIMEOUT))
-    store.set_timeout(TIMEOUT)
+    SGLang opens its side, and both sides must agree on the store's prefixes.
+
+    The store is opened here, not by torch's `rendezvous`: that takes any address for the one of torchrun's own store.
+    """
+    store = dist.TCPStore(address, port, world_size, is_master=True, timeout=TIMEOUT, multi_tenant=True)
     new_group: Any = c10d._new_process_group_helper
     handle, _ = new_group(
-        size, rank, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=TIMEOUT
+        world_size, 0, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=TIMEOUT
     )
-    c10d._world.pg_group_ranks[handle] = {i: i for i in range(size)}
+    c10d._world.pg_group_ranks[handle] = {i: i for i in range(world_size)}
     return Group(name, handle)

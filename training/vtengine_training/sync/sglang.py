@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from safetensors.torch import save_file
 
+from vtengine.engine.base import BackendFailed
 from vtengine.engine.sglang.backend import SglangBackend
 from vtengine.engine.sglang.buckets import flatten, in_buckets
 from vtengine.engine.sglang.fleet import SglangFleet
+from vtengine.engine.sglang.fleet_update import together
 from vtengine.engine.sglang.transport import ConnectionLost
 from vtengine_training.sync.base import Weights
 from vtengine_training.sync.group import Group, open_group
@@ -110,21 +112,26 @@ class ByBroadcast:
     address: str = "127.0.0.1"
 
     async def send(self, update: AnyUpdate, version: int, buckets: Iterable[list[tuple[str, Tensor]]]) -> None:
-        async with self._group(update, f"vtengine-{version}") as group:
+        async with self._group(update, version) as group:
             for bucket in buckets:
                 update.check(bucket)
                 flat = flatten(bucket)["flattened_tensor"]
-                await asyncio.gather(update.receive(bucket, group.name), asyncio.to_thread(group.broadcast, flat))
+                await together([update.receive(bucket, group.name), asyncio.to_thread(group.broadcast, flat)])
 
     @asynccontextmanager
-    async def _group(self, update: AnyUpdate, name: str) -> AsyncIterator[Group]:
+    async def _group(self, update: AnyUpdate, version: int) -> AsyncIterator[Group]:
         port = free_port()
+        name = f"vtengine-{version}-{port}"  # another attempt meets in another group
         opening = asyncio.to_thread(open_group, name, self.backend, self.address, port, update.ranks + 1)
         group, _ = await asyncio.gather(opening, update.join(name, self.address, port, self.backend))
         try:
             yield group
-        finally:
+        except BaseException:
             group.close()
+            with suppress(BackendFailed):
+                await update.leave(name)
+            raise
+        group.close()
         await update.leave(name)
 
 

@@ -1,1 +1,1 @@
-"""The GRPO trainer: one process, one model that both generates and learns."""
+"""The GRPO trainer: one process or several, over the embedded engine or SGLang."""

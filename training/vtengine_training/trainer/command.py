@@ -35,15 +35,16 @@ def run_grpo(arguments: argparse.Namespace) -> int:
         print("\n".join(f"# {line}" if line else "#" for line in plan(config)))
         return 0
     check_loggers(config.loggers)
+    from vtengine.engine.base import BackendFailed
     from vtengine_training.trainer.loop import Run
     from vtengine_training.trainer.parts import export_whole, pick_device
-    from vtengine_training.trainer.ranks import Ranks
+    from vtengine_training.trainer.ranks import Ranks, RanksLost
     from vtengine_training.trainer.step import TrainingDiverged
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    ranks = Ranks.join(pick_device(config.device))
+    ranks = Ranks.join(pick_device(config.device), config.rank_timeout_s)
     say = partial(print, file=sys.stderr) if ranks.is_first else _nothing
     try:
         run = Run(config, ranks=ranks)
@@ -59,6 +60,10 @@ def run_grpo(arguments: argparse.Namespace) -> int:
     except TrainingDiverged as error:
         say(f"vtengine-train: stopped at step {run.step}: {error}")
         return EXIT_DIVERGED
+    except (BackendFailed, RanksLost) as error:
+        place = "" if ranks.is_alone else f" (rank {ranks.rank})"
+        print(f"vtengine-train{place}: stopped; run it again to go on from what was saved: {error}", file=sys.stderr)
+        return 1
     finally:
         ranks.leave()
     if run.step < config.steps:
@@ -127,10 +132,12 @@ def _estimate(config: GrpoConfig) -> list[str]:
     update = config.update
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     memory = "memory" if ranks == 1 else f"memory of each of {ranks} processes"
-    weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, ranks)
+    own_engine = config.rollout.backend == "embedded"
+    weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, ranks, own_engine)
     adapters = sum(target.parameters(config.lora.rank) for target in find_targets(model, config.lora))
     if config.lora.rank:
-        weights = cost.adapter_bytes(element, adapters, ranks)
+        weights = cost.adapter_bytes(element, adapters, ranks, own_engine)
+    keys = f"{config.rollout.kv_mib} MiB for keys and values, " if own_engine else ""
     copies = 1 if update.logits == "fused" else 3
     logits = copies * 4 * update.logits_chunk * model.text.vocab_size
     frozen = bool(config.lora.rank)
@@ -140,7 +147,7 @@ def _estimate(config: GrpoConfig) -> list[str]:
         f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision"
         + (f"; {adapters:,} in adapters learn in their place" if frozen else ""),
         f"{memory}: about {weights / MIB:,.0f} MiB for weights, gradients, masters and moments, "
-        f"{config.rollout.kv_mib} MiB for keys and values, {logits / MIB:,.0f} MiB for logits; "
+        f"{keys}{logits / MIB:,.0f} MiB for logits; "
         f"activations of {update.max_tokens} tokens on top",
         f"compute: {token:.3g} GFLOP per packed token, {patch:.3g} GFLOP per image patch, forward and backward",
     ]

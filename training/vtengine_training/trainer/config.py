@@ -44,6 +44,8 @@ class RolloutConfig:
     SGLang server; several with commas between. sync: how SGLang gets new weights: tensor (same machine; on a GPU the
     same one), distributed (NCCL, on a CPU gloo), disk; auto: tensor for sglang, disk for addresses. sync_folder: for
     disk, one that the servers see. sync_address: of this machine for `distributed`, as the servers reach it.
+    Over addresses several ranks share the servers: `concurrency` is that of all ranks together, and the first rank
+    sends the weights (sync_folder, sync_address: of its machine).
     release_memory: SGLang gives its memory back while the learner works (it needs --enable-memory-saver).
     dump_every: every so many steps the episodes are written to rollouts/, for `vtengine view`; 0 = never.
     """
@@ -153,6 +155,7 @@ class GrpoConfig:
 
     profile: a name, a path, or empty for the one that belongs to the model. resume: auto goes on from the output's
     newest checkpoint; never refuses an output that has one. peak_tflops: of the machine, to report `mfu`.
+    rank_timeout_s: longest time that one of several ranks waits for the others: the slowest rollouts of a step.
     loggers: where metrics go: console, jsonl (always), tensorboard, wandb.
     """
 
@@ -168,6 +171,7 @@ class GrpoConfig:
     resume: Literal["auto", "never"] = "auto"
     max_pixels: int | None = None
     peak_tflops: float | None = None
+    rank_timeout_s: float = 7200.0
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -180,7 +184,7 @@ class GrpoConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
-        positive_or_none(self, "threads", "max_pixels", "peak_tflops")
+        positive_or_none(self, "threads", "max_pixels", "peak_tflops", "rank_timeout_s")
         if (self.update.minibatch_prompts or 1) > self.rollout.prompts:
             raise ValueError(
                 f"update.minibatch_prompts = {self.update.minibatch_prompts}: must be at most rollout.prompts "

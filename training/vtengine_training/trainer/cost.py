@@ -44,20 +44,25 @@ class ModelCost:
         vision = (both if train_vision else FORWARD) * self.vision * patches
         return both * (self.text * tokens + self.head * trained) + vision
 
-    def adapter_bytes(self, element_bytes: int, adapters: int, ranks: int = 1) -> int:
+    def adapter_bytes(self, element_bytes: int, adapters: int, ranks: int = 1, engine_copy: bool = True) -> int:
         """The same as `training_bytes` where `adapters` parameters learn in place of the weights. No reference: it is
         the model without them."""
         if ranks > 1:  # a whole copy for the engine, with the adapters in it; the model itself in pieces
-            return self.total * element_bytes + -(-(self.total * element_bytes + 16 * adapters) // ranks)
+            return self.total * element_bytes * engine_copy + -(-(self.total * element_bytes + 16 * adapters) // ranks)
         masters = 0 if element_bytes == 4 else 4  # float32 adapters are their own
         return self.total * element_bytes + (element_bytes + masters + 12) * adapters
 
-    def training_bytes(self, element_bytes: int, reference: bool, train_vision: bool = True, ranks: int = 1) -> int:
-        """Weights, float32 masters, gradients and both moments, and the reference; activations come on top."""
+    def training_bytes(
+        self, element_bytes: int, reference: bool, train_vision: bool = True, ranks: int = 1, engine_copy: bool = True
+    ) -> int:
+        """Of a rank: weights, float32 masters, gradients and both moments, and the reference; activations come on top.
+
+        engine_copy: several ranks have engines of their own, each with a whole copy of the weights.
+        """
         trained = self.total if train_vision else self.total - self.vision
-        if ranks > 1:  # a whole copy for the engine; masters, gradients, moments and the reference in pieces
+        if ranks > 1:  # masters, gradients, moments and the reference in pieces
             pieces = 4 * self.total + 12 * trained + (self.total * element_bytes if reference else 0)
-            return self.total * element_bytes + -(-pieces // ranks)
+            return self.total * element_bytes * engine_copy + -(-pieces // ranks)
         live = self.total * element_bytes * (2 if reference else 1)
         masters = 0 if element_bytes == 4 else 4  # float32 parameters are their own
         return live + trained * (masters + 12)

@@ -115,12 +115,12 @@ class Run:
         """Greedy episodes on the held-out questions, with the current weights."""
         began = time.perf_counter()
         assert self.parts.validation is not None
-        concurrency = self.config.rollout.concurrency
+        collector = self.parts.collector
         found = await validate(
-            self.parts.collector.setting,
+            collector.setting,
             self.parts.validation,
             self.parts.rewarder.function,
-            concurrency,
+            collector.config.concurrency,
             self.ranks,
         )
         await self.parts.publisher.publish(self.parts.learner.version)  # what it cached must not depend on validation

@@ -1,13 +1,15 @@
 """Which model generates, which one learns, and which one is the reference.
 
-one process             the engine reads the learner's own parameters
+one process             the engine reads the learner's own parameters, or is sent them (SGLang)
 several ranks           the learner's lie in pieces on all ranks; each engine has a whole copy, written every step
+several, over servers   no copy: the pieces are gathered part by part, and sent
 with adapters           they run in the engine as they are; a whole copy has them in its weights. Without them it is the
                         reference
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,34 +18,39 @@ from pathlib import Path
 import torch
 
 from vtengine.engine.base import Backend
-from vtengine.model import Qwen2_5_VL, load_model
+from vtengine.model import Qwen2_5_VL, load_model, load_tensors
 from vtengine_training.lora.adapters import Adapters
 from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.sync.base import Publisher
-from vtengine_training.sync.gathered import CopiedParameters
-from vtengine_training.sync.merged import MergedCopy
+from vtengine_training.sync.gathered import CopiedParameters, WeightParts, whole_copy
+from vtengine_training.sync.merged import MergedCopy, MergedParts
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.recompute import recompute_layers
-from vtengine_training.trainer.rollout_engine import build_publisher
+from vtengine_training.trainer.rollout_engine import build_publisher, build_shared_publisher
 from vtengine_training.trainer.sharding import shard
 
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """generating: whole, and after each step equal to what is learned. adapters: on the policy's model, if they learn
-    in place of its weights."""
+    """generating: whole, and after each step equal to what is learned; None where servers generate for several ranks.
+    dtype: in which the weights go to engines and checkpoints. adapters: on the policy's model, if they learn in place of
+    its weights."""
 
-    generating: Qwen2_5_VL
+    generating: Qwen2_5_VL | None
     policy: Policy
     reference: Policy | None
     optimizer: MasterAdamW
+    dtype: torch.dtype
     adapters: Adapters | None = None
 
-    def publisher(self, config: GrpoConfig, backend: Backend) -> Publisher:
+    def publisher(self, config: GrpoConfig, backend: Backend, ranks: Ranks) -> Publisher:
         """How the engine gets what was learned."""
         learned, generating, adapters = self.policy.model, self.generating, self.adapters
+        if generating is None:
+            parts = MergedParts(adapters) if adapters is not None else WeightParts(learned, self.dtype)
+            return build_shared_publisher(config, backend, parts, learned.device, ranks)
         onward = build_publisher(config, backend, generating, None if adapters is None else adapters.merged)
         if learned is generating:
             return onward
@@ -51,15 +58,32 @@ class Models:
             return MergedCopy(onward, generating, adapters.merged)
         return CopiedParameters(onward, generating, learned)
 
+    def whole(self, ranks: Ranks, folder: Path) -> Qwen2_5_VL | None:
+        """What is learned as one model, to be exported; None on ranks but the first where that would take memory.
+
+        A meeting where it lies in pieces. folder: the checkpoint that adapters sit on.
+        """
+        if self.generating is not None:
+            return self.generating
+        if self.adapters is None:
+            return whole_copy(self.policy.model, self.dtype, keep=ranks.is_first)
+        merged = self.adapters.merged()
+        if not ranks.is_first:
+            deque(merged, maxlen=0)
+            return None
+        model = load_model(folder, "cpu", self.dtype)
+        load_tensors(model, merged, partial=True)
+        return model
+
 
 def build_models(
     config: GrpoConfig, folder: Path, device: torch.device, banned: Collection[int], ranks: Ranks
 ) -> Models:
     """Loads the checkpoint folder. Raises ModelLoadError, or ValueError for what several ranks cannot do."""
-    if not ranks.is_alone and config.rollout.backend != "embedded":
+    if not ranks.is_alone and config.rollout.backend == "sglang":
         raise ValueError(
-            f'rollout.backend = "{config.rollout.backend}": several processes generate with the embedded engine only; '
-            "use it, or start one process"
+            f'rollout.backend = "sglang": each of {ranks.size} processes would start an engine, all on one device; '
+            "start servers (python -m sglang.launch_server) and give their addresses: http://host:port,http://..."
         )
     update, lora = config.update, config.lora
     model = load_model(folder, device, getattr(torch, config.dtype))
@@ -94,4 +118,5 @@ def build_models(
     if update.recompute:
         recompute_layers(policy.model, draws=bool(lora.dropout))
     optimizer = MasterAdamW(named, update.optimizer, own_masters=ranks.is_alone and model.dtype != torch.float32)
-    return Models(model, policy, reference, optimizer, adapters)
+    shares = not ranks.is_alone and config.rollout.backend != "embedded"
+    return Models(None if shares else model, policy, reference, optimizer, model.dtype, adapters)

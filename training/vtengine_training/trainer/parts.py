@@ -26,9 +26,9 @@ from vtengine_training.sync.base import Publisher
 from vtengine_training.trainer.collect import Collector
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB
-from vtengine_training.trainer.models import build_models
+from vtengine_training.trainer.models import Models, build_models
 from vtengine_training.trainer.ranks import Ranks
-from vtengine_training.trainer.rollout_engine import build_engine, pixels_dtype
+from vtengine_training.trainer.rollout_engine import build_engine, episodes_at_a_time, pixels_dtype
 from vtengine_training.trainer.step import Learner
 
 COPIED = ("*.json", "*.txt", "*.jinja", "*.toml")
@@ -37,10 +37,11 @@ NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A run's machinery. An embedded engine reads `model`: the learner's own parameters, or a copy."""
+    """A run's machinery. An embedded engine reads `model`: the learner's own parameters, or a copy. Where servers
+    generate for several ranks, it is the learner's, in pieces."""
 
     folder: Path
-    model: Qwen2_5_VL
+    models: Models
     engine: Backend
     pipeline: ImagePipeline
     dataset: Dataset
@@ -50,6 +51,10 @@ class Parts:
     learner: Learner
     publisher: Publisher
     adapters: Adapters | None
+
+    @property
+    def model(self) -> Qwen2_5_VL:
+        return self.models.generating or self.models.policy.model
 
 
 def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ranks | None = None) -> Parts:
@@ -62,18 +67,19 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     dataset, validation = ranks.one_before_others(lambda: _datasets(config))
     tokenizer = Tokenizer.load(folder)
     models = build_models(config, folder, device, tokenizer.banned_ids, ranks)
-    rollout, model = config.rollout, models.generating
+    rollout = replace(config.rollout, concurrency=episodes_at_a_time(config, ranks))
+    model = models.generating or models.policy.model
     learner = Learner(
         models.policy, models.reference, models.optimizer, config.loss, config.update, rollout.max_new_tokens, ranks
     )
     rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
-    setting = build_setting(config, folder, model, tokenizer)
+    setting = build_setting(config, folder, model, tokenizer, ranks)
     assert isinstance(setting.pipeline, ImagePipeline)
     sampler = Sampler(len(dataset), config.data.seed)
     collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, ranks)
-    publisher = models.publisher(config, setting.backend)
+    publisher = models.publisher(config, setting.backend, ranks)
     return Parts(
-        folder, model, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher,
+        folder, models, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher,
         models.adapters,
     )  # fmt: skip
 
@@ -92,10 +98,10 @@ def _datasets(config: GrpoConfig) -> tuple[Dataset, Dataset | None]:
     return load_examples(config.data, place, "train", config.data.seed), validation
 
 
-def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Setting:
+def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer, ranks: Ranks) -> Setting:
     """Engine, pipeline, profile and sampling of the rollouts."""
     rollout = config.rollout
-    engine = build_engine(config, folder, model, tokenizer)
+    engine = build_engine(config, folder, model, tokenizer, ranks)
     cache_bytes = rollout.image_cache_mib * MIB
     own = folder if (folder / PROFILE_FILE).is_file() else "vtengine"
     profile = load_profile(config.profile or own)
@@ -147,9 +153,9 @@ def export_whole(parts: Parts, output: Path, ranks: Ranks) -> None:
     """What a run ends with: output/model, and with adapters, which are in its weights, output/adapter. A meeting."""
     adapters = parts.adapters
     tensors = None if adapters is None else adapters.tensors()
-    if not ranks.is_first:
+    model = parts.models.whole(ranks, parts.folder)
+    if not ranks.is_first or model is None:
         return
-    model = parts.model
     if adapters is not None and tensors is not None:
         save_adapter(tensors, adapters, parts.folder, output / "adapter")
         model = adapters.merged_model() if adapters.model is model else model

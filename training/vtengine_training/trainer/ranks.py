@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 T = TypeVar("T")
-TIMEOUT = timedelta(hours=2)
-"""How long a rank waits for the others: the slowest rollouts of a step, or a judge that thinks."""
+
+
+class RanksLost(RuntimeError):
+    """Another rank has ended, or did not come to a meeting in time."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,11 @@ class Ranks:
     size: int = 1
 
     @staticmethod
-    def join(device: torch.device) -> Ranks:
+    def join(device: torch.device, wait_s: float = 7200) -> Ranks:
         """Meets the processes that torchrun started, by its environment; alone without one.
 
-        With a GPU each process takes the one of its local rank. Raises ValueError where there are too few.
+        With a GPU each process takes the one of its local rank. wait_s: longest time that a rank waits for the others.
+        Raises ValueError where there are too few GPUs.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
@@ -46,7 +50,8 @@ class Ranks:
                     f"local rank {local}: there are {torch.cuda.device_count()} GPUs; use a smaller --nproc-per-node"
                 )
             torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=wait_s))
         return Ranks(dist.get_rank(), size)
 
     @property
@@ -72,12 +77,13 @@ class Ranks:
             return [value]
         data = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]))
-        longest = int(max(lengths))
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(data)] = data
-        received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(received, padded)
+        with _others_may_be_lost():
+            dist.all_gather(lengths, torch.tensor([len(data)]))
+            longest = int(max(lengths))
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: len(data)] = data
+            received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(received, padded)
         return [_read(one, int(length)) for one, length in zip(received, lengths, strict=True)]
 
     def first(self, value: Any = None) -> Any:
@@ -99,6 +105,21 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether it is true somewhere."""
         return any(self.gather(bool(flag)))
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """make() of the first rank, on every rank: JSON data. A ValueError or OSError of it is raised by all."""
+        if self.is_alone:
+            return make()
+        made, failure = None, ""
+        if self.is_first:
+            try:
+                made = make()
+            except (ValueError, OSError) as error:
+                failure = str(error)
+        made, failure = self.first([made, failure])
+        if failure:
+            raise ValueError(failure)
+        return cast(T, made)
 
     def one_before_others(self, make: Callable[[], T]) -> T:
         """make() on every rank, on the first one first: what it writes, the others find. A ValueError or OSError of the
@@ -122,6 +143,17 @@ class Ranks:
         """The end of the meetings."""
         if not self.is_alone and dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextmanager
+def _others_may_be_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RanksLost(
+            f"another rank ended, or did not answer in time (rank_timeout_s); see its own words. {reason}"
+        ) from error
 
 
 def _read(data: Tensor, length: int) -> Any:

@@ -12,14 +12,15 @@ from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL
 from vtengine.rollout.tokenizer import Tokenizer
-from vtengine_training.sync.base import Publisher, Weights, weights_of
+from vtengine_training.sync.base import Publisher, Weights, WeightsInParts, weights_of
 from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB
+from vtengine_training.trainer.ranks import Ranks
 
 
-def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer) -> Backend:
-    """The embedded one shares the model's parameters. Raises ValueError with the remedy."""
+def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer, ranks: Ranks) -> Backend:
+    """The embedded one shares the model's parameters; servers are the same for all ranks. Raises ValueError."""
     rollout = config.rollout
     if rollout.backend == "embedded":
         engine_config = EngineConfig(
@@ -29,35 +30,61 @@ def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer:
             num_threads=config.threads,
         )
         return EmbeddedEngine(model, tokenizer, engine_config)
-    from vtengine.engine.sglang import SglangEngineBackend, connect_servers
+    from vtengine.engine.sglang import SglangEngineBackend, connect_servers, resolve
 
     if rollout.backend == "sglang":
         arguments = {"enable_memory_saver": True} if rollout.release_memory and model.device.type == "cuda" else {}
         return SglangEngineBackend(
             folder, device=str(model.device), dtype=config.dtype, updatable=True, arguments=arguments
         )
-    return connect_servers(rollout.backend, folder, api_key=os.environ.get(API_KEY))
+    key = os.environ.get(API_KEY)
+    found = ranks.from_first(lambda: resolve(rollout.backend, key))
+    return connect_servers(",".join(found), folder, api_key=key)
+
+
+def episodes_at_a_time(config: GrpoConfig, ranks: Ranks) -> int:
+    """Of one rank: all of them where it has an engine of its own, its share on servers."""
+    rollout = config.rollout
+    return rollout.concurrency if rollout.backend == "embedded" else -(-rollout.concurrency // ranks.size)
 
 
 def build_publisher(
     config: GrpoConfig, engine: Backend, model: Qwen2_5_VL, weights: Weights | None = None
 ) -> Publisher:
-    """A frozen vision tower is not sent. weights: what to send, where it is not what `model` trains."""
+    """For one process, or an engine of its own. A frozen vision tower is not sent. weights: what to send, where it is not
+    what `model` trains."""
     if isinstance(engine, EmbeddedEngine):
         return SharedParameters(engine)
+    weights = weights or weights_of(model, trained_only=not config.trains_vision)
+    return _to_sglang(config, engine, weights, model.device)
+
+
+def build_shared_publisher(
+    config: GrpoConfig, engine: Backend, parts: WeightsInParts, device: torch.device, ranks: Ranks
+) -> Publisher:
+    """For several ranks over the same servers."""
+    from vtengine.engine.sglang import SglangBackend, SglangFleet
+    from vtengine_training.sync.first_rank import ByFirstRank, LedWeights
+
+    assert isinstance(engine, SglangBackend | SglangFleet)
+    weights = LedWeights(parts, ranks)
+    sender = _to_sglang(config, engine, weights, device) if ranks.is_first else None
+    return ByFirstRank(ranks, engine, weights, sender)
+
+
+def _to_sglang(config: GrpoConfig, engine: Backend, weights: Weights, device: torch.device) -> Publisher:
     from vtengine.engine.sglang import SglangBackend, SglangFleet
     from vtengine_training.sync.sglang import ByBroadcast, ByDisk, ByTensor, Sender, SglangPublisher
 
     assert isinstance(engine, SglangBackend | SglangFleet)
-    rollout, whole = config.rollout, config.trains_vision and weights is None
+    rollout, whole = config.rollout, config.trains_vision and not config.lora.rank
     way = rollout.sync if rollout.sync != "auto" else "tensor" if rollout.backend == "sglang" else "disk"
     senders: dict[str, Sender] = {
         "tensor": ByTensor(),
         "disk": ByDisk(Path(rollout.sync_folder) if rollout.sync_folder else None),
-        "distributed": ByBroadcast("nccl" if model.device.type == "cuda" else "gloo", rollout.sync_address),
+        "distributed": ByBroadcast("nccl" if device.type == "cuda" else "gloo", rollout.sync_address),
     }
     released = () if not rollout.release_memory else ("kv_cache", "weights") if whole else ("kv_cache",)
-    weights = weights or weights_of(model, trained_only=not whole)
     return SglangPublisher(engine, weights, senders[way], released=released)
 
 

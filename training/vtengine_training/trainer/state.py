@@ -30,6 +30,7 @@ from vtengine_training.trainer.parts import export_model
 from vtengine_training.trainer.trajectory import Group, pack_groups, unpack_groups
 
 if TYPE_CHECKING:
+    from vtengine.model import Qwen2_5_VL
     from vtengine_training.trainer.loop import Run
 
 
@@ -68,9 +69,10 @@ def _write_all(run: Run, folder: Path, raises: bool = True) -> None:
     """Every rank its part. Raises OSError where one failed."""
     adapters = run.parts.adapters
     adapter = None if adapters is None else adapters.tensors()
-    errors = []
+    whole = run.parts.models.whole(run.ranks, run.parts.folder) if adapters is None else None
+    errors: list[str] = []
     for part in (partial(save_optimizer, run.parts.learner.optimizer, folder / "optimizer", run.ranks),
-                 partial(_write_own, run, folder, adapter)):  # fmt: skip
+                 partial(_write_own, run, folder, whole, adapter)):  # fmt: skip
         try:
             part()
         except (OSError, SafetensorError) as error:
@@ -80,7 +82,7 @@ def _write_all(run: Run, folder: Path, raises: bool = True) -> None:
         raise OSError("; ".join(failures))
 
 
-def _write_own(run: Run, folder: Path, adapter: dict[str, Tensor] | None) -> None:
+def _write_own(run: Run, folder: Path, whole: Qwen2_5_VL | None, adapter: dict[str, Tensor] | None) -> None:
     """This rank's files; the first one also writes what exists once."""
     parts, own = run.parts, folder / "ranks" / str(run.ranks.rank)
     own.mkdir(parents=True)
@@ -93,8 +95,8 @@ def _write_own(run: Run, folder: Path, adapter: dict[str, Tensor] | None) -> Non
         return
     if parts.adapters is not None and adapter is not None:
         save_adapter(adapter, parts.adapters, parts.folder, folder / "adapter")
-    else:
-        export_model(parts.model, parts.folder, folder / "model")
+    elif whole is not None:
+        export_model(whole, parts.folder, folder / "model")
     state = {
         "step": run.step,
         "ranks": run.ranks.size,

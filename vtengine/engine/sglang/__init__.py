@@ -9,6 +9,7 @@ from vtengine.engine.sglang.connect import SglangEngineBackend as SglangEngineBa
 from vtengine.engine.sglang.connect import SglangHttpBackend as SglangHttpBackend
 from vtengine.engine.sglang.connect import addresses as addresses
 from vtengine.engine.sglang.connect import connect_servers as connect_servers
+from vtengine.engine.sglang.connect import resolve as resolve
 from vtengine.engine.sglang.fleet import SglangFleet as SglangFleet
 from vtengine.engine.sglang.served import ServedModel as ServedModel
 from vtengine.engine.sglang.transport import ServerUnsuitable as ServerUnsuitable

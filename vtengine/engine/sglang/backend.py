@@ -101,9 +101,26 @@ class SglangBackend:
     async def check_again(self, version: int) -> None:
         """After it was lost: is it back, the same, and with weights of `version`? Raises like `check`."""
         self._facts = None
-        await self.check()
+        await self.adopt(version)
+
+    async def adopt(self, version: int) -> None:
+        """Weights of `version` were loaded into it by somebody else: from here on they are those that it must have.
+
+        Raises StaleWeights where it has others; like `check`.
+        """
+        if self._facts is None:
+            await self.check()
+        else:
+            facts = await self._transport.facts()
+            checks.check_facts(facts, self.model, self._transport.where, self._transport.takes_tensors)
+            self._facts, self._updates.version = facts, version_number(facts.weight_version)
         if self.version != version:
             raise StaleWeights(f"{self.where}: has weights of version {self.version}, the others have {version}")
+
+    @asynccontextmanager
+    async def left_alone(self) -> AsyncIterator[None]:
+        """Inside, nothing is sent by itself: somebody else updates the weights. `adopt` them afterwards."""
+        yield
 
     async def generate(self, request: Request) -> Completion:
         while True:

@@ -29,6 +29,14 @@ def addresses(name: str) -> list[str]:
     return found
 
 
+def resolve(name: str, api_key: str | None = None, connect_s: float = 10.0) -> list[str]:
+    """The servers' own addresses: as named, or the workers of the sglang-router that is named. Raises ValueError."""
+    named = addresses(name)
+    if len(named) == 1:
+        named = workers_of(named[0], api_key, connect_s) or named
+    return named
+
+
 def connect_servers(
     name: str, model: str | Path, *, api_key: str | None = None, connect_s: float = 10.0, **options: Any
 ) -> SglangHttpBackend | SglangFleet:
@@ -37,9 +45,7 @@ def connect_servers(
     options: of `SglangHttpBackend`. Raises ValueError.
     """
     served = ServedModel.from_folder(model)
-    named = addresses(name)
-    if len(named) == 1:
-        named = workers_of(named[0], api_key, connect_s) or named
+    named = resolve(name, api_key, connect_s)
     both: dict[str, Any] = {"api_key": api_key, "connect_s": connect_s}
     servers = [SglangHttpBackend(address, served, **both, **options) for address in named]
     return servers[0] if len(servers) == 1 else SglangFleet(servers)

@@ -85,13 +85,31 @@ class SglangFleet:
         """On every server that lives. Raises ValueError where they do not fit, BackendFailed if none took them."""
         await self.on_all(lambda server: server.load_weights(source, version))
 
+    async def adopt(self, version: int) -> None:
+        """See `SglangBackend.adopt`. Servers without these weights are left out; raises BackendFailed if none has."""
+        await self.on_all(lambda server: server.adopt(version))
+
+    @asynccontextmanager
+    async def left_alone(self) -> AsyncIterator[None]:
+        """Inside, no server is asked whether it is back: somebody else updates the weights. `adopt` them afterwards."""
+        down = dict(self._down)
+        for task in down.values():
+            task.cancel()
+        await asyncio.gather(*down.values(), return_exceptions=True)
+        try:
+            yield
+        finally:
+            for server in down:
+                if server in self._down:
+                    self._wait(server)
+
     async def on_all(self, work: Callable[[SglangBackend], Awaitable[None]]) -> None:
-        """At the same time, stale ones too; a server that is lost is left out. Raises any other fault, at the end."""
+        """At the same time, stale ones too; one that is lost or stale is left out. Raises other faults, at the end."""
         async with self._claimed() as (servers, done):
             found = await asyncio.gather(*(work(server) for server in servers), return_exceptions=True)
             others = []
             for server, fault in zip(servers, found, strict=True):
-                if isinstance(fault, ConnectionLost):
+                if isinstance(fault, ConnectionLost | StaleWeights):
                     self._leave_out(server, fault)
                 elif isinstance(fault, BaseException):
                     others.append(fault)

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtengine.engine.sglang.transport import ConnectionLost
+
 if TYPE_CHECKING:
     from vtengine.engine.sglang.update import Bucket, Update
 
@@ -44,7 +46,8 @@ class FleetUpdate:
 
 
 async def together(work: Iterable[Awaitable[None]]) -> None:
-    """All to their ends, then the first fault."""
-    for fault in await asyncio.gather(*work, return_exceptions=True):
-        if isinstance(fault, BaseException):
-            raise fault
+    """All to their ends, then the first fault; a lost connection before what others then say."""
+    found = await asyncio.gather(*work, return_exceptions=True)
+    faults = [fault for fault in found if isinstance(fault, BaseException)]
+    if faults:
+        raise next((fault for fault in faults if isinstance(fault, ConnectionLost)), faults[0])

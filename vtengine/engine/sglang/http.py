@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
 
 FLUSH_WAIT_S = 2.0
+CONTROL_S = 1800.0
+"""Longest time that an update of the weights, or a release of memory, may take."""
 IMAGE_PAD = "<|image_pad|>"
 
 
@@ -105,7 +107,7 @@ class HttpTransport:
 
     async def control(self, call: str, **fields: Any) -> tuple[bool, str]:
         body = {name: _in_json(value) for name, value in fields.items()}
-        response = await self._post(f"/{call}", body, timeout=None)
+        response = await self._post(f"/{call}", body, timeout=CONTROL_S)
         if response.status_code in (404, 405):
             return False, NOT_OFFERED
         try:
