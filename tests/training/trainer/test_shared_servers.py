@@ -148,7 +148,9 @@ def test_a_server_dies_in_the_middle_and_nothing_is_lost(config, fakes, ranks) -
     killer = once(in_step_two, lambda: victim.always.add("dead"))
     found = ranks(config("two", **changes), "curve-99")
     killer.join()
-    assert [(row["version"], row["groups/used"], row["groups/failed"]) for row in found] == [(k, 8, 0) for k in (1, 2, 3)]
+    assert [(row["version"], row["groups/used"], row["groups/failed"]) for row in found] == [
+        (k, 8, 0) for k in (1, 2, 3)
+    ]
     assert other.model["weight_version"] == "3" and victim.model["weight_version"] in ("1", "2")
 
 
