@@ -48,6 +48,6 @@ def test_costs(tiny_folder) -> None:
     assert cost.text + cost.vision + cost.head + config.text.hidden_size == cost.total
     assert cost.training_flops(10, 0, 0) == 60 * cost.text
     assert cost.training_flops(0, 0, 10, train_vision=False) == 20 * cost.vision
-    assert cost.training_bytes(4, False) == 20 * cost.total
-    assert cost.training_bytes(4, True) == 24 * cost.total
+    assert cost.training_bytes(4, False) == 16 * cost.total
+    assert cost.training_bytes(4, True) == 20 * cost.total
     assert cost.training_bytes(2, True, ranks=4) == 2 * cost.total + -(-18 * cost.total // 4)

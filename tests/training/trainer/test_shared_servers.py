@@ -43,7 +43,7 @@ def fakes(tiny_folder):
 def questions(tiny_data):
     """Which server one goes to depends on its text and on the servers' ports: enough of them for both."""
     path = tiny_data.with_name("sixteen.jsonl")
-    rows = ({"id": f"m{k}", "image": f"{k % 3}.png", "question": f"{k}?", "answer": str(k)} for k in range(16))
+    rows = ({"id": f"m{k}", "image": f"{1 + k % 2}.png", "question": f"{k}?", "answer": str(k)} for k in range(16))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
