@@ -133,6 +133,17 @@ def test_two_ranks_are_as_one(config, fakes, ranks) -> None:
     assert max(float((loaded[name] - moved[name]).abs().max()) for name in moved) > 1e-3
 
 
+def test_adapters_of_two_ranks_are_as_those_of_one(config, fakes, ranks) -> None:
+    """What the servers get are weights with the adapters in them."""
+    pytest.importorskip("peft")
+    changes = {"lora": {"rank": 4}, "steps": 2, "checkpoint": {"every": 10}}
+    expected = ranks_worker.curve(Run(config("one", **changes), rewarder()), 99)
+    loaded = dict(fakes[0].loaded)
+    found = ranks(config("two", **changes), "curve-99")
+    same_rows(found, expected)
+    same_weights(fakes[0].loaded, loaded)
+
+
 def test_a_server_dies_in_the_middle_and_nothing_is_lost(config, fakes, ranks) -> None:
     changes = {"rollout": {"prompts": 8, "n": 4, "backend": ",".join(fake.url for fake in fakes)}}
     victim, other = fakes

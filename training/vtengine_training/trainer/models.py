@@ -35,8 +35,8 @@ from vtengine_training.trainer.sharding import shard
 @dataclass(frozen=True, eq=False)
 class Models:
     """generating: whole, and after each step equal to what is learned; None where servers generate for several ranks.
-    dtype: in which the weights go to engines and checkpoints. adapters: on the policy's model, if they learn in place of
-    its weights."""
+    dtype: in which the weights go to engines and checkpoints. adapters: on the policy's model, if they learn in place
+    of its weights."""
 
     generating: Qwen2_5_VL | None
     policy: Policy

@@ -51,8 +51,8 @@ def episodes_at_a_time(config: GrpoConfig, ranks: Ranks) -> int:
 def build_publisher(
     config: GrpoConfig, engine: Backend, model: Qwen2_5_VL, weights: Weights | None = None
 ) -> Publisher:
-    """For one process, or an engine of its own. A frozen vision tower is not sent. weights: what to send, where it is not
-    what `model` trains."""
+    """For one process, or an engine of its own. A frozen vision tower is not sent. weights: what to send, where it is
+    not what `model` trains."""
     if isinstance(engine, EmbeddedEngine):
         return SharedParameters(engine)
     weights = weights or weights_of(model, trained_only=not config.trains_vision)
