@@ -87,6 +87,42 @@ def test_killed_runs_end_as_uninterrupted_ones(command, tmp_path) -> None:
     assert files[0] == files[1]
 
 
+FULL_DISK = """
+mount -t tmpfs -o size=$1 tmpfs "$2" || exit 99
+cd "$2/.."; shift 2
+"$@" 2> said; echo $? > full; ls parts/checkpoints > found; cat parts/checkpoints/latest > latest
+mount -o remount,size=1g parts || exit 99
+"$@" 2> /dev/null; echo $? > again; cp parts/metrics.jsonl metrics.jsonl
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_names_the_path_and_the_run_goes_on(command, tmp_path) -> None:
+    """A file system with room for two checkpoints and a half, in a mount namespace of its own."""
+    if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
+        pytest.skip("this machine gives no mount namespaces")
+    whole = start(command("whole", "toy_reward:low_bytes"))
+    assert whole.wait(timeout=300) == 0
+    one = find_latest(tmp_path / "whole" / "checkpoints")
+    assert one is not None
+    room = int(2.5 * sum(-(-path.stat().st_size // 4096) * 4096 for path in one.rglob("*") if path.is_file()))
+    (tmp_path / "parts").mkdir()
+    paths = (REPO, REPO / "kernels", REPO / "training", Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-m", "vtengine_training.cli", *command("parts", "toy_reward:low_bytes")]
+    shell = ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", str(room), str(tmp_path / "parts"), *run]
+    assert subprocess.run(shell, env=environment, check=False, timeout=300).returncode == 0
+    said = (tmp_path / "said").read_text()
+    assert (tmp_path / "full").read_text() == "1\n", said
+    assert f"{tmp_path / 'parts' / 'checkpoints' / 'step-00000003'}: cannot be written" in said
+    assert "No space left on device" in said and "Traceback" not in said
+    assert (tmp_path / "found").read_text().split() == ["latest", "step-00000001", "step-00000002"]
+    assert (tmp_path / "latest").read_text() == "step-00000002\n"
+    assert (tmp_path / "again").read_text() == "0\n"
+    (tmp_path / "parts" / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text())
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
 def test_no_spread_ends_the_run_with_its_own_status(command, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     arguments = command("dead", "toy_reward:low_bytes", "reward.accuracy=rules", "reward.function=''")

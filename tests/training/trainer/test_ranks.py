@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from vtengine_training.trainer.checkpoint import find_latest
+from vtengine_training.trainer.checkpoint import check, find_latest
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.models import build_models
 from vtengine_training.trainer.ranks import Ranks
@@ -159,6 +163,76 @@ def test_torchrun_writes_once_what_exists_once(make_config, tmp_path) -> None:
     assert folder is not None
     assert sorted(p.name for p in (folder / "ranks").iterdir()) == ["0", "1"]
     assert len(list((folder / "optimizer").glob("*.safetensors"))) == 2
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def start_pair(path: Path) -> list[subprocess.Popen[bytes]]:
+    """`vtengine-train grpo PATH` as two ranks."""
+    paths = (REPO, REPO / "kernels", REPO / "training", Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "vtengine_training.cli", "grpo", str(path)]
+    return [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.DEVNULL) for rank in (0, 1)
+    ]
+
+
+def rows_in(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return timeless([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
+
+
+@pytest.mark.slow
+def test_killed_pairs_end_as_an_uninterrupted_one(make_config, tmp_path) -> None:
+    """kill -9 of one rank, at random moments of a step and of its save: `latest` can be loaded, the other rank ends."""
+    reward = {"penalty": {"form": "off"}, "accuracy": "function", "function": "toy_reward:low_bytes"}
+    configs = {
+        name: make_config(steps=6, rollout=ALONE, reward=reward, output=str(tmp_path / name))
+        for name in ("whole", "parts")
+    }
+    for name, config in configs.items():
+        (tmp_path / f"{name}.toml").write_text(to_toml(config))
+    assert [process.wait(timeout=240) for process in start_pair(tmp_path / "whole.toml")] == [0, 0]
+    rng, output = random.Random(3), tmp_path / "parts"
+    for victim, step in enumerate((1, 3, 5)):  # the row of a step is written before its checkpoint
+        pair = start_pair(tmp_path / "parts.toml")
+        try:
+            deadline = time.monotonic() + 120
+            while rows_in(output) < step and time.monotonic() < deadline:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.15))
+            pair[victim % 2].send_signal(signal.SIGKILL)
+            assert pair[1 - victim % 2].wait(timeout=120) != 0
+        finally:
+            for process in pair:
+                process.kill()
+                process.wait()
+        folder = find_latest(output / "checkpoints")
+        assert folder is None or check(folder) is None
+        assert (0 if folder is None else int(folder.name[5:])) >= step - 1
+    assert [process.wait(timeout=240) for process in start_pair(tmp_path / "parts.toml")] == [0, 0]
+    assert steps_of(output) == steps_of(tmp_path / "whole")
+    ends = [find_latest(tmp_path / name / "checkpoints") for name in ("whole", "parts")]
+    first, second = (
+        {path.name: load_file(path) for part in ("optimizer", "model") for path in folder.glob(f"{part}/*.safetensors")}
+        for folder in ends
+        if folder is not None
+    )
+    assert len(first) == 3 and first.keys() == second.keys()
+    for file, tensors in first.items():
+        assert tensors.keys() == second[file].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, second[file][name]), (file, name)
 
 
 def test_several_ranks_refuse_an_engine_in_each(make_config, tiny_folder) -> None:
