@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -165,22 +164,7 @@ def test_torchrun_writes_once_what_exists_once(make_config, tmp_path) -> None:
     assert len(list((folder / "optimizer").glob("*.safetensors"))) == 2
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
-def start_pair(path: Path) -> list[subprocess.Popen[bytes]]:
-    """`vtengine-train grpo PATH` as two ranks."""
-    paths = (REPO, REPO / "kernels", REPO / "training", Path(__file__).parent)
-    environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "vtengine_training.cli", "grpo", str(path)]
-    return [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.DEVNULL) for rank in (0, 1)
-    ]
+GRPO = ("-m", "vtengine_training.cli", "grpo")
 
 
 def rows_in(folder: Path) -> int:
@@ -193,7 +177,7 @@ def steps_of(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_killed_pairs_end_as_an_uninterrupted_one(make_config, tmp_path) -> None:
+def test_killed_pairs_end_as_an_uninterrupted_one(make_config, tmp_path, start_ranks) -> None:
     """kill -9 of one rank, at random moments of a step and of its save: `latest` can be loaded, the other rank ends."""
     reward = {"penalty": {"form": "off"}, "accuracy": "function", "function": "toy_reward:low_bytes"}
     configs = {
@@ -202,10 +186,10 @@ def test_killed_pairs_end_as_an_uninterrupted_one(make_config, tmp_path) -> None
     }
     for name, config in configs.items():
         (tmp_path / f"{name}.toml").write_text(to_toml(config))
-    assert [process.wait(timeout=240) for process in start_pair(tmp_path / "whole.toml")] == [0, 0]
+    assert [process.wait(timeout=240) for process in start_ranks(*GRPO, str(tmp_path / "whole.toml"))] == [0, 0]
     rng, output = random.Random(3), tmp_path / "parts"
     for victim, step in enumerate((1, 3, 5)):  # the row of a step is written before its checkpoint
-        pair = start_pair(tmp_path / "parts.toml")
+        pair = start_ranks(*GRPO, str(tmp_path / "parts.toml"))
         try:
             deadline = time.monotonic() + 120
             while rows_in(output) < step and time.monotonic() < deadline:
@@ -220,7 +204,7 @@ def test_killed_pairs_end_as_an_uninterrupted_one(make_config, tmp_path) -> None
         folder = find_latest(output / "checkpoints")
         assert folder is None or check(folder) is None
         assert (0 if folder is None else int(folder.name[5:])) >= step - 1
-    assert [process.wait(timeout=240) for process in start_pair(tmp_path / "parts.toml")] == [0, 0]
+    assert [process.wait(timeout=240) for process in start_ranks(*GRPO, str(tmp_path / "parts.toml"))] == [0, 0]
     assert steps_of(output) == steps_of(tmp_path / "whole")
     ends = [find_latest(tmp_path / name / "checkpoints") for name in ("whole", "parts")]
     first, second = (
