@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from vtengine_training.sweep.plan import Planned, short
 Row = dict[str, Any]
 Curve = list[tuple[int, float]]
 DIGITS = 5
-EXTRA = ("time/step",)
+EXTRA = ("time/step",)  # its median: a step beside which the machine did something else says nothing
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -65,7 +65,8 @@ def _row(config: SweepConfig, one: Planned, status: int | None, titles: Mapping[
     found |= {titles[key]: value for key, value in one.settings.items()}
     for metric in (*config.plot.metrics, *EXTRA):
         values = [value for _, value in curve(rows, metric)][-config.last :]
-        found[metric] = round(math.fsum(values) / len(values), DIGITS) if values else None
+        average = statistics.median if metric in EXTRA else statistics.fmean
+        found[metric] = round(average(values), DIGITS) if values else None
     found["curves"] = {
         metric: [[step, round(value, DIGITS)] for step, value in curve(rows, metric)] for metric in config.plot.metrics
     }
