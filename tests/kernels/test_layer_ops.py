@@ -58,6 +58,17 @@ def test_the_gate_keeps_its_ends(isa):
     assert native.swiglu(torch.full((1, 2), float("nan")), isa=isa).isnan().all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_infinite_gate_is_what_torch_makes_of_it(isa):
+    if isa not in library.isas():
+        pytest.skip(f"this machine has no {isa}")
+    gate = torch.tensor([torch.inf, -torch.inf, 1.0] * 9)  # whole vectors and a rest
+    x = torch.cat((gate, numbers(27)))[None]
+    out = native.swiglu(x, isa=isa)
+    assert out[0, ::3].isinf().all()
+    torch.testing.assert_close(out, plain.swiglu(x), equal_nan=True)
+
+
 def test_a_row_depends_on_nothing_else_whatever_the_threads_and_the_view():
     before = torch.get_num_threads()
     for op, arguments in cases(700, 256):

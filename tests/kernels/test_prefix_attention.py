@@ -53,6 +53,14 @@ def test_extreme_scores_stay_exact():
 
 
 @CPU
+def test_a_score_of_minus_infinity_is_no_weight():
+    q, keys, values, tables, lengths = Case((40, 3)).tensors()
+    q[:, :, 0], keys[tables[0, 1], 3, :, 0] = 1.0, -torch.inf
+    out = prefix_attention(q, keys, values, tables, lengths)
+    assert torch.allclose(out.double(), truth(q, keys, values, tables, lengths), atol=1e-5)
+
+
+@CPU
 def test_queries_may_be_a_view_and_threads_change_nothing():
     q, keys, values, tables, lengths = CASES["usual"].tensors()
     wide = torch.full((len(q), 9, q.shape[2]), float("nan"))
