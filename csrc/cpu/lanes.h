@@ -15,6 +15,16 @@ VT_TARGET static inline float sum_lanes(const Vec& x) {
     return lane[0];
 }
 
+// The largest of `least` and x[0..count); count: a positive multiple of VT_LANES.
+VT_TARGET static inline float highest_of(const float* x, int64_t count, float least) {
+    Vec top = vec(x);
+    for (int64_t i = VT_LANES; i < count; i += VT_LANES) top = vec(x + i) > top ? vec(x + i) : top;
+    float lane[VT_LANES];
+    vec(lane) = top;
+    for (int i = 0; i < VT_LANES; ++i) least = lane[i] > least ? lane[i] : least;
+    return least;
+}
+
 // e^x for x in [-inf, 0], relative error below 2e-7 (Cephes expf); 0 below -87.
 VT_TARGET static inline void exp_lanes(Vec& x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
