@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vtengine.config import to_dict
 from vtengine.model import Qwen2_5_VL, load_model, save_model
 from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
+from vtengine.rollout.seeds import derive_seed
 from vtengine_training.eval.runner import model_folder
 from vtengine_training.files import write_whole
 from vtengine_training.fingerprint import weights_fingerprint
@@ -232,7 +233,7 @@ class Run:
         phase, inside = phase_at(self.config, self.step)
         rate = learning_rate(phase, inside)
         if self.config.lora.dropout:  # drawn by step number, as batches are
-            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
         with sdpa_kernel(SDPBackend.MATH):  # on CPUs faster than the flash kernel, whose backward is slow there
             result = losses(self.model, self.head, batch, phase.aux_weight, phase.look_weight)
             result.total.backward()  # type: ignore[no-untyped-call]

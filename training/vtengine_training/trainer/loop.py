@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vtengine.rollout.records import Row, RowWriter
+from vtengine.rollout.seeds import derive_seed
 from vtengine_training.fingerprint import weights_fingerprint
 from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.rewards.rewarder import Rewarder
@@ -93,7 +94,7 @@ class Run:
         rate = self.rate(self.step)
         await parts.publisher.release()
         if self.config.lora.dropout:  # drawn by step number: a run that goes on draws what it would have drawn
-            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * self.ranks.size + self.ranks.rank)
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step, self.ranks.rank))
         figures |= parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
         finished = time.perf_counter()
         await parts.publisher.publish(parts.learner.version)
