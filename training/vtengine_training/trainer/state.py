@@ -146,18 +146,9 @@ def resume(run: Run) -> bool:
 
 
 def _latest(run: Run) -> Path | None:
-    """The first rank looks: files are hashed, and once is enough."""
-    found: list[str | None] = [None, None]
-    if run.ranks.is_first:
-        try:
-            folder = find_latest(run.checkpoints)
-            found = [None if folder is None else str(folder), None]
-        except CheckpointError as error:
-            found = [None, str(error)]
-    path, fault = run.ranks.first(found)
-    if fault is not None:
-        raise CheckpointError(fault)
-    return None if path is None else Path(path)
+    """The first rank looks: files are hashed, and once is enough. Raises ValueError, on all, if none is whole."""
+    path = run.ranks.from_first(lambda: str(find_latest(run.checkpoints) or ""))
+    return Path(path) if path else None
 
 
 def _owned(run: Run, folder: Path, state: Mapping[str, Any]) -> list[Group]:
