@@ -45,6 +45,11 @@ class Models:
     dtype: torch.dtype
     adapters: Adapters | None = None
 
+    @property
+    def model(self) -> Qwen2_5_VL:
+        """The one that generates, or where servers do it for several ranks the learner's, in pieces."""
+        return self.generating or self.policy.model
+
     def publisher(self, config: GrpoConfig, backend: Backend, ranks: Ranks) -> Publisher:
         """How the engine gets what was learned."""
         learned, generating, adapters = self.policy.model, self.generating, self.adapters
@@ -59,10 +64,12 @@ class Models:
         return CopiedParameters(onward, generating, learned)
 
     def whole(self, ranks: Ranks, folder: Path) -> Qwen2_5_VL | None:
-        """What is learned as one model, to be exported; None on ranks but the first where that would take memory.
+        """What is learned as one plain model, to be exported; None on ranks but the first where that would take memory.
 
         A meeting where it lies in pieces. folder: the checkpoint that adapters sit on.
         """
+        if self.adapters is not None and self.adapters.model is self.generating:
+            return self.adapters.merged_model()
         if self.generating is not None:
             return self.generating
         if self.adapters is None:
