@@ -22,8 +22,8 @@ from vtengine.model import Qwen2_5_VL, load_model, load_tensors
 from vtengine_training.lora.adapters import Adapters
 from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.sync.base import Publisher
-from vtengine_training.sync.gathered import CopiedParameters, WeightParts, whole_copy
-from vtengine_training.sync.merged import MergedCopy, MergedParts
+from vtengine_training.sync.gathered import CopiedWeights, WeightParts, whole_copy
+from vtengine_training.sync.merged import MergedParts
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.ranks import Ranks
@@ -53,15 +53,12 @@ class Models:
     def publisher(self, config: GrpoConfig, backend: Backend, ranks: Ranks) -> Publisher:
         """How the engine gets what was learned."""
         learned, generating, adapters = self.policy.model, self.generating, self.adapters
-        if generating is None:
-            parts = MergedParts(adapters) if adapters is not None else WeightParts(learned, self.dtype)
-            return build_shared_publisher(config, backend, parts, learned.device, ranks)
-        onward = build_publisher(config, backend, generating, None if adapters is None else adapters.merged)
         if learned is generating:
-            return onward
-        if adapters is not None:
-            return MergedCopy(onward, generating, adapters.merged)
-        return CopiedParameters(onward, generating, learned)
+            return build_publisher(config, backend, learned, None if adapters is None else adapters.merged)
+        parts = MergedParts(adapters) if adapters is not None else WeightParts(learned, self.dtype)
+        if generating is None:
+            return build_shared_publisher(config, backend, parts, learned.device, ranks)
+        return CopiedWeights(build_publisher(config, backend, generating), generating, parts)
 
     def whole(self, ranks: Ranks, folder: Path) -> Qwen2_5_VL | None:
         """What is learned as one plain model, to be exported; None on ranks but the first where that would take memory.
