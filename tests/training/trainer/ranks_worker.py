@@ -1,4 +1,5 @@
-"""One of several ranks, started by the tests: `python ranks_worker.py CONFIG.toml OUT {gradients|curve|...}`."""
+"""One of several ranks, started by the tests. A case is a line of its input: ["CONFIG.toml", "OUT", "gradients"], or
+curve-3, skipped, ...; each is answered with a line `done`. The end of the input is the end of the meetings."""
 
 from __future__ import annotations
 
@@ -93,10 +94,8 @@ def skipped(run: Run) -> list[float]:
     return [figures["updates/skipped"], change]
 
 
-def main(config: GrpoConfig, out: Path, what: str) -> None:
-    torch.set_num_threads(1)
-    gathered_weights.PART_BYTES = 20_000  # a toy model in several parts too
-    ranks = Ranks.join(torch.device("cpu"))
+def do(config: GrpoConfig, ranks: Ranks, out: Path, what: str) -> None:
+    torch.manual_seed(0)  # whatever case came before
     run = Run(config, rewarder(), ranks)
     if what.startswith("gradients"):
         tensors = gradients(run, (1, 200, 10**6), what == "gradients-blind")
@@ -110,8 +109,18 @@ def main(config: GrpoConfig, out: Path, what: str) -> None:
         found = ranks.gather(skipped(run))
         if ranks.is_first:
             out.write_text(json.dumps(found))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    gathered_weights.PART_BYTES = 20_000  # a toy model in several parts too
+    ranks = Ranks.join(torch.device("cpu"))
+    for line in sys.stdin:
+        config, out, what = json.loads(line)
+        do(load_config(GrpoConfig, Path(config), []), ranks, Path(out), what)
+        print("done", flush=True)
     ranks.leave()
 
 
 if __name__ == "__main__":
-    main(load_config(GrpoConfig, Path(sys.argv[1]), []), Path(sys.argv[2]), sys.argv[3])
+    main()
