@@ -13,6 +13,22 @@ SPECIAL = (
 )
 PAD, VIDEO, START, END, BOS, STOP = range(310, 316)
 """Special ids of a vocabulary of 320 that has no tokenizer."""
+TINY_VISION = VisionConfig(
+    depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+)
+
+
+def tiny_text(vocab_size: int = 320) -> TextConfig:
+    """Goes with TINY_VISION."""
+    return TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        mrope_section=(2, 3, 3),
+    )
 
 
 def byte_encoder(merges: tuple[tuple[str, str], ...] = ()) -> tokenizers.Tokenizer:

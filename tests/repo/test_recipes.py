@@ -150,7 +150,8 @@ STUBS = {
 
 
 TERM_BEFORE_IT_HAS_A_NAME = r"""
-trap 'if [[ $BASH_COMMAND == "trainer=\$!" ]]; then until grep -q training $LOG; do sleep .02; done; kill -TERM $$; fi' DEBUG
+early() { until grep -q training $LOG; do sleep .02; done; kill -TERM $$; }
+trap '[[ $BASH_COMMAND != "trainer=\$!" ]] || early' DEBUG
 """
 """The trainer runs, and the script does not know its number yet."""
 

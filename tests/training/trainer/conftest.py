@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import select
@@ -19,8 +20,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from vtengine_training.trainer.config import GrpoConfig
+from vtengine_training.trainer.loop import Run
 
 from tests.tiny_model import byte_encoder
+from tests.training.trainer.toy import rewarder
 from tests.training.trainer.toy_model import tiny_config
 from vtengine.config import build, to_toml
 from vtengine.model import Qwen2_5_VL, save_model
@@ -81,6 +84,20 @@ def make_config(tiny_folder: Path, tiny_data: Path, tmp_path: Path):
         return build(GrpoConfig, data)
 
     return make
+
+
+@pytest.fixture
+def run(make_config):
+    """run(reward function, **changes of the config): a run that has not begun; closed at the end."""
+    made = []
+
+    def make(function=None, **changes) -> Run:
+        made.append(Run(make_config(**changes), rewarder(function)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        asyncio.run(one.close())
 
 
 def launch(folder: Path, *arguments: str, size: int = 2, **pipes: int) -> list[subprocess.Popen[str]]:

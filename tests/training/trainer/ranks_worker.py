@@ -18,9 +18,10 @@ from vtengine_training.trainer.command import train
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.ranks import Ranks
-from vtengine_training.trainer.step import Learner, _Sums
+from vtengine_training.trainer.step import _Sums
 from vtengine_training.trainer.trajectory import Trajectory
 
+from tests.training.trainer.probe import collect, probe
 from tests.training.trainer.toy import rewarder
 from vtengine.config import load_config
 
@@ -37,27 +38,16 @@ def text_only(one: Trajectory) -> Trajectory:
 def gradients(run: Run, max_tokens: tuple[int, ...], blind: bool = False) -> dict[str, torch.Tensor]:
     """loss.M and M.NAME: loss and whole gradients of one mini-batch cut at M tokens. blind: the draws of rank 0 of 2
     have no images."""
-    learner, found = run.parts.learner, {}
-    groups = asyncio.run(run.parts.collector.collect(1)).groups
+    found: dict[str, torch.Tensor] = {}
+    groups = collect(run)
     if blind:
         groups = [
             group if group.draw % 2 else replace(group, trajectories=tuple(map(text_only, group.trajectories)))
             for group in groups
         ]
     for bound in max_tokens:
-        update = replace(run.config.update, max_tokens=bound)
-        probe = Learner(
-            learner.policy,
-            learner.reference,
-            learner.optimizer,
-            learner.loss,
-            update,
-            learner.constant_length,
-            run.ranks,
-        )
-        for parameter in learner.policy.model.parameters():
-            parameter.grad = None
-        loss = run.ranks.sum(probe.backward(probe.build(groups), None, _Sums()))
+        learner = probe(run, max_tokens=bound)
+        loss = run.ranks.sum(learner.backward(learner.build(groups), None, _Sums()))
         found[f"loss.{bound}"] = torch.tensor([loss], dtype=torch.float64)
         for name, parameter in learner.policy.model.named_parameters():
             if parameter.grad is not None:
@@ -82,7 +72,7 @@ def curve(run: Run, stop: int) -> list[dict[str, float]]:
 def skipped(run: Run) -> list[float]:
     """A step in which one rank's rewards are broken: [updates skipped, largest change of a weight], of each rank."""
     learner = run.parts.learner
-    groups = asyncio.run(run.parts.collector.collect(1)).groups
+    groups = collect(run)
     before = {name: p.detach().clone() for name, p in learner.policy.model.named_parameters()}
     if run.ranks.is_first:
         broken = [replace(one, advantage=float("nan")) for one in groups[0].trajectories]
