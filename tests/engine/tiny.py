@@ -28,7 +28,8 @@ class Letters:
 
 def tiny_config():
     return replace(
-        config_of(tiny_text(VOCAB), TINY_VISION),
+        config_of(tiny_text(), TINY_VISION),
+        text=tiny_text(VOCAB),
         image_token_id=PAD,
         video_token_id=VIDEO,
         vision_start_token_id=253,
