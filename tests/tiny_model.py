@@ -31,15 +31,18 @@ def tiny_text(vocab_size: int = 320) -> TextConfig:
     )
 
 
-def byte_encoder(merges: tuple[tuple[str, str], ...] = ()) -> tokenizers.Tokenizer:
-    """256 bytes, the merges and the marks."""
+TAGS = ("<tool_call>", "</tool_call>")
+
+
+def byte_encoder(merges: tuple[tuple[str, str], ...] = (), tags: tuple[str, ...] = TAGS) -> tokenizers.Tokenizer:
+    """256 bytes, the merges, the marks, and the tags that are one token."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
     vocab = {token: index for index, token in enumerate(tokens)}
     encoder = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.decoder = decoders.ByteLevel()
     encoder.add_special_tokens(list(SPECIAL))
-    encoder.add_tokens(["<tool_call>", "</tool_call>"])
+    encoder.add_tokens(list(tags))
     return encoder
 
 

@@ -42,7 +42,8 @@ Replies = Sequence[Reply] | Callable[[Request], Reply]
 
 
 def byte_tokenizer() -> Tokenizer:
-    return Tokenizer(byte_encoder())
+    """Tags come letter by letter."""
+    return Tokenizer(byte_encoder(tags=()))
 
 
 def two_turns(request: Request) -> str:
@@ -121,7 +122,7 @@ def make_setting(
 
 def embedded_backend(tokenizer: Tokenizer) -> EmbeddedEngine:
     """The real engine under a tiny model of random weights. Close it."""
-    config = config_of(tiny_text(tokenizer.vocab_size), TINY_VISION, byte_encoder())
+    config = config_of(tiny_text(tokenizer.vocab_size), TINY_VISION, byte_encoder(tags=()))
     return EmbeddedEngine(Qwen2_5_VL.build(config, 0).eval(), tokenizer, EngineConfig(kv_bytes=1 << 22))
 
 
