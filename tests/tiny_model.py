@@ -11,6 +11,7 @@ SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
+TAGS = ("<tool_call>", "</tool_call>")
 PAD, VIDEO, START, END, BOS, STOP = range(310, 316)
 """Special ids of a vocabulary of 320 that has no tokenizer."""
 TINY_VISION = VisionConfig(
@@ -29,9 +30,6 @@ def tiny_text(vocab_size: int = 320) -> TextConfig:
         num_kv_heads=2,
         mrope_section=(2, 3, 3),
     )
-
-
-TAGS = ("<tool_call>", "</tool_call>")
 
 
 def byte_encoder(merges: tuple[tuple[str, str], ...] = (), tags: tuple[str, ...] = TAGS) -> tokenizers.Tokenizer:
