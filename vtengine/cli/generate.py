@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         tokens = totals.completion_tokens - task.tokens_before
         stream = sys.stdout if task.writes_file else sys.stderr
         print_summary(totals, task.run_s or wall_s, task.rows_fresh, tokens, stream)
+        if task.writes_file and (failed := dict(totals.statuses).get("failed")):
+            print(f"{failed:,} failed: run the same command with --resume to try them again", file=sys.stderr)
     return ROWS_REJECTED if totals.unfinished else OK
 
 

@@ -56,5 +56,7 @@ class EngineConfig:
         if self.num_pages is not None:
             return self.num_pages
         if self.kv_bytes < page_bytes:
-            raise ValueError(f"engine.kv_bytes = {self.kv_bytes}: one page of this model takes {page_bytes} bytes")
+            raise ValueError(
+                f"engine.kv_bytes = {self.kv_bytes}: one page of this model takes {page_bytes} bytes; raise --kv-gb"
+            )
         return self.kv_bytes // page_bytes
