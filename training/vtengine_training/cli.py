@@ -85,7 +85,9 @@ def _eval(arguments: argparse.Namespace) -> int:
         print(to_toml(config), end="")
         return 0
     from vtengine_training.eval.runner import evaluate, write_results
+    from vtengine_training.files import check_place
 
+    check_place(Path(config.results))
     with progress_bar() as progress:
         tasks: dict[str, Any] = {
             name: progress.add_task(name, total=config.count, note="") for name in config.resolutions

@@ -162,5 +162,4 @@ def _share(rows: list[Row], key: str) -> float:
 
 def write_results(results: Row, path: Path) -> None:
     """As JSON; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(results, indent=2) + "\n")
