@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -185,8 +186,15 @@ class Runner:
     def _sample(self, sequences: list[Sequence], hidden: Tensor) -> tuple[list[int], list[float]]:
         counters = np.array([s.num_outputs for s in sequences], dtype=np.uint64)
         logits = self.model.logits(hidden)
-        ids, logprobs = sample(logits, self._sampling_plan(sequences, logits), counters)
-        return ids.tolist(), logprobs.tolist()
+        ids, found = sample(logits, self._sampling_plan(sequences, logits), counters)
+        logprobs = found.tolist()
+        for sequence, logprob in zip(sequences, logprobs, strict=True):
+            if math.isnan(logprob):  # the id is then arbitrary, and what was cached may hold NaN too
+                raise FloatingPointError(
+                    f"request {sequence.request.request_id}: the model's scores are not finite: its weights overflow "
+                    f"in {self.model.dtype}; load it in float32, or take a checkpoint from before the training diverged"
+                )
+        return ids.tolist(), logprobs
 
     def _sampling_plan(self, sequences: list[Sequence], logits: Tensor) -> SamplingPlan:
         key = tuple(s.arrival for s in sequences)
