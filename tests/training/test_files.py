@@ -21,6 +21,16 @@ def test_a_good_place_stays_as_it_was(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("command", ["sft", "grpo", "eval", "curate", "sweep", "judge-check"])
+def test_a_configuration_that_is_not_there_is_bad_usage(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, reason in ((tmp_path / "absent.toml", "No such file"), (tmp_path, "directory")):
+        assert main([command, str(path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(path) in error and reason in error
+
+
 @pytest.mark.parametrize("place", ["file/results.json", "folder"])
 def test_an_evaluation_asks_nothing_if_its_results_cannot_be_written(
     tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtengine.cli.errors import UsageError
+
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
@@ -46,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
+        arguments.config.open("rb").close()
+    except OSError as error:
+        print(f"vtengine-train: CONFIG {arguments.config}: cannot be read: {error.strerror}", file=sys.stderr)
+        return 2
+    try:
         return int(arguments.run(arguments))
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         print(f"vtengine-train: {error}", file=sys.stderr)
         return 2
     except OSError as error:
