@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from vtengine_training.cli import main
 from vtengine_training.files import check_place, write_whole
 
