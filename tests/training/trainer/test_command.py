@@ -203,6 +203,16 @@ def test_metrics_after_a_kill(tmp_path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+@pytest.mark.parametrize("line", ["{}", "[1]", "3", '{"step": "x"}', "st"])
+def test_metrics_that_are_not_ours_are_not_written_over(tmp_path, line) -> None:
+    path = tmp_path / "metrics.jsonl"
+    text = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
+    path.write_text(text)
+    with pytest.raises(OSError, match=r"metrics\.jsonl: line 2 is no row of metrics.*move the file away"):
+        cut_metrics(path, 1)
+    assert path.read_text() == text
+
+
 def test_figures_as_json() -> None:
     assert rounded({"a": 1.0, "b": 1 / 3, "c": float("nan"), "d": float("inf")}) == {
         "a": 1,
