@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from vtengine_training.trainer.checkpoint import find_latest
 from vtengine_training.trainer.loop import Run
@@ -18,6 +19,7 @@ from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.rollout_engine import episodes_at_a_time
 
 from tests.engine.sglang.fake_server import FakeSglang
+from tests.engine.sglang.scheduler import KILLED, schedulers
 from tests.training.trainer import ranks_worker
 from tests.training.trainer.toy import rewarder
 from vtengine.config import to_toml
@@ -163,6 +165,20 @@ def test_a_server_dies_in_the_middle_and_nothing_is_lost(config, fakes, ranks) -
         (k, 8, 0) for k in (1, 2, 3)
     ]
     assert other.model["weight_version"] == "3" and victim.model["weight_version"] in ("1", "2")
+
+
+def test_a_server_dies_in_the_middle_of_a_broadcast(config, fakes, ranks) -> None:
+    """It is sent version 2 when it dies: both ranks go on with the other server, which has what was learned."""
+    backend = {"backend": ",".join(fake.url for fake in fakes), "prompts": 4, "n": 4, "sync": "distributed"}
+    run = config("broadcast", rollout=backend)
+    with schedulers(2, {"update_weights_from_distributed": (3, KILLED)}) as connections:
+        for fake, connection in zip(fakes, connections, strict=True):
+            fake.scheduler = connection
+        found = ranks(run, "curve-99")
+    victim, other = fakes
+    assert [(row["version"], row["groups/failed"]) for row in found] == [(1, 0), (2, 0), (3, 0)]
+    assert (victim.model["weight_version"], other.model["weight_version"]) == ("1", "3")
+    same_weights({name: torch.from_numpy(value) for name, value in other.loaded.items()}, exported(run))
 
 
 def ends(processes, within_s):
