@@ -44,8 +44,8 @@ def model_folder(name: str) -> Path:
     folder = shipped_model(name) if name in SHIPPED_NAMES else Path(name)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"model: {folder} holds no config.json; give the folder of a checkpoint: train one with `vtengine-train sft`, "
-            "or download one (ids of the Hugging Face hub are not looked up here)"
+            f"model: {folder} holds no config.json; give the folder of a checkpoint: train one with `vtengine-train "
+            "sft`, or download one (ids of the Hugging Face hub are not looked up here)"
         )
     return folder
 

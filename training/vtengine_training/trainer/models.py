@@ -98,7 +98,8 @@ def build_models(
         chunk=update.logits_chunk,
         fused=update.logits == "fused",
     )
-    generating = adapters = None
+    generating: Qwen2_5_VL | None = None
+    adapters: Adapters | None = None
     if ranks.is_alone or config.rollout.backend == "embedded":
         generating = ranks.together(lambda: load_model(folder, device, dtype))
         generating.visual.requires_grad_(config.trains_vision)
