@@ -235,8 +235,9 @@ def test_bad_settings_name_the_field(field, value):
         EngineConfig(**{field: value})
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_storm_of_requests_cancellations_and_updates(seed):
+def test_a_storm_of_requests_cancellations_and_updates(seed, ahead):
     """Tiny pool, everything at once: whoever is not cancelled gets the answer of a quiet run."""
     rng = random.Random(seed)
     pictures = [image(k, h=2 * rng.randrange(1, 4), w=2 * rng.randrange(1, 4)) for k in range(4)]
@@ -260,7 +261,7 @@ def test_a_storm_of_requests_cancellations_and_updates(seed):
                 await engine.load_weights(weights, version=1)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    results = run(storm, num_pages=30, max_batch_tokens=24, vision_cache_bytes=4000)
+    results = run(storm, num_pages=30, max_batch_tokens=24, vision_cache_bytes=4000, encode_ahead=ahead)
     survivors = [(a, r) for a, r in zip(asks, results, strict=True) if not isinstance(r, asyncio.CancelledError)]
     assert len(survivors) > 20
     quiet = serve([ask for ask, _ in survivors], max_running=1, resume=False)
