@@ -20,13 +20,13 @@ from vtengine.engine.embedded.attention import KVCache
 from vtengine.engine.embedded.config import EngineConfig
 from vtengine.engine.embedded.encode_ahead import EncodeAhead
 from vtengine.engine.embedded.encoder import Encoder
-from vtengine.engine.embedded.pace import Pace
 from vtengine.engine.embedded.pages import PagePool
 from vtengine.engine.embedded.radix import RadixTree
 from vtengine.engine.embedded.runner import Runner
 from vtengine.engine.embedded.scheduler import Row, Scheduler
 from vtengine.engine.embedded.stop import Decoder, StopFinder
 from vtengine.engine.embedded.vision_cache import VisionCache
+from vtengine.engine.pace import Pace
 from vtengine.model import hf_tensors, load_model, load_tensors, store_by_column
 
 if TYPE_CHECKING:
