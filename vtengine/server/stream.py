@@ -76,14 +76,16 @@ class Stream:
             if extension is not None:
                 chunk["vtengine"] = extension
             self.reply.add_event(chunk)
-        if isinstance(word, Episode):
+        if isinstance(word, TextDelta):
+            if chunks:
+                self.bell.ring()
+        elif isinstance(word, Episode):
             self.episodes.append(word)
             if self.job.with_usage and self._is_complete:
                 self.reply.add_event({**self.frame, "choices": [], "usage": usage(self.episodes)})
-        if isinstance(word, Asked | Replied):
-            self.bell.ring_soon()
-        elif chunks:
             self.bell.ring()
+        else:
+            self.bell.ring_soon()
 
 
 Chunk = tuple[Json, Json | None, str | None]
