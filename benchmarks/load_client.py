@@ -40,9 +40,11 @@ class Answered:
         if not self.is_chunked:
             return self.body
         text, rest = b"", self.body
-        while size := int((parts := rest.partition(b"\r\n"))[0], 16):
-            text, rest = text + parts[2][:size], parts[2][size + 2 :]
-        return text
+        while True:
+            size, _, rest = rest.partition(b"\r\n")
+            if not int(size, 16):
+                return text
+            text, rest = text + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
 
 
 class Connection(asyncio.Protocol):
@@ -62,12 +64,12 @@ class Connection(asyncio.Protocol):
         self._data += data
         if not self._body and not self._read_head():
             return
-        size = len(self._data) - self._body
-        self._first_s = self._first_s or (time.perf_counter() - self._began) * (size > 0)
-        is_chunked = self._length is None
-        if self._data.endswith(END_OF_CHUNKS, self._body) if is_chunked else size >= self._length:
+        size, length = len(self._data) - self._body, self._length
+        if size and not self._first_s:
+            self._first_s = time.perf_counter() - self._began
+        if self._data.endswith(END_OF_CHUNKS, self._body) if length is None else size >= length:
             last_s, body = time.perf_counter() - self._began, bytes(self._data[self._body :])
-            self._answered.set_result(Answered(self._status, self._first_s, last_s, body, is_chunked))
+            self._answered.set_result(Answered(self._status, self._first_s, last_s, body, length is None))
 
     def connection_lost(self, error: Exception | None) -> None:
         if hasattr(self, "_answered") and not self._answered.done():

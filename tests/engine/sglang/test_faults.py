@@ -229,7 +229,8 @@ def test_both_ways_of_streaming(incremental):
     assert sum((chunk.token_ids for chunk in chunks), ()) == chunks[-1].completion.token_ids == REPLY[:6]
     assert len(chunks) == 6 and len(chunks[-1].completion.logprobs) == 6
     chunks = serve(collect, fake(incremental_streaming_output=incremental), max_chunks_per_s=1e-3)
-    assert [chunk.token_ids for chunk in chunks] == [REPLY[:1], REPLY[1:6]] and chunks[-1].completion.token_ids == REPLY[:6]
+    assert [chunk.token_ids for chunk in chunks] == [REPLY[:1], REPLY[1:6]]
+    assert chunks[-1].completion.token_ids == REPLY[:6]
 
 
 def test_the_key_is_sent_and_an_id_is_served_once():
