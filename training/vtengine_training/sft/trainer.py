@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vtengine.config import to_dict
 from vtengine.model import Qwen2_5_VL, load_model, save_model
 from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
-from vtengine.rollout.seeds import derive_seed
 from vtengine_training.eval.runner import model_folder
 from vtengine_training.files import write_whole
 from vtengine_training.fingerprint import weights_fingerprint
 from vtengine_training.glance.views import LIMITS
 from vtengine_training.lora.adapters import Adapters, save_adapter
+from vtengine_training.seeding import seed_generators
 from vtengine_training.sft.batch import Batch, make_batch
 from vtengine_training.sft.config import PhaseConfig, SftConfig
 from vtengine_training.sft.episodes import Renderer
@@ -217,13 +217,13 @@ class Run:
                 if self.step % self.config.log_every == 0 or is_last:
                     figures["seconds"] = round(time.perf_counter() - began, 2)
                     report(figures)
-                if self.step % self.config.save_every == 0 or is_last or stops:
-                    self.save()
-                if stops:
-                    return
                 phase, _ = phase_at(self.config, self.step - 1)
                 if phase.questions and (self.step % self.config.eval_every == 0 or is_last):
                     report({"step": self.step, "phase": phase.name, "validation": self._validate(asked)})
+                if self.step % self.config.save_every == 0 or is_last or stops:
+                    self.save()  # after the rows: a kill in between must not lose those of a saved step
+                if stops:
+                    return
 
     def _validate(self, asked: list[Asked]) -> dict[str, float]:
         with sdpa_kernel(SDPBackend.MATH):
@@ -232,8 +232,7 @@ class Run:
     def _update(self, batch: Batch) -> dict[str, Any]:
         phase, inside = phase_at(self.config, self.step)
         rate = learning_rate(phase, inside)
-        if self.config.lora.dropout:  # drawn by step number, as batches are
-            torch.manual_seed(derive_seed(self.config.seed, "dropout", self.step))
+        seed_generators(self.config.seed, "step", self.step)
         with sdpa_kernel(SDPBackend.MATH):  # on CPUs faster than the flash kernel, whose backward is slow there
             result = losses(self.model, self.head, batch, phase.aux_weight, phase.look_weight)
             result.total.backward()  # type: ignore[no-untyped-call]
