@@ -17,40 +17,73 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
-LIMIT = 1 << 24
+END_OF_CHUNKS = b"\r\n0\r\n\r\n"
+"""JSON keeps line ends out of its strings, so that a body cannot hold it."""
 
 
 @dataclass
 class Answered:
-    """status; seconds to the first byte of the body and to the last; the bytes."""
+    """status; seconds to the first byte of the body and to the last; the body as it came, in chunks where it has no
+    length."""
 
     status: int
     first_s: float
     last_s: float
     body: bytes
+    is_chunked: bool
+
+    def text(self) -> bytes:
+        """The body itself."""
+        if not self.is_chunked:
+            return self.body
+        text, rest = b"", self.body
+        while True:
+            size, _, rest = rest.partition(b"\r\n")
+            if not int(size, 16):
+                return text
+            text, rest = text + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> Answered:
-    """One exchange over a kept connection."""
-    began = time.perf_counter()
-    writer.write(request)
-    head = await reader.readuntil(b"\r\n\r\n")
-    lines = head.lower().split(b"\r\n")
-    status = int(lines[0].split()[1])
-    length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
-    if length is not None:
-        body = await reader.readexactly(length)
-        first_s = time.perf_counter() - began
-    else:
-        body, first_s = b"", 0.0
-        while size := int(await reader.readline(), 16):
-            body += await reader.readexactly(size)
-            first_s = first_s or time.perf_counter() - began
-            await reader.readexactly(2)
-        await reader.readexactly(2)
-    return Answered(status, first_s, time.perf_counter() - began, body)
+class Connection(asyncio.Protocol):
+    """A kept connection, for one exchange at a time. While the clock runs it only keeps what comes."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    async def ask(self, request: bytes) -> Answered:
+        self._answered: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        self._data, self._body, self._first_s = bytearray(), 0, 0.0
+        self._began = time.perf_counter()
+        self.transport.write(request)
+        return await self._answered
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+        if not self._body and not self._read_head():
+            return
+        size, length = len(self._data) - self._body, self._length
+        if size and not self._first_s:
+            self._first_s = time.perf_counter() - self._began
+        if self._data.endswith(END_OF_CHUNKS, self._body) if length is None else size >= length:
+            last_s, body = time.perf_counter() - self._began, bytes(self._data[self._body :])
+            self._answered.set_result(Answered(self._status, self._first_s, last_s, body, length is None))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if hasattr(self, "_answered") and not self._answered.done():
+            self._answered.set_exception(error or ConnectionError("the server closed the connection"))
+
+    def _read_head(self) -> bool:
+        """Once it is there: the status, where the body begins, and its length (None: it comes in chunks)."""
+        head, blank, _ = self._data.partition(b"\r\n\r\n")
+        if not blank:
+            return False
+        lines = bytes(head).lower().split(b"\r\n")
+        self._status, self._body = int(lines[0].split()[1]), len(head) + len(blank)
+        self._length = next((int(line[15:]) for line in lines if line.startswith(b"content-length:")), None)
+        return True
 
 
 def framed(host: str, body: bytes) -> bytes:
@@ -64,28 +97,29 @@ async def run(url: str, bodies: list[bytes], concurrency: int) -> dict[str, obje
     host, port = place.hostname or "", place.port or 80
     waiting = deque(enumerate(framed(place.netloc, body) for body in bodies))
     answers: list[Answered | None] = [None] * len(bodies)
-    pairs = [await asyncio.open_connection(host, port, limit=LIMIT) for _ in range(min(concurrency, len(bodies)))]
+    loop = asyncio.get_running_loop()
+    pairs = [await loop.create_connection(Connection, host, port) for _ in range(min(concurrency, len(bodies)))]
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
 
-    async def work(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def work(connection: Connection) -> None:
         while waiting:
             index, request = waiting.popleft()
-            answers[index] = await ask(reader, writer, request)
+            answers[index] = await connection.ask(request)
 
     wall, busy = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(work(*pair) for pair in pairs))
+    await asyncio.gather(*(work(connection) for _, connection in pairs))
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
-    for _, writer in pairs:
-        writer.close()
+    for transport, _ in pairs:
+        transport.close()
     done = [answer for answer in answers if answer is not None]
     return {
         "wall_s": wall,
         "client_cpu_s": busy,
         "first_s": [answer.first_s for answer in done],
         "last_s": [answer.last_s for answer in done],
-        "failed": [answer.body.decode("utf-8", "replace")[:300] for answer in done if answer.status != 200],
-        "contents": [content(answer.body) for answer in done if answer.status == 200],
+        "failed": [answer.text().decode("utf-8", "replace")[:300] for answer in done if answer.status != 200],
+        "contents": [content(answer.text()) for answer in done if answer.status == 200],
     }
 
 

@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class Context:
 
     def compare(
         self,
-        candidates: Mapping[str, Callable[[], object]],
+        candidates: Mapping[Name, Callable[[], object]],
         *,
         rounds: int = 7,
         warmup: int = 1,
         min_round_s: float = 0.0,
         after: Callable[[], object] | None = None,
-    ) -> dict[str, Measurement]:
+    ) -> dict[Name, Measurement]:
         """Times each candidate once per round, the order rotating from round to round.
 
         min_round_s: a short candidate is repeated within its round until about this time is filled (the number of
@@ -51,8 +54,8 @@ class Context:
         rounds = min(rounds, 2) if self.quick else rounds
         names = list(candidates)
         calls = {name: self._calls(candidates[name], warmup, min_round_s, after) for name in names}
-        wall: dict[str, list[float]] = {name: [] for name in names}
-        cpu: dict[str, list[float]] = {name: [] for name in names}
+        wall: dict[Name, list[float]] = {name: [] for name in names}
+        cpu: dict[Name, list[float]] = {name: [] for name in names}
         for index in range(rounds):
             for name in names[index % len(names) :] + names[: index % len(names)]:
                 seconds, busy = _time(candidates[name], calls[name], after)

@@ -20,6 +20,25 @@ import pytest  # noqa: E402  (after the thread counts are set)
 REPO = Path(__file__).resolve().parent.parent
 SEED = 20250713
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0")
+LONGEST_FIRST = (
+    "tests/training/trainer/test_ranks.py",
+    "tests/kernels/test_grpo_loss_triton.py",
+    "tests/training/trainer/test_shared_servers.py",
+    "tests/kernels/test_prefix_attention_triton.py",
+    "tests/training/test_sft.py",
+    "tests/repo/test_packaging.py",
+    "tests/training/trainer/test_resume.py",
+    "tests/training/trainer/test_command.py",
+    "tests/training/trainer/test_update.py",
+    "tests/training/trainer/test_learning.py",
+    "tests/cli/test_demo.py",
+)
+"""Files that take ten seconds and more: none of them is left when the other processes of `make test` have no more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {file: number for number, file in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 class NetworkUsed(RuntimeError):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vtengine.batch import ANSWERS, AnswerBatches
+from vtengine.cli.errors import CliError
 from vtengine.cli.models import shipped_model
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "glance"
+REPO = Path(__file__).resolve().parents[1]
+EXAMPLES = REPO / "examples" / "glance"
 
 
 class Dataset:
@@ -49,6 +52,31 @@ def test_answers_come_in_order_and_a_bad_row_ends_nothing():
     for row in answers.rows:
         assert set(ANSWERS) <= set(row) and json.loads(row["row"])["status"] == row["status"]
         assert row["answer"] == json.loads(row["row"])["answer"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 4}, "--n"),  # a batch has one answer for each row
+        ({"resolution": "medium"}, "invalid choice: 'medium'"),
+        ({"temperature": -1}, "'-1' is not a number >= 0"),
+        ({"backend": "nope"}, "--backend nope"),
+        ({"model": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_options_that_there_are_not(options, message):
+    with pytest.raises((ValueError, CliError), match=message):
+        AnswerBatches(**{"model": "glance"} | options)
+
+
+def test_the_page_for_python_programs(monkeypatch, capsys):
+    """The blocks of docs/python.md run as they stand, in the root of a checkout."""
+    monkeypatch.chdir(REPO)
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "python.md").read_text(), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert len(blocks) == 2 and "189 answered" in said and "torch.Size([24, 1176])" in said
 
 
 def test_what_is_missing_is_named():

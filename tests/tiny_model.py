@@ -11,19 +11,36 @@ SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
+TAGS = ("<tool_call>", "</tool_call>")
 PAD, VIDEO, START, END, BOS, STOP = range(310, 316)
 """Special ids of a vocabulary of 320 that has no tokenizer."""
+TINY_VISION = VisionConfig(
+    depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
+)
 
 
-def byte_encoder(merges: tuple[tuple[str, str], ...] = ()) -> tokenizers.Tokenizer:
-    """256 bytes, the merges and the marks."""
+def tiny_text(vocab_size: int = 320) -> TextConfig:
+    """Goes with TINY_VISION."""
+    return TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        mrope_section=(2, 3, 3),
+    )
+
+
+def byte_encoder(merges: tuple[tuple[str, str], ...] = (), tags: tuple[str, ...] = TAGS) -> tokenizers.Tokenizer:
+    """256 bytes, the merges, the marks, and the tags that are one token."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
     vocab = {token: index for index, token in enumerate(tokens)}
     encoder = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.decoder = decoders.ByteLevel()
     encoder.add_special_tokens(list(SPECIAL))
-    encoder.add_tokens(["<tool_call>", "</tool_call>"])
+    encoder.add_tokens(list(tags))
     return encoder
 
 

@@ -1,4 +1,4 @@
-"""Questions in columns, answers in columns: a stage for Ray Data's `map_batches`, and for whatever calls alike."""
+"""Questions in columns, answers in columns: for Python programs, and as a stage of Ray Data's `map_batches`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from vtengine.cli.arguments import build_parser
+from vtengine.cli.arguments import engine_options
 from vtengine.cli.session import open_session
 from vtengine.protocol.messages import ErrorInfo
 from vtengine.rollout.group import Setting, run_batch
@@ -26,10 +26,11 @@ class AnswerBatches:
 
         dataset.map_batches(AnswerBatches, fn_constructor_args=("glance",), batch_size=64, concurrency=1)
 
-    model, backend and options are those of `vtengine generate`: AnswerBatches("glance", max_turns=1, temperature=1.0).
+    model, backend and options are those of `vtengine ask`: AnswerBatches("glance", max_turns=1, temperature=1.0).
     concurrency: episodes at a time. image_root: relative paths start there, and none may leave it.
     Columns in: `image` (a path, a data URL, or the bytes of a file), `question`, and `id` where there is one.
     Columns out: those, and ANSWERS (`row`: the record of `vtengine generate`, as JSON). A bad row does not end a batch.
+    ValueError: an option that there is not, or a value outside its range; a model that cannot be used is a CliError.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class AnswerBatches:
         flags = ["--model", str(model), "--backend", backend]
         for name, value in options.items():
             switch = f"--{name.replace('_', '-')}"
-            flags += [switch] if value is True else [] if value is False else [switch, str(value)]
-        self.arguments = build_parser().parse_args(["generate", "-", "-o", "-", *flags])
+            flags += [switch] if value is True else [] if value is False or value is None else [switch, str(value)]
+        self.arguments = engine_options(flags)
         self.image_root, self.concurrency = Path(image_root), concurrency
         self._runner, self._stack = asyncio.Runner(), AsyncExitStack()
         self._setting = self._runner.run(self._open())

@@ -16,8 +16,11 @@ import torch
 from vtengine_kernels import flash_attn3, flashinfer_paged
 from vtengine_kernels.prefix_attention import Crossover, Siblings, prefix_attention
 
+from benchmarks.suites.siblings import PAGE, SHAPES, crossover, tables_of
+
 TESTS = ["-m", "gpu", "tests/kernels/test_prefix_attention_triton.py", "tests/kernels/test_installed_attention.py"]
-HEADS, KV_HEADS, SIZE, PAGE, OWN = 28, 4, 128, 16, 256
+HEADS, KV_HEADS, SIZE = SHAPES["Qwen2.5-VL-7B"]
+OWN = 256
 BATCHES, GROUPS, PREFIXES = (8, 32, 64, 128, 256), (8, 16), (256, 1024, 4096)
 CROSSOVER = "kernels/vtengine_kernels/prefix_attention/crossover_triton.json"
 INSTALLED = {"flash": flash_attn3, "flashinfer": flashinfer_paged}
@@ -46,19 +49,12 @@ def run(context: Any) -> list[dict[str, Any]]:
 
 
 def data(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each number of siblings the fewest shared tokens from which on split never lost, whatever the batch."""
-    found: dict[str, list[int]] = {"siblings": [], "tokens": []}
-    for n in sorted({row["n"] for row in rows}):
-        lost = [row["prefix"] for row in rows if row["n"] == n and row["speedup"] < 1]
-        won = [row["prefix"] for row in rows if row["n"] == n and row["prefix"] > max(lost, default=0)]
-        if won:
-            found["siblings"].append(n)
-            found["tokens"].append(min(won))
-    return {CROSSOVER: found}
+    """As `siblings` has it for the CPU."""
+    return {CROSSOVER: crossover(rows)}
 
 
 def measured(context: Any, batch: int, n: int, prefix: int) -> dict[str, Any]:
-    tables = tables_of(batch, n, prefix)
+    tables = tables_of(batch, n, prefix, OWN)
     num_pages = 1 + max(map(max, tables))
     keys, values = (torch.randn(num_pages, PAGE, KV_HEADS, SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     q = torch.randn(batch, HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
@@ -78,14 +74,3 @@ def measured(context: Any, batch: int, n: int, prefix: int) -> dict[str, Any]:
     times = {f"{name}_us": 1e6 * one.median_s for name, one in found.items()}
     row = {"batch": batch, "n": n, "prefix": prefix, "flash_us": None, "flashinfer_us": None, **times}
     return row | {"speedup": times["plain_us"] / times["split_us"]}
-
-
-def tables_of(batch: int, n: int, prefix: int) -> list[list[int]]:
-    """The pages of each row, scattered as they are after a while."""
-    shared, own = prefix // PAGE, OWN // PAGE
-    pages = iter(torch.randperm(-(-batch // n) * shared + batch * own).tolist())
-    tables: list[list[int]] = []
-    for row in range(batch):
-        begin = tables[row - row % n][:shared] if row % n else [next(pages) for _ in range(shared)]
-        tables.append(begin + [next(pages) for _ in range(own)])
-    return tables

@@ -51,11 +51,12 @@ TABLES = {
             "vision": "Vision tower",
             "images": "Images once",
             "prefix": "Prompt once",
+            "logits": "Fused loss",
             "tokens": "Tokens packed",
             "patches": "Patches encoded",
             "cpu_ms": "CPU ms",
             "peak_mib": "Peak memory, MiB",
-            "speedup": "Against neither",
+            "speedup": "Against none",
         },
         "where": {"part": "trainer"},
     },
@@ -172,31 +173,35 @@ def trainer_rows(context: Any) -> list[dict[str, Any]]:
 
 
 def switched(context: Any, one: Run, groups: Sequence[Group], vision: bool) -> list[dict[str, Any]]:
-    """Every combination of the two savings, interleaved."""
+    """Every combination of the three savings, interleaved."""
     learner = one.parts.learner
     one.parts.model.visual.requires_grad_(vision)
     policy = replace(learner.policy, train_vision=vision)
 
-    def side(images: bool, prefix: bool) -> Learner:
-        update = replace(one.config.update, share_images=images, share_prefix=prefix)
+    def side(images: bool, prefix: bool, logits: bool) -> Learner:
+        update = replace(
+            one.config.update, share_images=images, share_prefix=prefix, logits="fused" if logits else "plain"
+        )
         return Learner(policy, learner.reference, learner.optimizer, learner.loss, update, learner.constant_length)
 
-    sides = {f"{int(i)}{int(p)}": side(i, p) for i, p in itertools.product((False, True), repeat=2)}
-    built = {name: probe.build(groups) for name, probe in sides.items()}
-    calls = {name: lambda p=probe, b=built[name]: p.backward(b, None, _Sums()) for name, probe in sides.items()}
-    found = context.compare(calls, rounds=5)
-    peaks = {name: grown_mib(call) for name, call in calls.items()}
+    sides = {switches: side(*switches) for switches in itertools.product((False, True), repeat=3)}
+    built = {key: probe.build(groups) for key, probe in sides.items()}
+    calls = {key: lambda p=probe, b=built[key]: p.backward(b, None, _Sums()) for key, probe in sides.items()}
+    found = context.compare(calls, rounds=3)
+    peaks = {key: grown_mib(call) for key, call in calls.items()}
     return [
         {
             "part": "trainer",
             "vision": "trained" if vision else "frozen",
-            "images": name[0] == "1",
-            "prefix": name[1] == "1",
-            "tokens": sum(len(batch.token_ids) for batch in built[name].batches),
-            "patches": sum(len(batch.pixel_values) for batch in built[name].batches if batch.pixel_values is not None),
+            "images": images,
+            "prefix": prefix,
+            "logits": logits,
+            "tokens": sum(len(batch.token_ids) for batch in built[key].batches),
+            "patches": sum(len(batch.pixel_values) for batch in built[key].batches if batch.pixel_values is not None),
             "cpu_ms": 1e3 * measured.cpu_s,
-            "peak_mib": peaks[name],
-            "speedup": found["00"].cpu_s / measured.cpu_s,
+            "peak_mib": peaks[key],
+            "speedup": found[False, False, False].cpu_s / measured.cpu_s,
         }
-        for name, measured in found.items()
+        for key, measured in found.items()
+        for images, prefix, logits in [key]
     ]

@@ -69,7 +69,7 @@ def data(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def crossover(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """For each number of siblings the fewest shared tokens from which on sharing never lost, whatever the shape."""
+    """For each number of siblings the fewest shared tokens from which on sharing never lost, whatever the rest."""
     found: dict[str, list[int]] = {"siblings": [], "tokens": []}
     for n in sorted({row["n"] for row in rows}):
         lost = [row["prefix"] for row in rows if row["n"] == n and row["speedup"] < 1]
@@ -82,7 +82,8 @@ def crossover(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 def attention_row(context: Any, shape: str, n: int, prefix: int) -> dict[str, Any]:
     heads, kv_heads, size = SHAPES[shape]
-    tables, num_pages = tables_of(n, prefix)
+    tables = tables_of(n, n, prefix, OWN)
+    num_pages = 1 + max(map(max, tables))
     layer = 2 * num_pages * PAGE * kv_heads * size * 4
     layers = min(MOST_LAYERS, -(-(CACHES_MIB << 20) // layer))
     caches = torch.randn(layers, 2, num_pages, PAGE, kv_heads, size)
@@ -103,11 +104,15 @@ def attention_row(context: Any, shape: str, n: int, prefix: int) -> dict[str, An
     return row | {"speedup": times["plain_ms"] / times["shared_ms"], "threads": torch.get_num_threads()}
 
 
-def tables_of(n: int, prefix: int) -> tuple[list[list[int]], int]:
-    """(the pages of each of n rows, pages in all), scattered as they are after a while."""
-    shared, own = prefix // PAGE, OWN // PAGE
-    pages = torch.randperm(shared + n * own).tolist()
-    return [pages[:shared] + pages[shared + i * own :][:own] for i in range(n)], len(pages)
+def tables_of(batch: int, n: int, prefix: int, own: int) -> list[list[int]]:
+    """The pages of each row, scattered as they are after a while: n after n share `prefix` tokens, `own` follow."""
+    shared = prefix // PAGE
+    pages = iter(torch.randperm(-(-batch // n) * shared + batch * (own // PAGE)).tolist())
+    tables: list[list[int]] = []
+    for row in range(batch):
+        begin = tables[row - row % n][:shared] if row % n else [next(pages) for _ in range(shared)]
+        tables.append(begin + [next(pages) for _ in range(own // PAGE)])
+    return tables
 
 
 def engine_rows(context: Any) -> list[dict[str, Any]]:

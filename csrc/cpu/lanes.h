@@ -15,14 +15,24 @@ VT_TARGET static inline float sum_lanes(const Vec& x) {
     return lane[0];
 }
 
+// The largest of `least` and x[0..count); count: a positive multiple of VT_LANES.
+VT_TARGET static inline float highest_of(const float* x, int64_t count, float least) {
+    Vec top = vec(x);
+    for (int64_t i = VT_LANES; i < count; i += VT_LANES) top = vec(x + i) > top ? vec(x + i) : top;
+    float lane[VT_LANES];
+    vec(lane) = top;
+    for (int i = 0; i < VT_LANES; ++i) least = lane[i] > least ? lane[i] : least;
+    return least;
+}
+
 // e^x for x in [-inf, 0], relative error below 2e-7 (Cephes expf); 0 below -87.
 VT_TARGET static inline void exp_lanes(Vec& x) {
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     const IntVec tiny = x < -87.0f;
+    const Vec zero = {};
     Vec n = x * 1.44269504088896341f + magic - magic;
-    n = tiny ? n - n : n;
-    Vec r = tiny ? x - x : x - n * 0.693359375f - n * -2.12194440e-4f;
-    r = tiny ? n : r;
+    n = tiny ? zero : n;  // an exponent that there is
+    const Vec r = x - n * 0.693359375f - n * -2.12194440e-4f;
     Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -32,5 +42,5 @@ VT_TARGET static inline void exp_lanes(Vec& x) {
     const IntVec bits = (__builtin_convertvector(n, IntVec) + 127) << 23;
     Vec power;
     __builtin_memcpy(&power, &bits, sizeof power);
-    x = tiny ? n - n : p * power;
+    x = tiny ? zero : p * power;
 }

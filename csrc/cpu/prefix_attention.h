@@ -63,12 +63,7 @@ template <int NV>
 VT_TARGET static inline void weigh(float* scores, int64_t count, float& highest, float& total, float* sums) {
     const int64_t padded = (count + VT_LANES - 1) / VT_LANES * VT_LANES;
     for (int64_t t = count; t < padded; ++t) scores[t] = -1e30f;
-    Vec top = vec(scores);
-    for (int64_t t = VT_LANES; t < padded; t += VT_LANES) top = vec(scores + t) > top ? vec(scores + t) : top;
-    float lane[VT_LANES];
-    vec(lane) = top;
-    float now = highest;
-    for (int i = 0; i < VT_LANES; ++i) now = lane[i] > now ? lane[i] : now;
+    const float now = highest_of(scores, padded, highest);
     Vec part = {};
     for (int64_t t = 0; t < padded; t += VT_LANES) {
         Vec x = vec(scores + t) - now;
@@ -78,6 +73,7 @@ VT_TARGET static inline void weigh(float* scores, int64_t count, float& highest,
     }
     Vec fade = (highest - now) - Vec{};
     exp_lanes(fade);
+    float lane[VT_LANES];
     vec(lane) = fade;
     total = total * lane[0] + sum_lanes(part);
     highest = now;

@@ -37,12 +37,7 @@ VT_TARGET static void statistics_of(const Row& row) {
     for (int64_t first = 0; first < row.vocabulary; first += kPiece) {
         const int64_t count = std::min(kPiece, row.vocabulary - first);
         const int64_t padded = bounded<kCapped>(row.scores + first, count, row.cold, row.cap, x, nullptr);
-        Vec top = vec(x);
-        for (int64_t i = VT_LANES; i < padded; i += VT_LANES) top = vec(x + i) > top ? vec(x + i) : top;
-        float lane[VT_LANES];
-        vec(lane) = top;
-        float now = highest;
-        for (int i = 0; i < VT_LANES; ++i) now = lane[i] > now ? lane[i] : now;
+        const float now = highest_of(x, padded, highest);
         Vec weights = {}, moments = {};
         for (int64_t i = 0; i < padded; i += VT_LANES) {
             const Vec below = vec(x + i) - now;

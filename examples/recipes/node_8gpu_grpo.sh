@@ -9,12 +9,13 @@ export VTENGINE_BACKEND_API_KEY=${VTENGINE_BACKEND_API_KEY:-$(head -c 16 /dev/ur
 
 servers=()
 trainer=
+stopping=
 stop() {
-    [ -n "$trainer" ] || exit 143 # nothing to save yet
-    kill -TERM "$trainer" 2>/dev/null || true
+    stopping=yes
+    [ -z "$trainer" ] || kill -TERM "$trainer" 2>/dev/null || true
 }
 trap 'kill "${servers[@]}" 2>/dev/null; wait' EXIT
-trap stop TERM INT
+trap 'exit 143' TERM INT # nothing to save yet
 for gpu in 4 5 6 7; do
     CUDA_VISIBLE_DEVICES=$gpu VTENGINE_SGLANG_HOOKS=flush SGLANG_VLM_CACHE_SIZE_MB=2048 \
         python -m sglang.launch_server --model-path "$MODEL" --host 127.0.0.1 --port $((30000 + gpu)) \
@@ -33,9 +34,11 @@ done
 
 settings=()
 for setting in "model=$MODEL" "$@"; do settings+=(--set "$setting"); done
+trap stop TERM INT
 CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --standalone --nproc-per-node 4 --shutdown-timeout 3600 \
     -m vtengine_training.cli grpo "$here/node_8gpu_grpo.toml" "${settings[@]}" &
 trainer=$!
+[ -z "$stopping" ] || stop # a signal that came before the trainer had a name
 status=0
 wait "$trainer" || status=$?
 while kill -0 "$trainer" 2>/dev/null; do # a signal ends `wait`, not the trainer

@@ -79,7 +79,7 @@ def select(op: str, impl: str, modules: Mapping[str, ModuleType], like: Tensor) 
     ValueError: no such impl, or it takes no such tensors. RuntimeError: it is not available here.
     """
     if impl == "auto":
-        return next(module for module in modules.values() if module.missing() is None and module.takes(like))
+        return next(module for module in modules.values() if module.takes(like) and module.missing() is None)
     if impl not in modules:
         raise ValueError(f"{op}: impl = {impl!r}: must be one of auto, {', '.join(modules)}")
     module = modules[impl]

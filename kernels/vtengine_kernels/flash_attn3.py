@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 
+@functools.cache
 def missing() -> str | None:
     """Why it cannot run here, or None."""
     if not torch.cuda.is_available():

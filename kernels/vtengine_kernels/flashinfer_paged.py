@@ -19,6 +19,7 @@ from torch import Tensor
 WORKSPACE_BYTES = 128 << 20  # as its documentation recommends
 
 
+@functools.cache
 def missing() -> str | None:
     """Why it cannot run here, or None."""
     if not torch.cuda.is_available():

@@ -10,27 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny_model import END, PAD, START, STOP, config_of
+from tests.tiny_model import END, PAD, START, STOP, TINY_VISION, config_of, tiny_text
 from vtengine.engine.base import Completion, ImageInput, Request, RequestRejected, SamplingParams
-from vtengine.model import Qwen2_5_VL, TextConfig, VisionConfig, save_model
+from vtengine.model import Qwen2_5_VL, save_model
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-CONFIG = config_of(
-    vision=VisionConfig(
-        depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
-    ),
-    text=TextConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        mrope_section=(4, 6, 6),
-        max_position_embeddings=1024,
-    ),
-)
+CONFIG = config_of(tiny_text(), TINY_VISION)
 
 
 class NoText:

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
-from tests.tiny_model import byte_encoder, config_of
+from tests.tiny_model import TINY_VISION, byte_encoder, config_of, tiny_text
 from vtengine.cli import main
-from vtengine.model import Qwen2_5_VL, TextConfig, VisionConfig, save_model
+from vtengine.model import Qwen2_5_VL, save_model
 
 REPO = Path(__file__).resolve().parents[2]
 CALL = '<think>too small</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
@@ -55,19 +55,7 @@ def checkpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """The folder with a tiny random model in it."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     shutil.copytree(model_folder, folder)
-    text = TextConfig(
-        vocab_size=272,
-        hidden_size=64,
-        intermediate_size=96,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        mrope_section=(2, 3, 3),
-    )
-    vision = VisionConfig(
-        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, fullatt_block_indexes=(1,)
-    )
-    config = config_of(text, vision, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    config = config_of(tiny_text(272), TINY_VISION, Tokenizer.from_file(str(folder / "tokenizer.json")))
     save_model(Qwen2_5_VL.build(config, 0), folder)
     return folder
 

@@ -123,8 +123,9 @@ def test_what_does_not_fit_is_said(
     out.write_bytes(out.read_bytes().split(b"\n")[0] + b"\n")
     assert vtengine("generate", path, "-o", out, *tiny, "--resume").status == 3
     assert without_times(out) == whole
-    done = vtengine("generate", path, "-o", out, *flags(checkpoint), "--kv-gb", "1000000")
-    assert done.status == 2 and "--kv-gb" in done.err and done.err.count("\n") == 1
+    for much_or_little in ("1000000", "0.0000001"):
+        done = vtengine("generate", path, "-o", out, *flags(checkpoint), "--kv-gb", much_or_little)
+        assert done.status == 2 and "--kv-gb" in done.err and done.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("temperature", ["1e-40", "1e-5", "100"])

@@ -184,11 +184,12 @@ def test_an_engine_that_breaks_fails_its_row_only(
     )
     statuses = [row["status"] for row in rows_of(tmp_path / "out.jsonl")]
     assert done.status == 3 and set(statuses) == {"answered", "failed"}
+    assert f"{statuses.count('failed')} failed: run the same command with --resume" in done.err
 
 
 def test_an_empty_input_gives_an_empty_output(vtengine: Run, scripted: Run, questions: Run, tmp_path: Path) -> None:
     done = vtengine("generate", questions(0), "-o", tmp_path / "out.jsonl", *scripted())
-    assert done.status == 0 and (tmp_path / "out.jsonl").read_bytes() == b""
+    assert done.status == 0 and (tmp_path / "out.jsonl").read_bytes() == b"" and "()" not in done.out
 
 
 def test_image_root_widens_and_narrows(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vtengine.cli.errors import CliError, UsageError
-from vtengine.cli.output import OutputFile, check_settings, complete_rows, settings_path
+from vtengine.cli.output import OutputFile, check_free, check_settings, complete_rows, settings_path
 
 SETTINGS = {"model": "m", "seed": 0}
 
@@ -52,6 +52,21 @@ def test_an_older_file_is_kept(tmp_path: Path) -> None:
     written(path, {"id": 2})
     assert path.read_bytes() == b'{"id": 2}\n'
     assert (tmp_path / "o.jsonl.previous").read_bytes() == b'{"id": 1}\n'
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "o.jsonl"
+    check_free(path)
+    first = OutputFile(path, SETTINGS)
+    first.append({"id": 1})
+    with pytest.raises(UsageError, match=r"o\.jsonl: another run is writing it"):
+        check_free(path)
+    with pytest.raises(UsageError, match="another run is writing it"):
+        OutputFile(path, SETTINGS, resume_at=0)
+    assert path.read_bytes() == b'{"id": 1}\n'
+    first.close(finished=True)
+    check_free(path)
+    OutputFile(path, SETTINGS, resume_at=10).close(finished=True)
 
 
 def test_settings_of_an_unfinished_run_are_compared(tmp_path: Path) -> None:

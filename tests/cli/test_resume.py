@@ -54,6 +54,19 @@ def test_stopped_in_the_middle_and_resumed(
     assert out.read_bytes().startswith(b'{"id": "q0"') and not list(tmp_path.glob("out.jsonl.*"))
 
 
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_second_run_to_the_same_file_is_refused(
+    process: Run, vtengine: Run, scripted: Run, questions: Run, rows_of: Run, tmp_path: Path, flags: list[str]
+) -> None:
+    questions(40)
+    out = tmp_path / "out.jsonl"
+    running = process(*arguments(tmp_path, out, scripted(SLOW)))
+    running.wait_for_rows(out, 2)
+    second = vtengine(*arguments(tmp_path, out, scripted(), *flags))
+    assert second.status == 2 and second.err.count("\n") == 1 and "another run is writing it" in second.err
+    assert running.finish().status == 0 and len(rows_of(out)) == 40 and not list(tmp_path.glob("out.jsonl.*"))
+
+
 def test_resume_at_every_row(
     uninterrupted: Path, vtengine: Run, scripted: Run, without_times: Run, tmp_path: Path
 ) -> None:

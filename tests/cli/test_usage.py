@@ -117,6 +117,10 @@ def test_output_that_cannot_be_written(
         ("profile.toml", "[", ["TOML"]),
         ("preprocessor_config.json", '{"max_pixels": -1}', ["max_pixels"]),
         ("preprocessor_config.json", "{", ["preprocessor_config.json"]),
+        ("preprocessor_config.json", '{"min_pixels": "few"}', ["min_pixels = 'few'"]),
+        ("preprocessor_config.json", '{"patch_size": 16}', ["patch_size = 16", "only 14"]),
+        ("preprocessor_config.json", '{"image_mean": [0.5, 0.5, 0.5]}', ["image_mean", "0.48145466"]),
+        ("preprocessor_config.json", '{"image_std": 1}', ["image_std = 1"]),
     ],
 )
 def test_bad_files_in_the_model_folder(

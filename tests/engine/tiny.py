@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
+from tests.tiny_model import TINY_VISION, config_of, tiny_text
 from vtengine.engine.base import ImageInput, Request, SamplingParams
-from vtengine.model import ModelConfig, PackedCausal, Qwen2_5_VL, TextConfig, VisionConfig, mrope_positions
+from vtengine.model import PackedCausal, Qwen2_5_VL, mrope_positions
 
 PAD, VIDEO, STOP = 250, 251, 252
 VOCAB = 256
@@ -23,26 +26,16 @@ class Letters:
         return "".join(chr(32 + t % 90) for t in token_ids if t < PAD)
 
 
-def tiny_config(**text):
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
-    sizes = {"vocab_size": VOCAB, "mrope_section": (2, 3, 3)} | sizes | text
-    return ModelConfig(
-        text=TextConfig(**sizes),
-        vision=VisionConfig(
-            depth=2,
-            hidden_size=32,
-            intermediate_size=48,
-            num_heads=2,
-            out_hidden_size=sizes["hidden_size"],
-            fullatt_block_indexes=(1,),
-        ),
+def tiny_config():
+    return replace(
+        config_of(tiny_text(), TINY_VISION),
+        text=tiny_text(VOCAB),
         image_token_id=PAD,
         video_token_id=VIDEO,
         vision_start_token_id=253,
         vision_end_token_id=254,
         eos_token_id=STOP,
         bos_token_id=None,
-        tie_word_embeddings=True,
     )
 
 

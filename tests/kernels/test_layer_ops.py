@@ -31,11 +31,11 @@ def cases(rows, size):
 
 
 def error(out, exact):
-    return float((out.double() - exact).abs().max()) if len(out) else 0.0
+    return float((out.double() - exact).abs().max()) if out.numel() else 0.0
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("size", [1, 7, 16, 40, 192, 257, 3584])
+@pytest.mark.parametrize("size", [0, 1, 7, 16, 40, 192, 257, 3584])
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_errs_no_more_than_torch(rows, size, isa):
     if isa not in library.isas():
@@ -44,7 +44,7 @@ def test_errs_no_more_than_torch(rows, size, isa):
         exact = getattr(plain, op)(*(x.double() if isinstance(x, torch.Tensor) else x for x in arguments))
         out = getattr(native, op)(*arguments, isa=isa)
         assert out.shape == exact.shape and out.is_contiguous()
-        largest = float(exact.abs().max()) if len(exact) else 0.0
+        largest = float(exact.abs().max()) if exact.numel() else 0.0
         assert error(out, exact) <= error(getattr(plain, op)(*arguments), exact) + 3e-7 * largest, op
 
 
@@ -56,6 +56,17 @@ def test_the_gate_keeps_its_ends(isa):
     out = native.swiglu(torch.cat((gate, torch.full_like(gate, 2.0)))[None], isa=isa)
     assert torch.allclose(out[0], torch.nn.functional.silu(gate) * 2, rtol=1e-6, atol=0)
     assert native.swiglu(torch.full((1, 2), float("nan")), isa=isa).isnan().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_infinite_gate_is_what_torch_makes_of_it(isa):
+    if isa not in library.isas():
+        pytest.skip(f"this machine has no {isa}")
+    gate = torch.tensor([torch.inf, -torch.inf, 1.0] * 9)  # whole vectors and a rest
+    x = torch.cat((gate, numbers(27)))[None]
+    out = native.swiglu(x, isa=isa)
+    assert out[0, ::3].isinf().all()
+    torch.testing.assert_close(out, plain.swiglu(x), equal_nan=True)
 
 
 def test_a_row_depends_on_nothing_else_whatever_the_threads_and_the_view():
@@ -84,3 +95,31 @@ def test_gradients_are_left_to_torch():
         with pytest.raises(ValueError, match="takes no"):
             layer_ops.swiglu(x.bfloat16(), impl="cpu")
         assert layer_ops.swiglu(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes"),
+    [
+        ("rms_norm", [(3, 64), (32,)]),
+        ("rms_norm", [(3, 64), (3, 64)]),
+        ("rms_norm", [(64,), (64,)]),
+        ("swiglu", [(3, 63)]),
+        ("swiglu", [(64,)]),
+        ("rotary", [(3, 2, 32), (2, 1, 32), (2, 1, 32)]),
+        ("rotary", [(3, 2, 32), (3, 1, 32), (3, 1, 16)]),
+        ("rotary", [(3, 2, 31), (3, 1, 31), (3, 1, 31)]),
+        ("rotary", [(3, 32), (3, 1, 32), (3, 1, 32)]),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(op, shapes):
+    arguments = [numbers(*shape) for shape in shapes] + [1e-6] * (op == "rms_norm")
+    with torch.inference_mode(), pytest.raises(ValueError, match=rf"^{op}: .*must be x \["):
+        getattr(layer_ops, op)(*arguments)
+
+
+def test_weights_and_tables_of_sixteen_bits():
+    x, weight = numbers(3, 2, 64), numbers(64, seed=1).bfloat16()
+    cos, sin = (table.bfloat16() for table in tables(3, 64))
+    with torch.inference_mode():
+        assert torch.equal(layer_ops.rms_norm(x[:, 0], weight, 1e-6), layer_ops.rms_norm(x[:, 0], weight.float(), 1e-6))
+        assert torch.equal(layer_ops.rotary(x, cos, sin), layer_ops.rotary(x, cos.float(), sin.float()))

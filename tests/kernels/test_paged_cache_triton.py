@@ -114,6 +114,7 @@ def test_what_does_not_fit_is_refused():
     good |= {"lengths": torch.tensor([5]), "offsets": torch.tensor([0, 3]), "longest": 3}
     for change, message in (
         ({"q": torch.ones(3, 3, 16)}, "Hq a multiple of Hkv"),
+        ({"keys": keys[:, :, :0], "values": keys[:, :, :0]}, "Hq a multiple of Hkv"),
         ({"q": k.double()}, "must be equal"),
         ({"offsets": torch.tensor([0])}, r"\[N \+ 1\]"),
         ({"lengths": torch.tensor([5.0])}, "must be int64"),

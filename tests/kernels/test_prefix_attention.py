@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -53,6 +54,14 @@ def test_extreme_scores_stay_exact():
 
 
 @CPU
+def test_a_score_of_minus_infinity_is_no_weight():
+    q, keys, values, tables, lengths = Case((40, 3)).tensors()
+    q[:, :, 0], keys[tables[0, 1], 3, :, 0] = 1.0, -torch.inf
+    out = prefix_attention(q, keys, values, tables, lengths)
+    assert torch.allclose(out.double(), truth(q, keys, values, tables, lengths), atol=1e-5)
+
+
+@CPU
 def test_queries_may_be_a_view_and_threads_change_nothing():
     q, keys, values, tables, lengths = CASES["usual"].tensors()
     wide = torch.full((len(q), 9, q.shape[2]), float("nan"))
@@ -87,6 +96,26 @@ def test_bad_arguments_are_named():
         prefix_attention(q.double(), keys, values, tables, lengths)
     with pytest.raises(ValueError, match="impl"):
         prefix_attention(q, keys, values, tables, lengths, impl="gpu")
+    for bad in (q[0], q[..., :3]):
+        with pytest.raises(ValueError, match=r"keys .* for q"):
+            prefix_attention(bad, keys, values, tables, lengths)
+    for empty in (keys[:, :, :0], keys[..., :0]):
+        with pytest.raises(ValueError, match="Hkv"):
+            prefix_attention(q[..., : empty.shape[3]], empty, empty, tables, lengths)
+    with pytest.raises(ValueError, match="tables"):
+        prefix_attention(q, keys, values, tables[:, 0], lengths)
+    with pytest.raises(ValueError, match=r"lengths .* on meta"):
+        prefix_attention(q, keys, values, tables, lengths.to("meta"))
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "tables", "lengths"])
+def test_what_is_read_in_place_must_be_contiguous(name):
+    """Spread out to twice the memory, it has the same numbers at other addresses."""
+    case = CASES["usual"].tensors()
+    arguments = dict(zip(("q", "keys", "values", "tables", "lengths"), case, strict=True))
+    spread = torch.stack((arguments[name],) * 2, dim=-1)[..., 0]
+    with pytest.raises(ValueError, match=rf"^{name} with strides .*: must be contiguous"):
+        prefix_attention(**(arguments | {name: spread}))
 
 
 def forest(seed, shape, most=170):
@@ -188,3 +217,18 @@ def test_siblings_must_be_of_the_same_rows():
     tensors = CASES["siblings"].tensors()
     with pytest.raises(ValueError, match="siblings of 2 rows"):
         prefix_attention(*tensors, Siblings(torch.arange(2), torch.zeros(2, dtype=torch.int64)))
+
+
+@CPU
+def test_a_cache_of_more_than_2_31_numbers():
+    """Its memory is zeros that nobody touches but for the last pages."""
+    row = (16, 2, 64)
+    pages = 2**31 // np.prod(row) + 2
+    try:
+        cache = torch.from_numpy(np.zeros((pages, *row), np.float32))
+    except MemoryError:
+        pytest.skip("not enough address space")
+    cache[-2:] = small = torch.randn(2, *row, generator=torch.Generator().manual_seed(0))
+    q, lengths = torch.ones(1, 4, 64), torch.tensor([30])
+    found = prefix_attention(q, cache, cache, torch.tensor([[pages - 2, pages - 1]]), lengths)
+    assert torch.equal(found, prefix_attention(q, small, small, torch.tensor([[0, 1]]), lengths))

@@ -126,6 +126,9 @@ def test_bad_arguments_are_named():
         shared_prefix_attention(q, k, v[1:], tree)
     with pytest.raises(ValueError, match="multiple of Hkv"):
         shared_prefix_attention(q[:, :3], k, v, tree)
+    for no_heads in (slice(None), slice(0)), (slice(None), slice(None), slice(0)):
+        with pytest.raises(ValueError, match="multiple of Hkv"):
+            shared_prefix_attention(q[..., : k[no_heads].shape[2]], k[no_heads], v[no_heads], tree)
     with pytest.raises(ValueError, match="97 tokens, but the tree's segments hold 3"):
         shared_prefix_attention(q, k, v, PrefixTree((3,), (-1,)))
     with pytest.raises(ValueError, match=r"k torch.float64"):

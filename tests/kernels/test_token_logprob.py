@@ -191,6 +191,8 @@ def test_bad_arguments_are_named():
         ({"head": replace(head, banned=torch.tensor([509]))}, "banned"),
         ({"head": replace(head, banned=torch.tensor([1.0]))}, "banned"),
         ({"head": replace(head, low_rank=LowRank(head.low_rank.a, head.low_rank.b[1:]))}, "low_rank"),
+        ({"head": replace(head, low_rank=replace(head.low_rank, scale=float("nan")))}, "scale"),
+        ({"hidden": hidden[:, :0], "head": Head(head.weight[:, :0])}, "H and V at least 1"),
         ({"head": replace(head, weight=head.weight.to("meta"))}, "one device"),
         ({"impl": "gpu"}, "impl"),
     ):

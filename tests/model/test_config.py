@@ -82,6 +82,8 @@ def test_what_is_left_out_has_transformers_defaults():
         ({"hidden_size": 256, "num_attention_heads": 4}, "out_hidden_size = 128: must equal hidden_size"),
         ({"num_hidden_layers": 0}, "num_layers = 0"),
         ({"num_hidden_layers": "four"}, "num_layers = 'four'"),
+        ({"num_hidden_layers": 1_000_000}, "num_layers = 1000000: must be at most 1024"),
+        ({"hidden_size": 2**40}, f"hidden_size = {2**40}: must be at most"),
         ({"rms_norm_eps": "small"}, "wrong type"),
         ({"image_token_id": 320}, "image_token_id = 320"),
         ({"image_token_id": "pad"}, "wrong type"),

@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vtengine.model import (
+    Checkpoint,
     ModelLoadError,
     PackedCausal,
+    Qwen2_5_VL,
     checkpoint_name,
     hf_tensors,
     load_model,
+    load_rows,
     load_tensors,
     save_model,
     store_by_column,
@@ -212,6 +215,69 @@ def test_bad_index(folder, index, message):
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ModelLoadError, match=message):
         load_model(folder)
+
+
+def in_pieces(folder, size, dtype=torch.float32):
+    """The model of `size` processes that each read their own rows of every parameter."""
+    checkpoint = Checkpoint.open(folder)
+    model = Qwen2_5_VL(checkpoint.config).to(dtype)
+    for rank in range(size):
+
+        def own(parameter, rank=rank):
+            rows = -(-len(parameter) // size)
+            first = min(rank * rows, len(parameter))
+            return parameter.data[first : first + rows], first
+
+        load_rows(model, checkpoint, dtype, own)
+    return model
+
+
+@pytest.mark.parametrize(("size", "tied"), [(1, True), (2, False), (3, True), (20, False)])
+def test_rows_of_any_cut_make_the_same_model(size, tied, small_config, build, tmp_path):
+    """Cuts through q, k, v and gate, up, which are one matrix here; some processes have none of a short one."""
+    save_model(build(dataclasses.replace(small_config, tie_word_embeddings=tied), 4), tmp_path, shard_bytes=300_000)
+    assert same(in_pieces(tmp_path, size), load_model(tmp_path))
+
+
+def test_rows_are_rounded_as_the_whole_is(folder):
+    half = load_model(folder, dtype=torch.bfloat16)
+    assert same(in_pieces(folder, 3, torch.bfloat16), half)
+    model = load_model(folder)
+    load_rows(model, Checkpoint.open(folder), torch.bfloat16, lambda parameter: (parameter.data, 0))
+    assert same(model, half.float())
+
+
+def _damage(name, value):
+    def change(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_damage("model.norm.weight", float("nan")), r"model\.norm\.weight has 1 of 42 values that are NaN"),
+        (_damage("visual.patch_embed.proj.weight", float("inf")), r"patch_embed\.proj\.weight has 1 of"),
+        (lambda x: x.update({"model.norm.weight": x["model.norm.weight"].to(torch.float8_e4m3fn)}), "quantised"),
+        (lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"] + 1}), r"lm_head\.weight differs"),
+        (lambda x: x.update({"lm_head.weight": torch.zeros(3)}), r"lm_head\.weight differs"),
+        (lambda x: x.pop("model.norm.weight"), "1 missing"),
+    ],
+    ids=["NaN", "infinity", "quantised", "head", "short head", "missing"],
+)
+def test_faults_are_found_by_whoever_has_the_rows(change, message, folder):
+    rewrite(folder, change)
+    with pytest.raises(ModelLoadError, match=message):
+        in_pieces(folder, 3)
+
+
+def test_a_file_that_was_cut_short_is_named(folder):
+    path = folder / "model.safetensors"
+    checkpoint = Checkpoint.open(folder)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelLoadError, match=r"model\.safetensors: damaged .*download it again"):
+        checkpoint.rows("model.norm.weight", 0, 1)
 
 
 def test_update_in_place(small_config, build):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST_FIRST
+
 PROJECT_FOLDERS = ("kernels", "training", "benchmarks", "tests")
 STANDARD_LIBRARY_ONLY = ("vtengine/protocol", "vtengine/config.py", "vtengine/vision/plan.py")
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "manager", "base_manager"}
@@ -101,6 +103,11 @@ def test_no_drawer_modules(repo_root: Path) -> None:
     """A module is named after what it holds."""
     files = python_files(repo_root, *PACKAGES, "benchmarks", "tests", "examples")
     assert [str(p.relative_to(repo_root)) for p in files if p.stem in FORBIDDEN_NAMES] == []
+
+
+def test_the_long_test_files_are_there(repo_root: Path) -> None:
+    """A file that was renamed would be begun last again."""
+    assert [file for file in LONGEST_FIRST if not (repo_root / file).is_file()] == []
 
 
 def test_no_manager_classes(repo_root: Path) -> None:

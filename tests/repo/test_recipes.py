@@ -149,8 +149,16 @@ STUBS = {
 """What the scripts call, in small."""
 
 
+TERM_BEFORE_IT_HAS_A_NAME = r"""
+early() { until grep -q training $LOG; do sleep .02; done; kill -TERM $$; }
+trap '[[ $BASH_COMMAND != "trainer=\$!" ]] || early' DEBUG
+"""
+"""The trainer runs, and the script does not know its number yet."""
+
+
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(("name", "servers"), [("node_8gpu_grpo.sh", 4), ("slurm_grpo.sbatch", 1)])
-def test_term_ends_the_trainer_first(name: str, servers: int, tmp_path: Path) -> None:
+def test_term_ends_the_trainer_first(name: str, servers: int, early: bool, tmp_path: Path) -> None:
     """The step is finished and saved while the servers live; then they are stopped; the status is the trainer's."""
     log = tmp_path / "log"
     log.write_text("")
@@ -159,12 +167,16 @@ def test_term_ends_the_trainer_first(name: str, servers: int, tmp_path: Path) ->
         (tmp_path / stub).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(log), "MODEL": "/models/m"}
     environment |= {"SLURM_SUBMIT_DIR": str(RECIPES), "SLURM_JOB_NODELIST": "n[0-2]", "SLURM_JOB_ID": "7"}
+    if early:
+        (tmp_path / "early").write_text(TERM_BEFORE_IT_HAS_A_NAME)
+        environment["BASH_ENV"] = str(tmp_path / "early")
     with subprocess.Popen(["bash", str(RECIPES / name)], env=environment, cwd=tmp_path) as script:
         until = time.monotonic() + 60
         while "training" not in log.read_text() and time.monotonic() < until:
             time.sleep(0.02)
-        time.sleep(0.1)
-        script.send_signal(signal.SIGTERM)
+        if not early:
+            time.sleep(0.1)
+            script.send_signal(signal.SIGTERM)
         assert script.wait(timeout=60) == 75
     requeued = ["requeue 7"] if name.startswith("slurm") else []
     assert log.read_text().splitlines() == ["training", "saved", *["server stopped"] * servers, *requeued]

@@ -10,15 +10,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import openai
-import tokenizers
 from PIL import Image, ImageDraw
-from tokenizers import decoders, models, pre_tokenizers
 
-from tests.engine.tiny import tiny_config
+from tests.tiny_model import TINY_VISION, byte_encoder, config_of, tiny_text
 from vtengine.engine.base import Backend, Request, SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.engine.scripted import Reply, ScriptedBackend
@@ -39,18 +37,13 @@ from vtengine.vision.source import SourceLimits
 CALL = '<think>too small</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
 CROP = '<think>there</think><tool_call>{"name": "crop_image", "arguments": {"box": [0, 0, 28, 28]}}</tool_call>'
 ANSWER = "<think>now I see</think><answer> a red ball </answer>"
-SPECIAL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 MODEL = "tiny"
 Replies = Sequence[Reply] | Callable[[Request], Reply]
 
 
 def byte_tokenizer() -> Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    encoder = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    encoder.decoder = decoders.ByteLevel()
-    encoder.add_special_tokens([f"<|{name}|>" for name in SPECIAL])
-    return Tokenizer(encoder)
+    """Tags come letter by letter."""
+    return Tokenizer(byte_encoder(tags=()))
 
 
 def two_turns(request: Request) -> str:
@@ -129,17 +122,7 @@ def make_setting(
 
 def embedded_backend(tokenizer: Tokenizer) -> EmbeddedEngine:
     """The real engine under a tiny model of random weights. Close it."""
-    ids = {
-        name: tokenizer.special_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")
-    }
-    config = replace(
-        tiny_config(vocab_size=tokenizer.vocab_size),
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        eos_token_id=tokenizer.turn_end_id,
-    )
+    config = config_of(tiny_text(tokenizer.vocab_size), TINY_VISION, byte_encoder(tags=()))
     return EmbeddedEngine(Qwen2_5_VL.build(config, 0).eval(), tokenizer, EngineConfig(kv_bytes=1 << 22))
 
 

@@ -198,8 +198,9 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 
 @pytest.mark.skipif(not (SHIPPED / "model.safetensors").is_file(), reason="the shipped model is not in this tree")
 def test_the_shipped_model(process: Callable[..., Process]) -> None:
-    """Real weights on the embedded engine: turn 2 resumes from the cache, seeds repeat, streams equal wholes."""
-    server = process("--max-new-tokens", "48")
+    """Real weights on the embedded engine: turn 2 resumes from the cache, seeds repeat, streams equal wholes and keep
+    the pace."""
+    server = process("--max-new-tokens", "48", "--set", "max_text_events_per_s=1")
     images = sorted(IMAGES.glob("*.png")) if IMAGES.is_dir() else []
     urls = [data_url(path.read_bytes()) for path in images[:3]] or [data_url()]
     client = server.client()
@@ -213,6 +214,8 @@ def test_the_shipped_model(process: Callable[..., Process]) -> None:
         chunks = list(client.chat.completions.create(**options, stream=True))
         content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert content == whole.choices[0].message.content
+        texts = [chunk for chunk in chunks if chunk.choices[0].delta.model_dump(exclude_none=True).keys() - {"role"}]
+        assert len(texts) <= sum(turn["completion_tokens"] for turn in turns) / 2
         sampled = [client.chat.completions.create(**options, temperature=1, seed=5) for _ in range(2)]
         assert sampled[0].choices[0].message == sampled[1].choices[0].message
     server.popen.send_signal(signal.SIGTERM)

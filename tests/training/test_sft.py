@@ -64,16 +64,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert final[0] | {"seconds": 0} == final[1] | {"seconds": 0}
 
 
+def sft_process(config: Path) -> subprocess.Popen[str]:
+    """The command, in a process group of its own."""
+    repo = CONFIGS.parent
+    environment = os.environ | {"PYTHONPATH": f"{repo}:{repo / 'kernels'}:{repo / 'training'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vtengine_training.cli", "sft", str(config)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_has_its_own_status(tmp_path: Path, number: int) -> None:
     """To the whole process group, as a terminal and a scheduler send it: worker processes leave it to the run."""
     phases = (PhaseConfig("talk", steps=400, scenes=2, questions=2, warmup=1),)
     config = small(tmp_path / "run", phases=phases, data=DataConfig(workers=1, prefetch=4), eval_every=1000)
     (tmp_path / "run.toml").write_text(to_toml(config))
-    repo = CONFIGS.parent
-    environment = os.environ | {"PYTHONPATH": f"{repo}:{repo / 'kernels'}:{repo / 'training'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vtengine_training.cli", "sft", str(tmp_path / "run.toml")]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = sft_process(tmp_path / "run.toml")
     try:
         metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
         while not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 1) and time.monotonic() < deadline:
@@ -89,6 +94,25 @@ def test_a_signal_finishes_the_step_saves_and_has_its_own_status(tmp_path: Path,
     again = Run(config)
     assert again.resume() and again.step == rows[-1]
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_kill_9_leaves_no_row_twice_and_none_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed between two saves, in the step after a validation: the rows of lost steps are those of the second run."""
+    phases = (PhaseConfig("talk", steps=7, scenes=2, questions=2, warmup=1),)
+    config = small(tmp_path / "cut", phases=phases, save_every=3, eval_every=2, data=DataConfig(workers=0))
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    process = sft_process(tmp_path / "run.toml")
+    metrics, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and '"step": 5' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert json.loads((tmp_path / "cut" / "resume.json").read_text())["step"] == 3
+    assert main(["sft", str(tmp_path / "run.toml")]) == 0
+    assert "going on from step 3" in capsys.readouterr().err
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows if "norm" in row] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6, 7]
 
 
 def test_stopping_saves_what_an_uninterrupted_run_has_there(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,23 @@ def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["not json\n", '{"id": 1}\n', "[]\n"])
+def test_a_pipe_and_a_link_are_written_to_and_stay_what_they_are(
+    tmp_path: Path, make_page: Callable[..., Path], two_turn_rows: list
+) -> None:
+    page = make_page(two_turn_rows)
+    source, pipe, link, real = (tmp_path / name for name in ("rows.jsonl", "pipe", "link.html", "real.html"))
+    source.write_text("".join(json.dumps(row) + "\n" for row in two_turn_rows))
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    options = PageOptions(page.stem, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_bytes)
+        render_page(source, pipe, options)
+        render_page(source, link, options)
+        assert read.result(60) == real.read_bytes() and b"</html>" in real.read_bytes()
+    assert pipe.is_fifo() and link.is_symlink() and not list(tmp_path.glob("*.part"))
+
+
 def test_a_foreign_file_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "o.jsonl").write_text('{"status": "answered"}\n' + text)
     with pytest.raises(ValueError, match="line 2"):

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtengine.cli.errors import UsageError
+
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
@@ -46,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
+        arguments.config.open("rb").close()
+    except OSError as error:
+        print(f"vtengine-train: CONFIG {arguments.config}: cannot be read: {error.strerror}", file=sys.stderr)
+        return 2
+    try:
         return int(arguments.run(arguments))
-    except ValueError as error:
+    except (ValueError, UsageError) as error:
         print(f"vtengine-train: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -85,7 +92,9 @@ def _eval(arguments: argparse.Namespace) -> int:
         print(to_toml(config), end="")
         return 0
     from vtengine_training.eval.runner import evaluate, write_results
+    from vtengine_training.files import check_place
 
+    check_place(Path(config.results))
     with progress_bar() as progress:
         tasks: dict[str, Any] = {
             name: progress.add_task(name, total=config.count, note="") for name in config.resolutions

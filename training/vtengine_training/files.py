@@ -18,6 +18,16 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def check_place(path: Path) -> None:
+    """Raises OSError where `write_whole` could not write: to be called before anything takes time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file")
+    temporary = path.with_suffix(".tmp")
+    temporary.touch()
+    temporary.unlink()
+
+
 def save_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """The same for tensors, as safetensors, flushed before the file has its name. Raises OSError that names `path`."""
     from safetensors import SafetensorError

@@ -7,7 +7,7 @@ import importlib
 import importlib.metadata
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -93,6 +93,18 @@ def build_parser() -> Parser:
     doctor = _command(commands, "doctor", "say what is installed, what is missing and what is slower for it", _DOCTOR)
     doctor.add_argument("--json", action="store_true", help="as JSON, for programs and bug reports")
     return parser
+
+
+class _Options(Parser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def engine_options(flags: Sequence[str]) -> argparse.Namespace:
+    """The flags that `generate`, `ask` and `serve` share, without a command around them. Raises ValueError."""
+    parser = _Options("options")
+    _add_engine(parser)
+    return parser.parse_args(flags)
 
 
 def installed_version() -> str:

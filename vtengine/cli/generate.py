@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, one_line
 from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
-from vtengine.cli.output import OutputFile, check_settings, kept_path, previous_path, settings_path
+from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, previous_path, settings_path
 from vtengine.cli.progress import Progress
 from vtengine.cli.resume import KeptRows, Place, find_rows
 from vtengine.cli.scoring import is_correct
@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         tokens = totals.completion_tokens - task.tokens_before
         stream = sys.stdout if task.writes_file else sys.stderr
         print_summary(totals, task.run_s or wall_s, task.rows_fresh, tokens, stream)
+        if task.writes_file and (failed := dict(totals.statuses).get("failed")):
+            print(f"{failed:,} failed: run the same command with --resume to try them again", file=sys.stderr)
     return ROWS_REJECTED if totals.unfinished else OK
 
 
@@ -81,6 +83,7 @@ class _Task:
         """Reads the input once to its end, and what an interrupted run left."""
         source, target = arguments.input, arguments.output
         _check_files(source, target)
+        check_free(target)
         if arguments.image_root is not None and not arguments.image_root.is_dir():
             raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
         try:
@@ -110,6 +113,7 @@ class _Task:
                 yield row, sample
 
     def open_output(self) -> OutputFile:
+        check_free(self.arguments.output)  # the model took its time to load
         if self.kept:
             self.kept.save()
         return OutputFile(self.arguments.output, sampling_settings(self.arguments), resume_at=self.resume_at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -58,10 +59,35 @@ def pixel_limits(folder: Path) -> PixelLimits:
     for name in ("processor_config.json", "preprocessor_config.json"):  # the later one wins
         found = read_json(folder / name) if (folder / name).is_file() else {}
         config |= _part(found, "image_processor") or found
+    _check_processor(folder, config)
     size = _part(config, "size")
     stated = {"min_pixels": config.get("min_pixels") or size.get("shortest_edge")}
     stated["max_pixels"] = config.get("max_pixels") or size.get("longest_edge")
-    return PixelLimits(**{key: value for key, value in stated.items() if isinstance(value, int)})
+    for name, value in stated.items():
+        if value is not None and type(value) is not int:
+            raise _unfit(folder, name, value, "must be a whole number of pixels")
+    return PixelLimits(**{key: value for key, value in stated.items() if value is not None})
+
+
+def _check_processor(folder: Path, config: dict[str, Any]) -> None:
+    """Raises UsageError for pixel values that we would not make: their model would be shown others without a word."""
+    from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD
+
+    for name, ours in (("patch_size", 14), ("temporal_patch_size", 2), ("merge_size", 2)):
+        if config.get(name, ours) != ours:
+            raise _unfit(folder, name, config[name], f"only {ours} is supported")
+    for name, mean_or_std in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+        stated = config.get(name, mean_or_std)
+        try:
+            fits = all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(stated, mean_or_std, strict=True))
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise _unfit(folder, name, stated, f"only {list(mean_or_std)} is supported")
+
+
+def _unfit(folder: Path, name: str, value: object, remedy: str) -> UsageError:
+    return UsageError(f"--model: {folder}: its image processor's file says {name} = {value!r}: {remedy}")
 
 
 def context_tokens(folder: Path) -> int | None:

@@ -1,18 +1,20 @@
 """OUT.jsonl on disk: appended in order, synced now and then, continued after a crash.
 
 A run writes `OUT.jsonl.run` beside the output (the settings that decide what the rows hold) and removes it when the
-last row is written, so that `--resume` can refuse to mix rows made with different settings.
+last row is written, so that `--resume` can refuse to mix rows made with different settings. The output is locked
+meanwhile: of two runs that write to one file, the second is refused.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vtengine.cli.errors import CliError, UsageError, one_line
 
@@ -56,6 +58,7 @@ class OutputFile:
                     kept_path(path).replace(kept_path(previous_path(path)))
             self._file = path.open("ab", buffering=0)
             if self._regular:
+                _lock(self._file, path)
                 if resume_at is not None:
                     self._file.truncate(resume_at)
                 self._marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -95,6 +98,28 @@ class OutputFile:
         except OSError as error:
             hint = "free some space, then run the same command with --resume"
             raise CliError(f"{self.path}: writing failed: {error.strerror}; {hint}") from None
+
+
+def check_free(path: Path) -> None:
+    """Raises UsageError while another run writes to this file; whether it can be written is not its question."""
+    if not path.is_file():
+        return
+    try:
+        file = path.open("ab")
+    except OSError:
+        return
+    with file:
+        _lock(file, path)
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Until the file is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"-o {path}: another run is writing it; wait for its end, or name another file") from None
+    except OSError:
+        return  # a file system without locks
 
 
 def previous_path(path: Path) -> Path:

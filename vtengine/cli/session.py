@@ -53,7 +53,7 @@ async def open_session(
 ) -> AsyncIterator[Setting]:
     """Loads the model and starts the engine; both are released at the end. Raises UsageError with the remedy.
 
-    decode_limits: of one image, where the defaults are not wanted. max_chunks_per_s: of an embedded engine's streams.
+    decode_limits: of one image, where the defaults are not wanted. max_chunks_per_s: of all streams together.
     """
     check_backend(arguments.backend)
     folder = find_model(arguments.model)
@@ -157,7 +157,7 @@ def _backend(
     if arguments.backend.startswith(SCRIPTED):
         return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
     if arguments.backend != "embedded":
-        return _sglang(arguments.backend, folder, device, dtype)
+        return _sglang(arguments.backend, folder, device, dtype, max_chunks_per_s)
     from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
     from vtengine.model import load_model
 
@@ -176,13 +176,17 @@ def _backend(
         ) from None
 
 
-def _sglang(name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Backend:
+def _sglang(
+    name: str, folder: Path, device: torch.device, dtype: torch.dtype, max_chunks_per_s: float | None
+) -> Backend:
     from vtengine.engine.sglang import SglangEngineBackend, connect_servers
 
+    key = os.environ.get(API_KEY)
     try:
         if name != "sglang":
-            return connect_servers(name, folder, api_key=os.environ.get(API_KEY))
-        return SglangEngineBackend(folder, device=str(device), dtype=str(dtype).removeprefix("torch."))
+            return connect_servers(name, folder, api_key=key, max_chunks_per_s=max_chunks_per_s)
+        kind = str(dtype).removeprefix("torch.")
+        return SglangEngineBackend(folder, device=str(device), dtype=kind, max_chunks_per_s=max_chunks_per_s)
     except ValueError as error:
         raise UsageError(f"--backend {name}: {one_line(error)}") from None
 

@@ -10,7 +10,8 @@ from vtengine.viewer.totals import Totals
 
 def summary_rows(totals: Totals, wall_s: float | None, fresh_rows: int, fresh_tokens: int) -> Iterator[tuple[str, str]]:
     """(name, value) pairs. wall_s: seconds this run took for its `fresh_rows` rows and the tokens it wrote in them."""
-    yield "rows", f"{totals.rows:,}  ({', '.join(f'{count:,} {name}' for name, count in totals.statuses)})"
+    by_status = ", ".join(f"{count:,} {name}" for name, count in totals.statuses)
+    yield "rows", f"{totals.rows:,}" + (f"  ({by_status})" if by_status else "")
     if totals.codes:
         yield "rejected or failed", ", ".join(f"{count:,} {code}" for code, count in totals.codes)
     if totals.accuracy is not None:

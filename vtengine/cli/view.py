@@ -21,5 +21,6 @@ def run(arguments: argparse.Namespace) -> int:
         totals = render_page(source, target, options)
     except (ValueError, OSError) as error:
         raise UsageError(one_line(error)) from None
-    print(f"{target}  ({totals.rows} rows, {target.stat().st_size / 2**20:.1f} MB)")
+    if target.is_file():
+        print(f"{target}  ({totals.rows} rows, {target.stat().st_size / 2**20:.1f} MB)")
     return OK

@@ -1,15 +1,17 @@
 """Qwen2.5-VL in plain torch: config, vision tower, language model, checkpoints, attention contexts."""
 
 from vtengine.model.attention import AttentionContext, PackedCausal, PackedTree
+from vtengine.model.checkpoint import Checkpoint
 from vtengine.model.config import ModelConfig, ModelLoadError, TextConfig, VisionConfig
 from vtengine.model.linear import store_by_column
 from vtengine.model.names import checkpoint_name, hf_tensors, hf_views
 from vtengine.model.positions import mrope_positions
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
-from vtengine.model.weights import load_model, load_tensors, save_model
+from vtengine.model.weights import load_model, load_rows, load_tensors, save_model
 
 __all__ = [
     "AttentionContext",
+    "Checkpoint",
     "ModelConfig",
     "ModelLoadError",
     "PackedCausal",
@@ -21,6 +23,7 @@ __all__ = [
     "hf_tensors",
     "hf_views",
     "load_model",
+    "load_rows",
     "load_tensors",
     "mrope_positions",
     "save_model",

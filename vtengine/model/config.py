@@ -14,6 +14,8 @@ from typing import Any
 
 MODEL_TYPE = "qwen2_5_vl"
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 24  # of anything else: far beyond any model, and products of three still fit into 64 bits
 
 
 class ModelLoadError(ValueError):
@@ -229,8 +231,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_sizes(where: str, config: VisionConfig | TextConfig, exclude: tuple[str, ...]) -> None:
     for name, value in vars(config).items():
-        if name not in exclude and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if name in exclude:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelLoadError(f"{where}.{name} = {value!r}: must be a whole number of at least 1")
+        most = MAX_LAYERS if name in ("depth", "num_layers") else MAX_SIZE
+        if value > most:
+            raise ModelLoadError(f"{where}.{name} = {value}: must be at most {most}")
 
 
 def _refuse_unsupported(data: Mapping[str, Any], text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:

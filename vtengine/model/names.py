@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from vtengine.model.config import ModelConfig
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
 
+PATCHES = "visual.patch_embed.proj.weight"
+"""[hidden, channels, temporal, patch, patch] in a checkpoint, [hidden, values of a patch] here."""
+
 # transformers 5 names -> checkpoint names
 _RENAMES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
@@ -30,13 +33,20 @@ def hf_views(model: Qwen2_5_VL, of: Callable[[nn.Parameter], Tensor]) -> Iterato
     """The same one after another: `of` is called once for each parameter, when its first tensor is asked for."""
     vision = model.config.vision
     pixels = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    yield "visual.patch_embed.proj.weight", of(model.visual.patch_embed.weight).unflatten(1, pixels)
-    for path, parts in hf_modules(model.config).items():
+    for parameter, parts in hf_parts(model):
+        whole = of(parameter)
+        pieces = whole.split([rows for _, rows in parts]) if len(parts) > 1 else (whole,)
+        for (name, _), piece in zip(parts, pieces, strict=True):
+            yield name, piece.unflatten(1, pixels) if name == PATCHES else piece
+
+
+def hf_parts(model: Qwen2_5_VL) -> Iterator[tuple[nn.Parameter, list[tuple[str, int]]]]:
+    """Every parameter, and the tensors of a checkpoint that it is made of: name and number of rows, in order."""
+    patches = model.visual.patch_embed.weight
+    yield patches, [(PATCHES, len(patches))]
+    for path, modules in hf_modules(model.config).items():
         for kind, parameter in model.get_submodule(path).named_parameters(recurse=False):
-            whole = of(parameter)
-            pieces = whole.split(list(parts.values())) if len(parts) > 1 else (whole,)
-            for name, piece in zip(parts, pieces, strict=True):
-                yield f"{name}.{kind}", piece
+            yield parameter, [(f"{name}.{kind}", rows or len(parameter)) for name, rows in modules.items()]
 
 
 def hf_modules(config: ModelConfig) -> dict[str, dict[str, int]]:

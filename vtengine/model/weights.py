@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from vtengine.model.config import ModelConfig, ModelLoadError
-from vtengine.model.names import checkpoint_name, hf_tensors
+from vtengine.model.checkpoint import HEAD, INDEX, WEIGHTS, Checkpoint, check_kind, check_shapes, some
+from vtengine.model.config import ModelLoadError
+from vtengine.model.names import checkpoint_name, hf_parts, hf_tensors
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-NAMES_SHOWN = 8
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBED = "model.embed_tokens.weight"
 
 
 def load_tensors(
@@ -47,48 +43,38 @@ def load_tensors(
     with torch.no_grad():
         for name, tensor in tensors:
             known = checkpoint_name(name)
-            if known == _HEAD and _HEAD not in targets:
+            if known == HEAD and HEAD not in targets:
                 head = tensor
                 continue
             target = targets.get(known)
             if target is None or target.shape != tensor.shape:
                 expected = "no tensor of this name" if target is None else list(target.shape)
                 raise ModelLoadError(f"weight update: {name} is {list(tensor.shape)}, the config says {expected}")
-            _check_kind(name, tensor)
+            check_kind(name, tensor)
             target.copy_(tensor)
             seen.add(known)
     if not partial and (missing := [name for name in targets if name not in seen]):
-        raise ModelLoadError(f"weight update: {len(missing)} tensors missing: {_some(missing)}")
+        raise ModelLoadError(f"weight update: {len(missing)} tensors missing: {some(missing)}")
     if head is not None and _EMBED in seen:
         _check_tied(head, targets[_EMBED])
 
 
 def _fitting(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], partial: bool) -> dict[str, Tensor]:
     """`tensors` by checkpoint name, a tied model's head left out. Raises ModelLoadError for whatever does not fit."""
-    _check(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "weight update")
+    check_shapes(targets, {name: tuple(x.shape) for name, x in tensors.items()}, partial, "weight update")
     for name, tensor in tensors.items():
-        _check_kind(name, tensor)
+        check_kind(name, tensor)
     given = {checkpoint_name(name): tensor for name, tensor in tensors.items()}
-    if _HEAD not in targets and (head := given.pop(_HEAD, None)) is not None and _EMBED in given:
+    if HEAD not in targets and (head := given.pop(HEAD, None)) is not None and _EMBED in given:
         _check_tied(head, given[_EMBED])
     return given
-
-
-def _check_kind(name: str, tensor: Tensor) -> None:
-    if not _is_plain(tensor):
-        raise ModelLoadError(f"{name} is {tensor.dtype}: quantised checkpoints are not read")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Floating-point, and not of 8 bits, which need scales."""
-    return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def _check_tied(head: Tensor, embed: Tensor) -> None:
     if not torch.equal(head.to(embed), embed):
         raise ModelLoadError(
-            f"{_HEAD} differs from {_EMBED}, but the config says tie_word_embeddings: true; set it to false in "
-            f"config.json, or delete {_HEAD}"
+            f"{HEAD} differs from {_EMBED}, but the config says tie_word_embeddings: true; set it to false in "
+            f"config.json, or delete {HEAD}"
         )
 
 
@@ -97,17 +83,35 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
 
     Raises ModelLoadError: for what does not fit, before it takes memory; for NaN or infinity, on coming to it.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ModelLoadError(f"{folder}: not a folder; give the folder of a checkpoint (config.json and *.safetensors)")
-    config = ModelConfig.from_json(folder / "config.json")
-    files = _weight_files(folder)
+    checkpoint = Checkpoint.open(path)
     with torch.device("meta"):
-        model = Qwen2_5_VL(config)
-    _check(hf_tensors(model), _shapes(files), False, str(folder))
+        model = Qwen2_5_VL(checkpoint.config)
     model.to(dtype).to_empty(device=device)
-    load_tensors(model, _read(files))
+    load_tensors(model, checkpoint.tensors())
     return model.eval()
+
+
+@torch.no_grad()
+def load_rows(
+    model: Qwen2_5_VL, checkpoint: Checkpoint, dtype: torch.dtype, own: Callable[[nn.Parameter], tuple[Tensor, int]]
+) -> None:
+    """Of a model in pieces: copies a checkpoint's values into the rows that are here, one tensor's at a time.
+
+    own: of a parameter, its rows in this process (a tensor to write to) and the number of the first. dtype: what values
+    are rounded to on the way, as `load_model` rounds them. Raises ModelLoadError on coming to NaN or infinity, to a
+    quantised tensor, or to a head that is not the embedding where the config says so.
+    """
+    for parameter, parts in hf_parts(model):
+        here, first = own(parameter)
+        done = 0
+        for name, count in parts:
+            begin, end = max(first, done), min(first + len(here), done + count)
+            if begin < end:
+                rows = checkpoint.rows(name, begin - done, end - done).to(dtype)
+                here[begin - first : end - first].copy_(rows.flatten(1) if rows.ndim > here.ndim else rows)
+            done += count
+        if parameter is model.embed_tokens.weight and model.lm_head is None and HEAD in checkpoint.places and len(here):
+            _check_tied(checkpoint.rows(HEAD, first, first + len(here)).to(dtype), here)
 
 
 def save_model(model: Qwen2_5_VL, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -142,88 +146,6 @@ def save_model(model: Qwen2_5_VL, path: str | Path, shard_bytes: int = SHARD_BYT
     for old in folder.iterdir():
         if old.name not in kept and (old.name in (WEIGHTS, INDEX) or _SHARD.fullmatch(old.name)):
             old.unlink()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise ModelLoadError(f"{index}: not a safetensors index ({error!r}); download it again") from error
-        if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise ModelLoadError(f"{index}: names files outside the folder: {_some(map(str, bad))}")
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise ModelLoadError(f"{folder}: shards named by {INDEX} are missing: {_some(absent)}; download them again")
-        return [folder / name for name in names]
-    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        hint = "pickled weights are not read; save them as safetensors" if pickled else "download the weights"
-        raise ModelLoadError(f"{folder}: no {WEIGHTS}; {hint}")
-    return files
-
-
-def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                shapes.update({name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{file}: damaged or not safetensors ({error}); download it again") from error
-    return shapes
-
-
-def _read(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        with safe_open(file, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118
-                tensor = reader.get_tensor(name)
-                _check_finite(file, name, tensor)
-                yield name, tensor
-
-
-def _check_finite(file: Path, name: str, tensor: Tensor) -> None:
-    """One pass without a copy: smallest and largest value are NaN where any is, and infinite where one is."""
-    if not _is_plain(tensor) or not tensor.numel():
-        return  # `load_tensors` refuses what is not plain
-    if not all(math.isfinite(bound) for bound in torch.stack(torch.aminmax(tensor)).tolist()):
-        broken = int((~tensor.isfinite()).sum())
-        raise ModelLoadError(
-            f"{file}: {name} has {broken} of {tensor.numel()} values that are NaN or infinite; download the file "
-            "again, or take the checkpoint before it (a training that diverged writes such weights)"
-        )
-
-
-def _check(targets: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], partial: bool, where: str) -> None:
-    """Raises ModelLoadError listing what does not fit. `load_tensors` sees to an `lm_head.weight` of a tied model."""
-    given = {checkpoint_name(name): shape for name, shape in shapes.items()}
-    missing = [name for name in targets if name not in given]
-    extra = [name for name in given if name not in targets and name != _HEAD]
-    misshapen = [
-        f"{name} is {list(shape)}, config says {list(targets[name].shape)}"
-        for name, shape in given.items()
-        if name in targets and tuple(targets[name].shape) != shape
-    ]
-    faults = []
-    if missing and not partial:
-        faults.append(f"{len(missing)} missing: {_some(missing)}")
-    if extra:
-        faults.append(f"{len(extra)} unexpected: {_some(extra)}")
-    if misshapen:
-        faults.append(f"{len(misshapen)} misshapen: {_some(misshapen)}")
-    if faults:
-        raise ModelLoadError(
-            f"{where}: tensors do not fit the config: {'; '.join(faults)}. Use the config.json that belongs "
-            "to these weights, or download both again"
-        )
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - NAMES_SHOWN} more" if len(listed) > NAMES_SHOWN else ""
-    return ", ".join(listed[:NAMES_SHOWN]) + more
 
 
 def _replace_json(path: Path, data: object) -> None:

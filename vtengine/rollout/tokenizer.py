@@ -118,7 +118,10 @@ class Tokenizer:
     def _check_config(self, path: Path) -> None:
         if not path.is_file():
             return
-        config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            config: Mapping[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: cannot be read as a JSON object: {error}") from None
         for key, token in CONFIG_IDS.items():
             ours, theirs = self._special.get(token), config.get(key)
             if theirs is not None and ours is not None and theirs != ours:

@@ -75,7 +75,10 @@ class Transcript:
         ids, spans = self._render(ask, images)
         needed = len(self) + len(ids) + 1
         if self.max_tokens is not None and needed > self.max_tokens:
-            raise ContextFull(f"turn {ask.turn + 1} needs {needed} tokens of context, {self.max_tokens} are allowed")
+            raise ContextFull(
+                f"turn {ask.turn + 1} needs {needed} tokens of context, {self.max_tokens} are allowed; shorten the "
+                "text, or show fewer visual tokens"
+            )
         self.token_ids += ids
         self.logprobs += [NOT_SAMPLED] * len(ids)
         self.trainable += [False] * len(ids)

@@ -32,7 +32,7 @@ class ServerLimits:
     max_held_bytes: int = 1024 * MIB
     request_timeout_s: float = 300.0
     drain_s: float = 30.0
-    max_text_events_per_s: int = 400
+    max_text_events_per_s: int = 200
     keep_alive_s: float = 15.0
     retry_after_s: int = 1
 

@@ -104,20 +104,19 @@ class Reply:
         self._events += b"data: " + encode_json(data) + b"\n\n"
 
     async def send_events(self, is_last: bool = False) -> None:
-        """Sends what was added; the first time the status too, the last time the mark of the end."""
+        """Sends what was added; the first time the status too, the last time the mark of the end. Nothing to send:
+        a comment, which keeps proxies from closing a silent connection.
+        """
         if not self.started:
+            if not self._events and not is_last:
+                return
             await self._start(
                 200, {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
             )
         data = bytes(self._events) + (b"data: [DONE]\n\n" if is_last else b"")
         self._events.clear()
-        if data:
-            await self._send({"type": "http.response.body", "body": data, "more_body": not is_last})
+        await self._send({"type": "http.response.body", "body": data or b": keep-alive\n\n", "more_body": not is_last})
         self.ended = is_last
-
-    async def send_comment(self) -> None:
-        """Keeps proxies from closing a silent connection."""
-        await self._send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         self.started = True

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from functools import partial
 
-from vtengine.rollout.episode import Asked, Episode, Replied, TextDelta
+from vtengine.rollout.episode import Asked, Episode, Event, Replied, TextDelta
 from vtengine.server.account import (
     TURN_BREAK,
     Json,
@@ -19,17 +18,17 @@ from vtengine.server.account import (
     view_account,
 )
 from vtengine.server.admission import Visit
+from vtengine.server.bell import Bell
 from vtengine.server.choices import run_choice, together
 from vtengine.server.connection import Reply
 from vtengine.server.house import House
-from vtengine.server.mailbox import Mailbox, Told, Word
 from vtengine.server.prepare import Job
 from vtengine.server.splitter import ReplySplitter, StopCutter
 
 
 class Stream:
     """The status line goes out with the first turn: what is refused before that, such as a bad image, gets its own
-    status."""
+    status. Text goes out as the backend hands it over: that keeps the pace."""
 
     def __init__(self, house: House, job: Job, visit: Visit, reply: Reply, request_id: str) -> None:
         self.house, self.job, self.visit, self.reply = house, job, visit, reply
@@ -41,19 +40,35 @@ class Stream:
         }
         self.choices = [_Choice(job) for _ in range(job.num_choices)]
         self.episodes: list[Episode] = []
+        self.bell = Bell(house.limits.keep_alive_s)
 
     async def run(self) -> None:
-        async with aclosing(self._told()) as batches:  # type: ignore[type-var]
-            async for batch in batches:
-                for index, event in batch:
-                    self._read(index, event)
-                if batch:
-                    await self.reply.send_events(is_last=len(self.episodes) == len(self.choices))
-                elif self.reply.started:
-                    await self.reply.send_comment()
+        """Its end, whichever it is, is that of the episodes. Raises ApiError when one of them gives no completion."""
+        episodes = asyncio.ensure_future(together(self._run_choice(index) for index in range(self.job.num_choices)))
+        episodes.add_done_callback(lambda _: self.bell.ring())
+        try:
+            while not self.reply.ended:
+                await self.bell.wait()
+                if episodes.done():
+                    episodes.result()
+                await self.reply.send_events(is_last=self._is_complete)
+        finally:
+            self.bell.close()
+            episodes.cancel()
+            await asyncio.gather(episodes, return_exceptions=True)
 
-    def _read(self, index: int, event: Word) -> None:
-        for delta, extension, finish in self.choices[index].read(event):
+    @property
+    def _is_complete(self) -> bool:
+        return len(self.episodes) == len(self.choices)
+
+    async def _run_choice(self, index: int) -> None:
+        told = partial(self._tell, index)
+        told(await run_choice(self.job, index, self.visit, self.house, told))
+
+    def _tell(self, index: int, word: Event | Episode) -> None:
+        """Keeps it for the writer."""
+        chunks = self.choices[index].read(word)
+        for delta, extension, finish in chunks:
             choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
             chunk = {**self.frame, "choices": [choice]}
             if self.job.with_usage:
@@ -61,40 +76,16 @@ class Stream:
             if extension is not None:
                 chunk["vtengine"] = extension
             self.reply.add_event(chunk)
-        if isinstance(event, Episode):
-            self.episodes.append(event)
-            if self.job.with_usage and len(self.episodes) == len(self.choices):
+        if isinstance(word, TextDelta):
+            if chunks:
+                self.bell.ring()
+        elif isinstance(word, Episode):
+            self.episodes.append(word)
+            if self.job.with_usage and self._is_complete:
                 self.reply.add_event({**self.frame, "choices": [], "usage": usage(self.episodes)})
-
-    async def _told(self) -> AsyncIterator[list[Told]]:
-        """What has happened since the last look, nothing for a silence of keep_alive_s. Closing it cancels the
-        episodes. Raises ApiError when one of them gives no completion.
-        """
-        house = self.house
-        limits = house.limits
-        box = Mailbox(lambda: house.gate.running_now / limits.max_text_events_per_s, limits.keep_alive_s)
-
-        async def run(index: int) -> None:
-            told = run_choice(self.job, index, self.visit, house, lambda event: box.put((index, event)))
-            box.put((index, await told))
-
-        episodes = asyncio.ensure_future(together(run(index) for index in range(self.job.num_choices)))
-        episodes.add_done_callback(lambda _: box.wake())
-        try:
-            while True:
-                batch = await box.take()
-                ended = episodes.done()
-                if ended and not self.reply.started:
-                    episodes.result()  # a fault becomes the status
-                if batch or not ended:
-                    yield batch
-                if ended:
-                    episodes.result()
-                    return
-        finally:
-            box.close()
-            episodes.cancel()
-            await asyncio.gather(episodes, return_exceptions=True)
+            self.bell.ring()
+        else:
+            self.bell.ring_soon()
 
 
 Chunk = tuple[Json, Json | None, str | None]
@@ -112,7 +103,7 @@ class _Choice:
         self.has_content = self.has_reasoning = False
         self.breaks = False  # a turn has begun whose reasoning is to be set off from that before it
 
-    def read(self, event: Word) -> list[Chunk]:
+    def read(self, event: Event | Episode) -> list[Chunk]:
         self.chunks = []
         if isinstance(event, Asked):
             self._asked(event)

@@ -46,6 +46,11 @@ def render_page(source: Path, target: Path, options: PageOptions) -> Totals:
     for row in read_rows(source):
         counter.add(row)
     totals = counter.totals()
+    if target.exists() and not target.is_file():  # a pipe or a device is written to, never replaced
+        with target.open("w", encoding="utf-8", newline="\n") as file:
+            _write(file, source, totals, options)
+        return totals
+    target = target.resolve()  # a link stays one
     partial = target.with_name(target.name + ".part")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:

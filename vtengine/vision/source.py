@@ -46,7 +46,7 @@ def read_image_source(source: str, root: Path, limits: SourceLimits | None = Non
     elif scheme[0].lower() in ("http:", "https:") and limits.allow_http:
         data = fetch(source, limits.max_bytes, limits.timeout_s, limits.allow_private_hosts)
     else:
-        allowed = "a path or a data: URL" + (" or http(s)" if limits.allow_http else "; http(s) is not allowed here")
+        allowed = "a path or a data: URL" + (" or http(s)" if limits.allow_http else "; http(s) only with --allow-http")
         raise ImageError("image_url_not_allowed", f"image {_short(source)}: must be {allowed}")
     if not data:
         raise ImageError("image_empty", f"image {_short(source)} has 0 bytes")
@@ -77,7 +77,8 @@ def _read_path(source: str, root: Path, limits: SourceLimits) -> bytes:
     inside = os.path.realpath(root)
     path = os.path.realpath(os.path.join(inside, source))
     if os.path.commonpath((inside, path)) != inside:
-        raise ImageError("image_outside_root", f"image {_short(source)} is outside the image root {_short(str(root))}")
+        found = f"image {_short(source)} is outside the image root {_short(str(root))}"
+        raise ImageError("image_outside_root", f"{found}; move it there, or name a folder that holds it (--image-root)")
     try:
         # O_NONBLOCK: opening a named pipe must not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))

@@ -2,7 +2,8 @@
 
 Suffixes: N rows, H numbers of a row, I half of them, D head size. A row's result depends on nothing but the row.
 "torch": any device and dtype, differentiable. "cpu": float32 on the CPU, in inference mode.
-ValueError: no such `impl`, or it does not take these tensors. RuntimeError: `impl` is not available here.
+ValueError: shapes or devices that do not fit, no such `impl`, or it does not take these tensors.
+RuntimeError: `impl` is not available here.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ __all__ = ["Impl", "rms_norm", "rotary", "swiglu"]
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> Tensor:
     """x [N, H] / rms(x) * weight [H] -> [N, H]; the mean square is taken in float32."""
+    if x.ndim != 2 or weight.shape != x.shape[1:] or weight.device != x.device:
+        raise _misfit("rms_norm", "x [N, H], weight [H]", x, weight)
     out: Tensor = select("layer_ops", impl, _IMPLS, x).rms_norm(x, weight, eps)
     return out
 
 
 def swiglu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
     """x [N, 2 I], the gate before what it gates -> silu(gate) * up [N, I]."""
+    if x.ndim != 2 or x.shape[1] % 2:
+        raise _misfit("swiglu", "x [N, 2 I]", x)
     out: Tensor = select("layer_ops", impl, _IMPLS, x).swiglu(x)
     return out
 
@@ -39,5 +44,13 @@ def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor, *, impl: Impl = "auto") -
 
     signed_sin: the sine, negative in the first half of D. Rows and heads of x may be strided.
     """
+    wanted = (len(x), 1, x.shape[-1]) if x.ndim == 3 and x.shape[2] % 2 == 0 else None
+    if not cos.shape == signed_sin.shape == wanted or not x.device == cos.device == signed_sin.device:
+        raise _misfit("rotary", "x [N, heads, D], D even, tables [N, 1, D] twice", x, cos, signed_sin)
     out: Tensor = select("layer_ops", impl, _IMPLS, x).rotary(x, cos, signed_sin)
     return out
+
+
+def _misfit(op: str, wanted: str, *tensors: Tensor) -> ValueError:
+    found = ", ".join(f"{list(x.shape)} on {x.device}" for x in tensors)
+    return ValueError(f"{op}: {found}: must be {wanted}, on one device")

@@ -40,7 +40,7 @@ def takes(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, isa: str = "auto") -> Tensor:
     """Contract: the package's docstring, as for the others. RuntimeError: this machine lacks `isa` (for tests)."""
     out = torch.empty(x.shape, dtype=x.dtype)
-    weight = weight.contiguous()
+    weight = weight.float().contiguous()
     _call("vt_rms_norm", x, out, isa, x.shape[1], weight.data_ptr(), eps)
     return out
 
@@ -56,13 +56,15 @@ def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor, isa: str = "auto") -> Ten
     _, heads, size = x.shape
     if x.stride(1) != size:
         x = x.contiguous()
-    cos, signed_sin = cos.contiguous(), signed_sin.contiguous()
+    cos, signed_sin = cos.float().contiguous(), signed_sin.float().contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
     _call("vt_rotary", x, out, isa, heads, size, cos.data_ptr(), signed_sin.data_ptr())
     return out
 
 
 def _call(name: str, x: Tensor, out: Tensor, isa: str, *arguments: float) -> None:
+    if not out.numel():
+        return
     if x.stride(-1) != 1:
         x = x.contiguous()
     rows = _Rows(x.data_ptr(), out.data_ptr(), len(x), x.stride(0), library.ISAS[isa], torch.get_num_threads())

@@ -53,6 +53,8 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Ten
         or keys.ndim != 4
         or keys.shape != values.shape
         or keys.shape[3] != q.shape[2]
+        or not keys.shape[2]
+        or not keys.shape[3]
         or q.shape[1] % keys.shape[2]
     ):
         raise ValueError(

@@ -51,13 +51,13 @@ def prefix_attention(
     """q [N, Hq, D], keys and values [pages, page_size, Hkv, D], tables int64 [N, P], lengths int64 [N] -> [N, Hq, D].
 
     The scale is 1 / sqrt(D). siblings: of these rows. Lengths are at least 1 and fit their tables (not checked, nor are
-    page numbers). Keys, values and tables are contiguous in all but the first dimension; what lies beyond a length may
-    hold anything, NaN too.
+    page numbers). Keys, values, lengths and the rows of tables are contiguous; what lies beyond a length may hold
+    anything, NaN too.
 
     "flash", "flashinfer": CUDA, 16 bits, where these packages are installed; they know no siblings, so "auto" takes
     another where there are some. "triton": CUDA, 16-bit and float32. "cpu": float32, head sizes 16, 32, 64, 80, 96,
     128, 256. "ref": all.
-    ValueError: shapes or dtypes that do not fit. RuntimeError: `impl` is not available here.
+    ValueError: shapes, dtypes, layouts or devices that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, keys, values, tables, lengths)
     if siblings is not None and not len(siblings.order) == len(siblings.shared) == len(q):
@@ -68,16 +68,24 @@ def prefix_attention(
 
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor) -> None:
-    rows, heads, size = q.shape
-    if keys.shape != values.shape or keys.ndim != 4 or keys.shape[3] != size or heads % keys.shape[2]:
+    shaped = q.ndim == 3 and keys.ndim == 4 and keys.shape == values.shape and keys.shape[3] == q.shape[2]
+    if not shaped or not keys.shape[2] or not keys.shape[3] or q.shape[1] % keys.shape[2]:
         raise ValueError(
             f"keys {list(keys.shape)}, values {list(values.shape)}: must be [pages, page_size, Hkv, D] for q "
             f"{list(q.shape)} [N, Hq, D], Hq a multiple of Hkv"
         )
     if not q.dtype == keys.dtype == values.dtype:
         raise ValueError(f"q {q.dtype}, keys {keys.dtype}, values {values.dtype}: must be equal")
-    if tables.shape[0] != rows or lengths.shape != (rows,) or {tables.dtype, lengths.dtype} != {torch.int64}:
+    rows = len(q)
+    shaped = tables.ndim == 2 and len(tables) == rows and lengths.shape == (rows,)
+    if not shaped or {tables.dtype, lengths.dtype} != {torch.int64}:
         raise ValueError(
             f"tables {list(tables.shape)} {tables.dtype}, lengths {list(lengths.shape)} {lengths.dtype}: must be "
             f"int64 [{rows}, P] and int64 [{rows}]"
         )
+    named = {"keys": keys, "values": values, "tables": tables[:1], "lengths": lengths}
+    for name, tensor in named.items():
+        if not tensor.is_contiguous() or tensor.device != q.device:
+            raise ValueError(
+                f"{name} with strides {list(tensor.stride())} on {tensor.device}: must be contiguous, on {q.device}"
+            )

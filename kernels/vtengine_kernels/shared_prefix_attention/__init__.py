@@ -58,7 +58,8 @@ class _Attend(Function):
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tree: PrefixTree) -> None:
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
+    shaped = q.ndim == 3 and k.ndim == 3 and k.shape == v.shape and q.shape[::2] == k.shape[::2]
+    if not shaped or not k.shape[1] or not k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: must be [T, Hq, D], [T, Hkv, D], [T, Hkv, D], "
             "Hq a multiple of Hkv"

@@ -45,8 +45,10 @@ class Head:
 def check(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor | None, chunk: int) -> None:
     """ValueError, naming what does not fit, before anything runs."""
     weight = head.weight
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not len(weight):
-        raise ValueError(f"hidden {list(hidden.shape)}, weight {list(weight.shape)}: must be [N, H] and [V, H]")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or not weight.numel():
+        raise ValueError(
+            f"hidden {list(hidden.shape)}, weight {list(weight.shape)}: must be [N, H] and [V, H], H and V at least 1"
+        )
     if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         raise ValueError(f"hidden {hidden.dtype}, weight {weight.dtype}: must be equal, and one of {_names(DTYPES)}")
     rows = len(hidden)
@@ -86,6 +88,8 @@ def _check_low_rank(head: Head) -> None:
         raise ValueError(
             f"low_rank a {list(a.shape)}, b {list(b.shape)}: must be [R, {size}] and [{vocabulary}, R] for this weight"
         )
+    if not math.isfinite(head.low_rank.scale):  # some BLAS libraries take a scale of NaN for 0
+        raise ValueError(f"low_rank scale = {head.low_rank.scale}: must be finite")
     if a.dtype not in DTYPES or b.dtype not in DTYPES:
         raise ValueError(f"low_rank a {a.dtype}, b {b.dtype}: must be one of {_names(DTYPES)}")
     _check_devices(weight=head.weight, a=a, b=b)

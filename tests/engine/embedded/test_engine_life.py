@@ -109,6 +109,24 @@ def test_a_request_id_is_served_once_at_a_time():
     assert len(first.token_ids) == 12 and (second.code, second.blame) == ("duplicate_request", "setup")
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_not_finite_fail_the_request_and_leave_nothing_behind(temperature):
+    """Weights of a training that diverged: finite themselves, their products are not."""
+    model = tiny_model(0)
+    name = "model.layers.0.mlp.down_proj.weight"
+    good = hf_tensors(model)[name].clone()
+    ask = [request("r0", prompt(1, 20), temperature=temperature), request("r1", prompt(1, 20))]
+
+    async def diverge(engine):
+        await engine.load_weights({name: torch.full_like(good, 1e38)}, version=1)
+        with pytest.raises(BackendFailed, match=r"r0: the model's scores are not finite.*float32"):
+            await engine.generate(ask[0])
+        await engine.load_weights({name: good}, version=2)
+        return await engine.generate(ask[1])
+
+    assert_cold(run(diverge, model=model), ask[1], tiny_model(0))
+
+
 def test_new_vision_weights_alone_change_the_answer_and_drop_both_caches():
     picture, model, other = image(1), tiny_model(0), tiny_model(1)
     ask = [request(f"r{k}", prompt(1, 20, [picture]), [picture]) for k in range(2)]
@@ -217,8 +235,9 @@ def test_bad_settings_name_the_field(field, value):
         EngineConfig(**{field: value})
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_storm_of_requests_cancellations_and_updates(seed):
+def test_a_storm_of_requests_cancellations_and_updates(seed, ahead):
     """Tiny pool, everything at once: whoever is not cancelled gets the answer of a quiet run."""
     rng = random.Random(seed)
     pictures = [image(k, h=2 * rng.randrange(1, 4), w=2 * rng.randrange(1, 4)) for k in range(4)]
@@ -242,7 +261,7 @@ def test_a_storm_of_requests_cancellations_and_updates(seed):
                 await engine.load_weights(weights, version=1)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    results = run(storm, num_pages=30, max_batch_tokens=24, vision_cache_bytes=4000)
+    results = run(storm, num_pages=30, max_batch_tokens=24, vision_cache_bytes=4000, encode_ahead=ahead)
     survivors = [(a, r) for a, r in zip(asks, results, strict=True) if not isinstance(r, asyncio.CancelledError)]
     assert len(survivors) > 20
     quiet = serve([ask for ask, _ in survivors], max_running=1, resume=False)

@@ -21,6 +21,7 @@ CONTROLS = (
     *("init_weights_update_group", "destroy_weights_update_group", "begin_weight_update", "end_weight_update"),
     *("release_memory_occupation", "resume_memory_occupation"),
 )
+GROUP_CALLS = ("init_weights_update_group", "update_weights_from_distributed", "destroy_weights_update_group")
 REPLY = tuple(b"abcdefghijklmnopqrstuvwxyz")
 
 
@@ -32,6 +33,7 @@ class FakeSglang:
     connection is cut. The name of one of CONTROLS: that call says no. `calls`: what came on those, in order.
     seeded: replies are drawn from prompt and seed, one of its own for each. reads: `loaded` are the tensors of the last
     update from a folder.
+    scheduler: a process of `scheduler.start` that takes part in broadcasts; the server dies with it.
     """
 
     def __init__(self, **info):
@@ -39,6 +41,7 @@ class FakeSglang:
         self.model = {"model_path": "/models/tiny", "model_type": "qwen2_5_vl", "weight_version": "default"}
         self.vocab, self.image_token, self.token_s = VOCAB, PAD, 0.0
         self.seeded, self.reads, self.loaded = False, False, {}
+        self.scheduler, self.asking = None, threading.Lock()
         self.workers = None  # a list makes it an sglang-router that is asked for them
         self.faults, self.always, self.flush_refusals = [], set(), 0
         self.requests, self.aborted, self.flushes, self.calls, self.headers = [], [], 0, [], []
@@ -125,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
             fake.aborted.append(body["rid"])
             return self.reply(b"")
         if path == "/flush_cache":
+            with fake.asking:  # its scheduler does it, once it has done what it is at
+                pass
             if fake.flush_refusals:
                 fake.flush_refusals -= 1
                 return self.reply(b"Flush cache failed.", 400)
@@ -140,8 +145,22 @@ class _Handler(BaseHTTPRequestHandler):
             fake.calls.append((path[1:], body))
             if fake.strikes(path[1:]):
                 return self.reply({"success": False, "message": "out of memory"}, 400)
+            if fake.scheduler is not None and path[1:] in GROUP_CALLS:
+                return self.scheduled(path[1:], body)
             return self.reply(None if "memory" in path else {"success": True, "message": "ok"})
         return self.reply({"detail": "Not Found"}, 404)
+
+    def scheduled(self, call, body):
+        """What the scheduler says; its death is the server's."""
+        try:
+            with self.fake.asking:
+                self.fake.scheduler.send((call, body))
+                ok, message, tensors = self.fake.scheduler.recv()
+        except (EOFError, OSError):
+            self.fake.always.add("dead")
+            return self.drop()
+        self.fake.loaded |= tensors
+        return self.reply({"success": ok, "message": message}, 200 if ok else 400)
 
     def generate(self, body):
         fake, params = self.fake, body["sampling_params"]

@@ -69,6 +69,23 @@ def test_a_server_that_is_down():
             asyncio.run(main())
 
 
+def test_a_port_that_never_answers(monkeypatch):
+    """Something listens there, takes the request and is silent: the start does not wait as long as a generation."""
+    monkeypatch.setattr("vtengine.engine.sglang.http.FACTS_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+
+        async def main():
+            backend = SglangHttpBackend(url, TINY)
+            try:
+                await asyncio.wait_for(backend.check(), 30)
+            finally:
+                await backend.close()
+
+        with pytest.raises(BackendFailed, match=f"{url}: no server answers there.*ReadTimeout.*is it running"):
+            asyncio.run(main())
+
+
 def test_something_else_answers_there():
     assert "is no SGLang server" in str(failure(RequestRejected, always={"html"}))
 
@@ -82,6 +99,7 @@ def test_something_else_answers_there():
         (lambda f: setattr(f, "vocab", 300), "wrong model on the server.*larger than our 256"),
         (lambda f: setattr(f, "vocab", 200), "wrong model on the server.*smaller than our 256"),
         (lambda f: f.info.pop("version"), "is no SGLang server"),
+        (lambda f: f.info.update(tp_size="many"), "is no SGLang server.*many"),
     ],
 )
 def test_a_server_that_does_not_suit_is_refused_before_the_first_request(change, words):
@@ -210,6 +228,9 @@ def test_both_ways_of_streaming(incremental):
     chunks = serve(collect, fake(incremental_streaming_output=incremental))
     assert sum((chunk.token_ids for chunk in chunks), ()) == chunks[-1].completion.token_ids == REPLY[:6]
     assert len(chunks) == 6 and len(chunks[-1].completion.logprobs) == 6
+    chunks = serve(collect, fake(incremental_streaming_output=incremental), max_chunks_per_s=1e-3)
+    assert [chunk.token_ids for chunk in chunks] == [REPLY[:1], REPLY[1:6]]
+    assert chunks[-1].completion.token_ids == REPLY[:6]
 
 
 def test_the_key_is_sent_and_an_id_is_served_once():
@@ -263,6 +284,7 @@ def test_bad_options():
     for options, words in (
         ({"attempts": 0}, "attempts = 0"),
         ({"deadline_s": 0}, "deadline_s = 0"),
+        ({"max_chunks_per_s": 0}, "max_chunks_per_s = 0"),
     ):
         with pytest.raises(ValueError, match=words):
             SglangHttpBackend("http://127.0.0.1:1", TINY, **options)

@@ -205,8 +205,9 @@ def test_a_router_stands_for_its_healthy_workers(tmp_path):
     try:
         assert isinstance(connect_servers(router.url, tmp_path), SglangHttpBackend)
         router.workers = [{"url": url, "is_healthy": healthy} for url, healthy in workers]
-        fleet = connect_servers(router.url, tmp_path)
+        fleet = connect_servers(router.url, tmp_path, max_chunks_per_s=100)
         assert [server.where for server in fleet.servers] == ["http://a:1", "http://b:1"]
+        assert [server.max_chunks_per_s for server in fleet.servers] == [50, 50]
         router.workers = router.workers[2:]
         with pytest.raises(ValueError, match=r"without a healthy worker that speaks HTTP \(2 listed\)"):
             connect_servers(router.url, tmp_path)

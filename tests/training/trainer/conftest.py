@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +20,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from vtengine_training.trainer.config import GrpoConfig
+from vtengine_training.trainer.loop import Run
 
 from tests.tiny_model import byte_encoder
+from tests.training.trainer.toy import rewarder
 from tests.training.trainer.toy_model import tiny_config
 from vtengine.config import build, to_toml
 from vtengine.model import Qwen2_5_VL, save_model
@@ -80,42 +87,109 @@ def make_config(tiny_folder: Path, tiny_data: Path, tmp_path: Path):
 
 
 @pytest.fixture
-def start_ranks(tmp_path):
-    """start_ranks(*arguments of Python, size=2): the processes, as torchrun would start them; killed at the end."""
-    started: list[subprocess.Popen[str]] = []
+def run(make_config):
+    """run(reward function, **changes of the config): a run that has not begun; closed at the end."""
+    made = []
 
-    def start(*arguments: str, size: int = 2) -> list[subprocess.Popen[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        paths = (REPO, REPO / "kernels", REPO / "training", Path(__file__).parent)
-        common = {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
-        common |= {"PYTHONFAULTHANDLER": "1"}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = []
-        for rank in range(size):
-            with (tmp_path / f"rank-{rank}.err").open("w") as log:
-                environment = os.environ | common | {"RANK": str(rank)}
-                ranks.append(subprocess.Popen([sys.executable, *arguments], env=environment, stderr=log, text=True))
-        started.extend(ranks)
-        return ranks
+    def make(function=None, **changes) -> Run:
+        made.append(Run(make_config(**changes), rewarder(function)))
+        return made[-1]
 
-    yield start
-    for process in started:
+    yield make
+    for one in made:
+        asyncio.run(one.close())
+
+
+def launch(folder: Path, *arguments: str, size: int = 2, **pipes: int) -> list[subprocess.Popen[str]]:
+    """Python with these arguments in `size` processes, as torchrun would start them; what they say: rank-N.err."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = (REPO, REPO / "kernels", REPO / "training", Path(__file__).parent)
+    common = {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
+    common |= {"PYTHONFAULTHANDLER": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    for rank in range(size):
+        with (folder / f"rank-{rank}.err").open("w") as log:
+            environment = os.environ | common | {"RANK": str(rank)}
+            ranks.append(
+                subprocess.Popen([sys.executable, *arguments], env=environment, stderr=log, text=True, **pipes)
+            )
+    return ranks
+
+
+def kill(processes: list[subprocess.Popen[str]]) -> None:
+    for process in processes:
         process.kill()
         process.wait()
 
 
 @pytest.fixture
-def ranks(start_ranks, tmp_path):
-    """ranks(config, what, size=2): what the first of `size` ranks found."""
+def start_ranks(tmp_path):
+    """start_ranks(*arguments of Python): two processes; killed at the end."""
+    started: list[subprocess.Popen[str]] = []
 
-    def run(config, what: str, size: int = 2):
+    def start(*arguments: str) -> list[subprocess.Popen[str]]:
+        ranks = launch(tmp_path, *arguments)
+        started.extend(ranks)
+        return ranks
+
+    yield start
+    kill(started)
+
+
+class Pair:
+    """Two ranks that have met, and do one case after the other: to start them takes longer than most cases."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def do(self, *case: str) -> None:
+        """Returns when both have done it. After a fault they end, and the next case gets another pair."""
+        if not self.processes:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.processes = launch(self.folder, str(Path(__file__).with_name("ranks_worker.py")), **pipes)
+        for process in self.processes:
+            with suppress(BrokenPipeError):  # it has no answer either
+                print(json.dumps(case), file=process.stdin, flush=True)
+        until = time.monotonic() + 240
+        said = [self._answer(process, until) for process in self.processes]
+        if said != ["done\n"] * 2:
+            kill(self.processes)
+            self.processes = []
+            logs = [(self.folder / f"rank-{rank}.err").read_text() for rank in range(2)]
+            raise AssertionError("\n".join(logs))
+
+    def _answer(self, process: subprocess.Popen[str], until: float) -> str:
+        ready, _, _ = select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))
+        return process.stdout.readline() if ready else "nothing in time"
+
+    def leave(self) -> None:
+        """They part, and end well."""
+        for process in self.processes:
+            process.stdin.close()
+        assert [process.wait(timeout=60) for process in self.processes] == [0] * len(self.processes)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    two = Pair(tmp_path_factory.mktemp("pair"))
+    yield two
+    try:
+        two.leave()
+    finally:
+        kill(two.processes)
+
+
+@pytest.fixture
+def ranks(pair, tmp_path):
+    """ranks(config, what): what the first of two ranks found."""
+
+    def run(config, what: str):
         path, out = tmp_path / "ranks.toml", tmp_path / f"{what}.out"
         path.write_text(to_toml(config))
-        processes = start_ranks(str(Path(__file__).with_name("ranks_worker.py")), str(path), str(out), what, size=size)
-        statuses = [process.wait(timeout=240) for process in processes]
-        assert statuses == [0] * size, [(tmp_path / f"rank-{rank}.err").read_text() for rank in range(size)]
+        pair.do(str(path), str(out), what)
         return load_file(out) if what.startswith("gradients") else json.loads(out.read_text())
 
     return run

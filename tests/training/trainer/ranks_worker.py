@@ -1,4 +1,5 @@
-"""One of several ranks, started by the tests: `python ranks_worker.py CONFIG.toml OUT {gradients|curve|...}`."""
+"""One of several ranks, started by the tests. A case is a line of its input: ["CONFIG.toml", "OUT", "gradients"], or
+curve-3, skipped, ...; each is answered with a line `done`. The end of the input is the end of the meetings."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ from vtengine_training.trainer.command import train
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.ranks import Ranks
-from vtengine_training.trainer.step import Learner, _Sums
+from vtengine_training.trainer.step import _Sums
 from vtengine_training.trainer.trajectory import Trajectory
 
+from tests.training.trainer.probe import collect, probe
 from tests.training.trainer.toy import rewarder
 from vtengine.config import load_config
 
@@ -36,27 +38,16 @@ def text_only(one: Trajectory) -> Trajectory:
 def gradients(run: Run, max_tokens: tuple[int, ...], blind: bool = False) -> dict[str, torch.Tensor]:
     """loss.M and M.NAME: loss and whole gradients of one mini-batch cut at M tokens. blind: the draws of rank 0 of 2
     have no images."""
-    learner, found = run.parts.learner, {}
-    groups = asyncio.run(run.parts.collector.collect(1)).groups
+    found: dict[str, torch.Tensor] = {}
+    groups = collect(run)
     if blind:
         groups = [
             group if group.draw % 2 else replace(group, trajectories=tuple(map(text_only, group.trajectories)))
             for group in groups
         ]
     for bound in max_tokens:
-        update = replace(run.config.update, max_tokens=bound)
-        probe = Learner(
-            learner.policy,
-            learner.reference,
-            learner.optimizer,
-            learner.loss,
-            update,
-            learner.constant_length,
-            run.ranks,
-        )
-        for parameter in learner.policy.model.parameters():
-            parameter.grad = None
-        loss = run.ranks.sum(probe.backward(probe.build(groups), None, _Sums()))
+        learner = probe(run, max_tokens=bound)
+        loss = run.ranks.sum(learner.backward(learner.build(groups), None, _Sums()))
         found[f"loss.{bound}"] = torch.tensor([loss], dtype=torch.float64)
         for name, parameter in learner.policy.model.named_parameters():
             if parameter.grad is not None:
@@ -81,7 +72,7 @@ def curve(run: Run, stop: int) -> list[dict[str, float]]:
 def skipped(run: Run) -> list[float]:
     """A step in which one rank's rewards are broken: [updates skipped, largest change of a weight], of each rank."""
     learner = run.parts.learner
-    groups = asyncio.run(run.parts.collector.collect(1)).groups
+    groups = collect(run)
     before = {name: p.detach().clone() for name, p in learner.policy.model.named_parameters()}
     if run.ranks.is_first:
         broken = [replace(one, advantage=float("nan")) for one in groups[0].trajectories]
@@ -93,10 +84,8 @@ def skipped(run: Run) -> list[float]:
     return [figures["updates/skipped"], change]
 
 
-def main(config: GrpoConfig, out: Path, what: str) -> None:
-    torch.set_num_threads(1)
-    gathered_weights.PART_BYTES = 20_000  # a toy model in several parts too
-    ranks = Ranks.join(torch.device("cpu"))
+def do(config: GrpoConfig, ranks: Ranks, out: Path, what: str) -> None:
+    torch.manual_seed(0)  # whatever case came before
     run = Run(config, rewarder(), ranks)
     if what.startswith("gradients"):
         tensors = gradients(run, (1, 200, 10**6), what == "gradients-blind")
@@ -110,8 +99,18 @@ def main(config: GrpoConfig, out: Path, what: str) -> None:
         found = ranks.gather(skipped(run))
         if ranks.is_first:
             out.write_text(json.dumps(found))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    gathered_weights.PART_BYTES = 20_000  # a toy model in several parts too
+    ranks = Ranks.join(torch.device("cpu"))
+    for line in sys.stdin:
+        config, out, what = json.loads(line)
+        do(load_config(GrpoConfig, Path(config), []), ranks, Path(out), what)
+        print("done", flush=True)
     ranks.leave()
 
 
 if __name__ == "__main__":
-    main(load_config(GrpoConfig, Path(sys.argv[1]), []), Path(sys.argv[2]), sys.argv[3])
+    main()

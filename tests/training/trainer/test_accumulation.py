@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
 from dataclasses import fields, replace
 
@@ -10,25 +9,9 @@ import pytest
 import torch
 from vtengine_training.trainer.batch import MicroBatch, build_batch
 from vtengine_training.trainer.cost import ModelCost
-from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.step import Learner, MiniBatch, _Sums
 
-from tests.training.trainer.toy import rewarder
-
-
-@pytest.fixture
-def run(make_config):
-    """(a run that has not begun, a step's groups); closed at the end."""
-    made = []
-
-    def make(**changes):
-        one = Run(make_config(**changes), rewarder())
-        made.append(one)
-        return one, asyncio.run(one.parts.collector.collect(1)).groups
-
-    yield make
-    for one in made:
-        asyncio.run(one.close())
+from tests.training.trainer.probe import collect
 
 
 def gathered(optimizer):
@@ -43,7 +26,8 @@ def norm(tensors):
 
 
 def test_sixteen_bit_gradients_add_up_in_float32(run) -> None:
-    one, groups = run(dtype="bfloat16", update={"max_tokens": 1}, rollout={"prompts": 4})
+    one = run(dtype="bfloat16", update={"max_tokens": 1}, rollout={"prompts": 4})
+    groups = collect(one)
     learner, optimizer = one.parts.learner, one.parts.learner.optimizer
     minibatch = learner.build(groups)
     assert len(minibatch.batches) == 16
@@ -66,7 +50,8 @@ def test_sixteen_bit_gradients_add_up_in_float32(run) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", [{}, {"loss": {"kl_coef": 0.1}, "update": {"train_vision": False}}])
 def test_the_estimate_counts_what_is_there(run, dtype, changes) -> None:
-    one, groups = run(dtype=dtype, **changes)
+    one = run(dtype=dtype, **changes)
+    groups = collect(one)
     learner, optimizer = one.parts.learner, one.parts.learner.optimizer
     learner.learn(groups, 1e-3)
     learner.backward(learner.build(groups), None, _Sums())
@@ -84,7 +69,8 @@ def test_the_estimate_counts_what_is_there(run, dtype, changes) -> None:
 
 @pytest.mark.parametrize("old", ["rollout", "recompute"])
 def test_one_micro_batch_is_on_the_device_at_a_time(run, monkeypatch, old) -> None:
-    one, groups = run(update={"max_tokens": 1, "minibatch_prompts": 1, "epochs": 2}, loss={"old_logprobs": old})
+    one = run(update={"max_tokens": 1, "minibatch_prompts": 1, "epochs": 2}, loss={"old_logprobs": old})
+    groups = collect(one)
     there: set[int] = set()
     most, moves = 0, 0
 
@@ -105,8 +91,7 @@ def test_one_micro_batch_is_on_the_device_at_a_time(run, monkeypatch, old) -> No
 
 
 def test_everything_of_a_micro_batch_moves(run) -> None:
-    _, groups = run()
-    batch = build_batch(groups[0].trajectories, [1.0] * 4, share_prefix=False)
+    batch = build_batch(collect(run())[0].trajectories, [1.0] * 4, share_prefix=False)
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
     tensors = [getattr(moved, field.name) for field in fields(moved)]
@@ -119,9 +104,10 @@ def test_everything_of_a_micro_batch_moves(run) -> None:
 @pytest.mark.parametrize("aggregation", ["sequence-mean", "token-mean", "prompt-mean", "constant"])
 def test_samples_of_a_step_count_alike_whatever_mini_batch_they_are_in(run, aggregation) -> None:
     """Five groups, two to a mini-batch: the mean of the three gradients is that of all five groups together."""
-    one, groups = run(
+    one = run(
         rollout={"prompts": 5, "max_refill": 3.0}, update={"minibatch_prompts": 2}, loss={"aggregation": aggregation}
     )
+    groups = collect(one)
     learner, optimizer = one.parts.learner, one.parts.learner.optimizer
     loss = learner.backward(learner.build(groups), None, _Sums())
     whole = gathered(optimizer)

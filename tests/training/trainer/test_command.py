@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,12 +166,29 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, mo
         ("data.files=[]", "JSONL"),
         ("data.files=['/no/such.jsonl']", "such.jsonl"),
         ("reward.function=toy_reward:missing", "has no missing"),
+        ("reward.function=broken_reward:f", "SyntaxError in its own code"),
+        ("data.seed=-1", "seed = -1: must be 0 or more"),
+        ("model=Qwen/Qwen2.5-VL-3B-Instruct", "are not looked up here"),
+        ("rollout.max_context_tokens=8", "none can be asked; the last one: turn 1 needs"),
     ],
 )
-def test_bad_usage_names_field_and_remedy(command, override, message, monkeypatch, capsys) -> None:
+def test_bad_usage_names_field_and_remedy(command, tmp_path, override, message, monkeypatch, capsys) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
+    (tmp_path / "broken_reward.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
     assert main([*command("bad", "toy_reward:low_bytes"), "--set", override]) in (1, 2)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_file_of_the_model_is_named(command, tmp_path, tiny_folder, monkeypatch, capsys, name) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_folder, folder)
+    (folder / name).write_text("{")
+    assert main(command("bad", "toy_reward:low_bytes", f"model={folder}")) == 2
+    said = capsys.readouterr().err
+    assert str(folder / name) in said and said.startswith("vtengine-train: ") and said.count("\n") == 1
 
 
 def test_a_logger_without_its_package_is_said_before_anything_is_made(command, tmp_path, monkeypatch, capsys) -> None:
@@ -201,6 +219,16 @@ def test_metrics_after_a_kill(tmp_path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     cut_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", "3", '{"step": "x"}', "st"])
+def test_metrics_that_are_not_ours_are_not_written_over(tmp_path, line) -> None:
+    path = tmp_path / "metrics.jsonl"
+    text = f'{{"step": 1}}\n{line}\n{{"step": 2}}\n'
+    path.write_text(text)
+    with pytest.raises(OSError, match=r"metrics\.jsonl: line 2 is no row of metrics.*move the file away"):
+        cut_metrics(path, 1)
+    assert path.read_text() == text
 
 
 def test_figures_as_json() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from vtengine_training.trainer.batch import build_batch
 from vtengine_training.trainer.checkpoint import CheckpointError, find_latest
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
-from vtengine_training.trainer.step import Learner, _Sums
 
 from tests.engine.sglang.fake_server import FakeSglang
+from tests.training.trainer.probe import collect, gradients, same
 from tests.training.trainer.toy import rewarder
 from vtengine.config import to_toml
 from vtengine.model import ModelConfig, Qwen2_5_VL, hf_tensors, load_model, save_model
@@ -28,18 +29,8 @@ LORA = {"rank": 4, "alpha": 16}
 
 
 @pytest.fixture
-def run(make_config):
-    """A run that has not begun; closed at the end."""
-    made = []
-
-    def make(**changes):
-        one = Run(make_config(**{"lora": LORA, **changes}), rewarder())
-        made.append(one)
-        return one
-
-    yield make
-    for one in made:
-        asyncio.run(one.close())
+def run(run):
+    return partial(run, lora=LORA)
 
 
 @pytest.fixture(scope="session")
@@ -51,18 +42,6 @@ def untied_folder(tiny_folder, tmp_path_factory) -> Path:
     for name in ("tokenizer.json", "preprocessor_config.json"):
         (folder / name).write_bytes((tiny_folder / name).read_bytes())
     return folder
-
-
-def gradients(one, groups, **changes):
-    """(loss, gradients by name) of one mini-batch without an update."""
-    learner = one.parts.learner
-    update = replace(one.config.update, **changes)
-    policy = replace(learner.policy, chunk=update.logits_chunk, fused=update.logits == "fused")
-    probe = Learner(policy, learner.reference, learner.optimizer, learner.loss, update, learner.constant_length)
-    for parameter in one.parts.model.parameters():
-        parameter.grad = None
-    loss = probe.backward(probe.build(groups), None, _Sums())
-    return loss, {name: p.grad.clone() for name, p in one.parts.model.named_parameters() if p.grad is not None}
 
 
 def stir(one) -> None:
@@ -100,7 +79,7 @@ def test_a_run_trains_the_adapters_and_nothing_else(make_config, untied_folder) 
 
 def test_the_reference_is_the_model_without_adapters(run) -> None:
     one, plain = run(loss={"kl_coef": 0.1}), run(lora={}, loss={"kl_coef": 0.1})
-    groups = asyncio.run(one.parts.collector.collect(1)).groups
+    groups = collect(one)
     stir(one)
     batch = build_batch(groups[0].trajectories, [1.0] * 4, torch.device("cpu"))
     learner = one.parts.learner
@@ -114,29 +93,25 @@ def test_the_reference_is_the_model_without_adapters(run) -> None:
 def test_an_adapter_on_the_head_goes_through_the_fused_loss(run, untied_folder) -> None:
     targets = ["lm_head", "o_proj"]
     one = run(model=str(untied_folder), lora={**LORA, "targets": targets}, loss={"kl_coef": 0.1, "entropy_coef": 0.01})
-    groups = asyncio.run(one.parts.collector.collect(1)).groups
+    groups = collect(one)
     stir(one)
     for chunk in (3, 10**6):
         fused, plain = (gradients(one, groups, logits=way, logits_chunk=chunk) for way in ("fused", "plain"))
-        assert fused[0] == pytest.approx(plain[0], rel=1e-5, abs=1e-7)
-        assert fused[1].keys() == plain[1].keys() == set(one.parts.learner.optimizer.live)
-        for name, expected in plain[1].items():
-            assert expected.any()
-            torch.testing.assert_close(fused[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+        same(fused, plain)
+        assert plain[1].keys() == set(one.parts.learner.optimizer.live)
+        assert all(gradient.any() for gradient in plain[1].values())
 
 
 def test_recomputed_layers_drop_the_same_inputs(run) -> None:
     lora = {**LORA, "dropout": 0.3, "vision": True}
     one, again = run(lora=lora), run(lora=lora, update={"recompute": True})
-    groups = asyncio.run(one.parts.collector.collect(1)).groups
+    groups = collect(one)
     found = []
     for each in (one, again):
         stir(each)
         torch.manual_seed(7)
         found.append(gradients(each, groups, max_tokens=10**6))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    for name, expected in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    same(*found)
 
 
 def test_checkpoints_hold_adapters_and_refuse_others(make_config) -> None:

@@ -23,6 +23,7 @@ from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.step import _Sums
 
 from tests.training.trainer import ranks_worker
+from tests.training.trainer.probe import collect
 from tests.training.trainer.toy import rewarder
 from vtengine.config import to_toml
 from vtengine.model import load_model, save_model
@@ -84,7 +85,7 @@ def test_sixteen_bits_in_pieces_stay_near_float32(make_config, ranks, tiny_folde
     config = make_config(**settings, dtype="bfloat16", steps=2)
     found = ranks(config, "gradients")
     half, exact = (Run(make_config(**settings, dtype=dtype), rewarder()) for dtype in ("bfloat16", "float32"))
-    groups = asyncio.run(half.parts.collector.collect(1)).groups
+    groups = collect(half)
     learner = exact.parts.learner
     loss = learner.backward(learner.build(groups), None, _Sums())
     wanted = {name: p.grad for name, p in exact.parts.model.named_parameters()}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import resource
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +18,7 @@ from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.trajectory import pack_groups, unpack_groups
 
-from tests.training.trainer.toy import rewarder
+from tests.training.trainer.toy import Drawn, rewarder
 from vtengine.model import load_model
 
 SETTINGS = {
@@ -34,9 +36,9 @@ SETTINGS = {
 }
 
 
-def run_until(config, step):
+def run_until(config, step, function=None):
     """Runs (or goes on) until after `step`; returns the metrics."""
-    one = Run(config, rewarder())
+    one = Run(config, rewarder(function))
     rows = []
 
     def report(figures):
@@ -80,6 +82,28 @@ def test_resume_equals_uninterrupted(make_config, tmp_path, name, stops) -> None
         assert content.keys() == tensors[1][file].keys()
         for key, value in content.items():
             assert torch.equal(value, tensors[1][file][key]), (file, key)
+
+
+def test_a_reward_that_draws_at_random_resumes_to_the_bit(make_config, tmp_path) -> None:
+    """Whatever was drawn before the run, in a validation, or in steps that another process has done."""
+    settings = {"rollout": {"concurrency": 1}, "lora": {"rank": 3, "dropout": 0.1}}
+    whole = make_config(steps=4, **settings)
+    expected = run_until(whole, 4, Drawn())
+    parts = make_config(
+        steps=4, **settings, output=str(tmp_path / "parts"), validation={"every": 1, "files": whole.data.files}
+    )
+    rows = []
+    for stop in (1, 3, 4):
+        torch.manual_seed(stop), random.seed(stop), np.random.seed(stop)
+        rows += run_until(parts, stop, Drawn())
+    found = [{name: value for name, value in row.items() if not name.startswith("val/")} for row in rows]
+    assert [timeless(row) for row in found] == [timeless(row) for row in expected]
+    assert saved(whole, whole.output)[1].keys() == saved(parts, parts.output)[1].keys()
+    for file, content in saved(whole, whole.output)[1].items():
+        assert all(torch.equal(value, saved(parts, parts.output)[1][file][key]) for key, value in content.items())
+    assert len({row["reward/mean"] for row in expected}) == 4
+    other = make_config(seed=1, steps=1, **settings, output=str(tmp_path / "other"))
+    assert run_until(other, 1, Drawn())[0]["reward/mean"] != expected[0]["reward/mean"]
 
 
 def test_a_disk_that_is_full_costs_one_checkpoint(make_config, tmp_path) -> None:

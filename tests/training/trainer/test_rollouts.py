@@ -15,19 +15,6 @@ from tests.training.trainer.toy import LowBytes, rewarder
 from vtengine.cli import main as vtengine
 
 
-@pytest.fixture
-def make_run(make_config):
-    made = []
-
-    def make(function=None, **changes):
-        made.append(Run(make_config(**changes), rewarder(function)))
-        return made[-1]
-
-    yield make
-    for one in made:
-        asyncio.run(one.close())
-
-
 class Watching(LowBytes):
     """Remembers every episode in the order in which they were scored."""
 
@@ -40,10 +27,10 @@ class Watching(LowBytes):
         return await super().score(episode, example)
 
 
-def test_siblings_share_prompt_and_view(make_run) -> None:
+def test_siblings_share_prompt_and_view(run) -> None:
     """Of a group, the image is decoded, patchified, encoded once; the prompt prefilled once but for its last page."""
     seen = Watching()
-    one = make_run(seen, rollout={"prompts": 2, "n": 4, "resolution": "low", "max_turns": 1, "max_refill": 1.0})
+    one = run(seen, rollout={"prompts": 2, "n": 4, "resolution": "low", "max_turns": 1, "max_refill": 1.0})
     asyncio.run(one.parts.collector.collect(1))
     pictures = {episode.image.content_hash for episode in seen.episodes}
     stats = one.parts.pipeline.stats()
@@ -55,9 +42,9 @@ def test_siblings_share_prompt_and_view(make_run) -> None:
     assert sum(turn.prefill_tokens for turn in turns) <= sum(prompts.values()) + pages
 
 
-def test_what_is_kept_is_what_the_engine_sampled(make_run) -> None:
+def test_what_is_kept_is_what_the_engine_sampled(run) -> None:
     seen = Watching()
-    one = make_run(seen, rollout={"max_refill": 1.0})
+    one = run(seen, rollout={"max_refill": 1.0})
     found = asyncio.run(one.parts.collector.collect(1))
     by_ids = {tuple(episode.transcript.token_ids): episode for episode in seen.episodes}
     for group in found.groups:
@@ -70,7 +57,7 @@ def test_what_is_kept_is_what_the_engine_sampled(make_run) -> None:
             assert kept.version == min(turn.completion.weight_version for turn in episode.turns)
 
 
-def test_rewards_are_asked_while_others_generate(make_run) -> None:
+def test_rewards_are_asked_while_others_generate(run) -> None:
     """The first reward is asked for before the last episode has begun."""
     begun, at_first_reward = [], []
 
@@ -79,7 +66,7 @@ def test_rewards_are_asked_while_others_generate(make_run) -> None:
             at_first_reward.append(len(begun))
             return await super().score(episode, example)
 
-    one = make_run(Early(), rollout={"prompts": 2, "n": 4, "concurrency": 2, "max_refill": 1.0})
+    one = run(Early(), rollout={"prompts": 2, "n": 4, "concurrency": 2, "max_refill": 1.0})
     engine = one.parts.engine
     generate = engine.generate
 
@@ -92,13 +79,13 @@ def test_rewards_are_asked_while_others_generate(make_run) -> None:
     assert at_first_reward[0] < len(begun)
 
 
-def test_refills_are_in_the_logged_time(make_run) -> None:
+def test_refills_are_in_the_logged_time(run) -> None:
     class Slow:
         async def score(self, episode, example):
             time.sleep(0.02)
             return Score(1.0, 0.5)  # no spread: three waves of two groups of two
 
-    one = make_run(Slow(), rollout={"prompts": 2, "n": 2, "max_refill": 3.0})
+    one = run(Slow(), rollout={"prompts": 2, "n": 2, "max_refill": 3.0})
     figures = asyncio.run(one.advance())
     assert figures["groups/waves"] == 3 and figures["groups/drawn"] == 6
     assert 12 * 0.02 < figures["time/rollout"] <= figures["time/step"]

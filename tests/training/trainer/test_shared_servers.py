@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from vtengine_training.trainer.checkpoint import find_latest
 from vtengine_training.trainer.loop import Run
@@ -18,6 +19,7 @@ from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.rollout_engine import episodes_at_a_time
 
 from tests.engine.sglang.fake_server import FakeSglang
+from tests.engine.sglang.scheduler import KILLED, schedulers
 from tests.training.trainer import ranks_worker
 from tests.training.trainer.toy import rewarder
 from vtengine.config import to_toml
@@ -165,6 +167,20 @@ def test_a_server_dies_in_the_middle_and_nothing_is_lost(config, fakes, ranks) -
     assert other.model["weight_version"] == "3" and victim.model["weight_version"] in ("1", "2")
 
 
+def test_a_server_dies_in_the_middle_of_a_broadcast(config, fakes, ranks) -> None:
+    """It is sent version 2 when it dies: both ranks go on with the other server, which has what was learned."""
+    backend = {"backend": ",".join(fake.url for fake in fakes), "prompts": 4, "n": 4, "sync": "distributed"}
+    run = config("broadcast", rollout=backend)
+    with schedulers(2, {"update_weights_from_distributed": (3, KILLED)}) as connections:
+        for fake, connection in zip(fakes, connections, strict=True):
+            fake.scheduler = connection
+        found = ranks(run, "curve-99")
+    victim, other = fakes
+    assert [(row["version"], row["groups/failed"]) for row in found] == [(1, 0), (2, 0), (3, 0)]
+    assert (victim.model["weight_version"], other.model["weight_version"]) == ("1", "3")
+    same_weights({name: torch.from_numpy(value) for name, value in other.loaded.items()}, exported(run))
+
+
 def ends(processes, within_s):
     """Exit statuses; whoever does not end in time fails the test, and its log says where it was."""
     until = time.monotonic() + within_s
@@ -196,7 +212,7 @@ def test_weights_that_a_server_refuses_end_all_ranks(config, fakes, command, ver
         fakes[1].always.add("update_weights_from_disk")
 
     if version:
-        once(lambda: fakes[1].model["weight_version"] == "0", refuse)
+        once(lambda: fakes[1].model["weight_version"] != "default", refuse)
     else:
         refuse()
     processes, said = command(config("refused"))
@@ -205,13 +221,14 @@ def test_weights_that_a_server_refuses_end_all_ranks(config, fakes, command, ver
         assert f"vtengine-train (rank {rank})" in words and "update_weights_from_disk: out of memory" in words, words
 
 
-def stop_one(fakes, processes, rank, how):
-    once(lambda: fakes[0].model["weight_version"] == "1", lambda: processes[rank].send_signal(how))
+def stop_one(fakes, process, how):
+    """When the first step is over: from here on the clock of what follows runs, however long the start took."""
+    once(lambda: fakes[0].model["weight_version"] not in ("default", "0"), lambda: process.send_signal(how)).join()
 
 
 def test_a_rank_that_is_killed_ends_the_others(config, fakes, command) -> None:
     processes, said = command(config("killed", steps=200))
-    stop_one(fakes, processes, 1, signal.SIGKILL)
+    stop_one(fakes, processes[1], signal.SIGKILL)
     assert ends(processes, 120) == [1, -signal.SIGKILL]
     assert "another rank ended" in said()[0] or "Connection closed by peer" in said()[0]
 
@@ -219,7 +236,7 @@ def test_a_rank_that_is_killed_ends_the_others(config, fakes, command) -> None:
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(config, fakes, command) -> None:
     processes, said = command(config("hangs", steps=200, rank_timeout_s=4.0))
-    stop_one(fakes, processes, 0, signal.SIGSTOP)
+    stop_one(fakes, processes[0], signal.SIGSTOP)
     assert processes[1].wait(timeout=120) == 1
     assert "did not answer in time (rank_timeout_s)" in said()[1] or "Timed out" in said()[1]
 

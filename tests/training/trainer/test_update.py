@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import numpy as np
@@ -11,52 +10,12 @@ import torch
 from vtengine_training.grpo.loss import Tokens, grpo_loss
 from vtengine_training.grpo.weights import token_weights
 from vtengine_training.trainer.batch import build_batch, plan_micro_batches, same_prompt
-from vtengine_training.trainer.loop import Run
-from vtengine_training.trainer.policy import BANNED, Policy
-from vtengine_training.trainer.step import Learner, TrainingDiverged, _Sums
+from vtengine_training.trainer.policy import BANNED
+from vtengine_training.trainer.step import TrainingDiverged
 from vtengine_training.trainer.trajectory import Trajectory
 
-from tests.training.trainer.toy import rewarder
+from tests.training.trainer.probe import collect, gradients, same
 from vtengine.model import PackedCausal
-
-
-@pytest.fixture
-def run(make_config):
-    """A run that has not begun; closed at the end."""
-    made = []
-
-    def make(**changes):
-        one = Run(make_config(**changes), rewarder())
-        made.append(one)
-        return one
-
-    yield make
-    for one in made:
-        asyncio.run(one.close())
-
-
-def collect(one):
-    """A step's groups with their pixels."""
-    return asyncio.run(one.parts.collector.collect(1)).groups
-
-
-def gradients(one, groups, **changes):
-    """(loss, gradients by name) of one mini-batch without an update."""
-    learner = one.parts.learner
-    update = one.config.update.__class__(**{**vars(one.config.update), **changes})
-    policy = Policy(**{**vars(learner.policy), "chunk": update.logits_chunk, "fused": update.logits == "fused"})
-    probe = Learner(policy, learner.reference, learner.optimizer, learner.loss, update, learner.constant_length)
-    for parameter in one.parts.model.parameters():
-        parameter.grad = None
-    loss = probe.backward(probe.build(groups), None, _Sums())
-    return loss, {name: p.grad.clone() for name, p in one.parts.model.named_parameters() if p.grad is not None}
-
-
-def same(first, second):
-    assert first[0] == pytest.approx(second[0], rel=1e-5, abs=1e-7)
-    assert first[1].keys() == second[1].keys()
-    for name, expected in second[1].items():
-        torch.testing.assert_close(first[1][name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def plain(one, groups):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
+import torch
 from vtengine_training.data.examples import Example
 from vtengine_training.rewards.base import Score
 from vtengine_training.rewards.penalty import PenaltyConfig
@@ -19,6 +23,14 @@ class LowBytes:
     async def score(self, episode: Episode, example: Example) -> Score:
         ids = [token for turn in episode.turns for token in turn.completion.token_ids]
         return Score(sum(token < self.bound for token in ids) / len(ids), 0.0)
+
+
+class Drawn:
+    """A reward by lot, from every global generator that a user may draw from."""
+
+    async def score(self, episode: Episode, example: Example) -> Score:
+        drawn = (random.random(), float(np.random.rand()), float(torch.rand(())))
+        return Score(sum(drawn) / 3, 0.0)
 
 
 def rewarder(function=None) -> Rewarder:

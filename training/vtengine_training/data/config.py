@@ -71,4 +71,5 @@ class DataConfig(SourceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, 0, "seed")
         self.require_source("data")

@@ -18,6 +18,7 @@ class Sampler:
             raise ValueError(f"data: {size} examples; there must be at least 1")
         self.size, self.seed, self.drawn = size, seed, drawn
         self.quarantined = set(quarantined)
+        self.reason = ""
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -28,7 +29,8 @@ class Sampler:
     def draw(self) -> tuple[int, int]:
         """(number of the draw, example). Raises ValueError when every example is in quarantine."""
         if len(self.quarantined) >= self.size:
-            raise ValueError(f"data: all {self.size} examples are in quarantine, their images cannot be read")
+            last = f"; the last one: {self.reason}" if self.reason else ""
+            raise ValueError(f"data: all {self.size} examples are in quarantine: none can be asked{last}")
         while True:
             number = self.drawn
             self.drawn += 1
@@ -36,9 +38,10 @@ class Sampler:
             if example not in self.quarantined:
                 return number, example
 
-    def quarantine(self, example: int) -> None:
+    def quarantine(self, example: int, reason: str = "") -> None:
         """Never draws this example again."""
         self.quarantined.add(example)
+        self.reason = reason or self.reason
 
     def state(self) -> dict[str, object]:
         """Plain data for `restore`."""

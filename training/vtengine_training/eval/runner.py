@@ -43,7 +43,10 @@ def model_folder(name: str) -> Path:
     """The checkpoint folder a config names. Raises ValueError if it is none."""
     folder = shipped_model(name) if name in SHIPPED_NAMES else Path(name)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"model: {folder} holds no config.json; train one with `vtengine-train sft`, or name another")
+        raise ValueError(
+            f"model: {folder} holds no config.json; give the folder of a checkpoint: train one with `vtengine-train "
+            "sft`, or download one (ids of the Hugging Face hub are not looked up here)"
+        )
     return folder
 
 
@@ -162,5 +165,4 @@ def _share(rows: list[Row], key: str) -> float:
 
 def write_results(results: Row, path: Path) -> None:
     """As JSON; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(results, indent=2) + "\n")

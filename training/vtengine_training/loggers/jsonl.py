@@ -31,16 +31,22 @@ class JsonLines:
 
 
 def cut_metrics(path: Path, done: int) -> None:
-    """Keeps the rows up to step `done`: those after it, and a torn last line, belong to work that was lost."""
+    """Keeps the rows up to step `done`: those after it, and a torn last line, belong to work that was lost.
+
+    Raises OSError for a line that is no row of ours: somebody else's file is not written over.
+    """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= done:
+            is_kept = json.loads(line)["step"] <= done
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise OSError(f"{path}: line {number} is no row of metrics ({error!r}); move the file away") from error
+        if is_kept:
             kept.append(line + "\n")
     write_whole(path, "".join(kept))
 

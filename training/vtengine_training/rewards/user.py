@@ -28,13 +28,13 @@ def load_function(path: str) -> Function:
     if not module_name or not name:
         raise ValueError(f"reward.function = {path!r}: must look like package.module:name")
     try:
-        found = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise ValueError(
-            f"reward.function = {path!r}: cannot import {module_name}: {error}; is it on PYTHONPATH?"
-        ) from None
-    except AttributeError:
-        raise ValueError(f"reward.function = {path!r}: {module_name} has no {name}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # it is the user's code
+        hint = "is it on PYTHONPATH?" if isinstance(error, ImportError) else f"{type(error).__name__} in its own code"
+        raise ValueError(f"reward.function = {path!r}: cannot import {module_name}: {error}; {hint}") from error
+    found = getattr(module, name, None)
+    if found is None:
+        raise ValueError(f"reward.function = {path!r}: {module_name} has no {name}")
     try:
         inspect.signature(found).bind(None, None)
     except (TypeError, ValueError):
@@ -56,7 +56,7 @@ class UserReward:
             value = self.function(episode, example)
             if inspect.isawaitable(value):
                 value = await value
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(f"{where}: raised {type(error).__name__}: {error}") from error
         is_number = isinstance(value, int | float)  # True and False are numbers here
         if not is_number or not math.isfinite(value) or not 0 <= value <= 1:

@@ -26,6 +26,7 @@ from vtengine_training.files import write_whole
 from vtengine_training.fingerprint import weights_fingerprint
 from vtengine_training.glance.views import LIMITS
 from vtengine_training.lora.adapters import Adapters, save_adapter
+from vtengine_training.seeding import seed_generators
 from vtengine_training.sft.batch import Batch, make_batch
 from vtengine_training.sft.config import PhaseConfig, SftConfig
 from vtengine_training.sft.episodes import Renderer
@@ -216,13 +217,13 @@ class Run:
                 if self.step % self.config.log_every == 0 or is_last:
                     figures["seconds"] = round(time.perf_counter() - began, 2)
                     report(figures)
-                if self.step % self.config.save_every == 0 or is_last or stops:
-                    self.save()
-                if stops:
-                    return
                 phase, _ = phase_at(self.config, self.step - 1)
                 if phase.questions and (self.step % self.config.eval_every == 0 or is_last):
                     report({"step": self.step, "phase": phase.name, "validation": self._validate(asked)})
+                if self.step % self.config.save_every == 0 or is_last or stops:
+                    self.save()  # after the rows: a kill in between must not lose those of a saved step
+                if stops:
+                    return
 
     def _validate(self, asked: list[Asked]) -> dict[str, float]:
         with sdpa_kernel(SDPBackend.MATH):
@@ -231,8 +232,7 @@ class Run:
     def _update(self, batch: Batch) -> dict[str, Any]:
         phase, inside = phase_at(self.config, self.step)
         rate = learning_rate(phase, inside)
-        if self.config.lora.dropout:  # drawn by step number, as batches are
-            torch.manual_seed(self.config.seed * 1_000_003 + self.step)
+        seed_generators(self.config.seed, "step", self.step)
         with sdpa_kernel(SDPBackend.MATH):  # on CPUs faster than the flash kernel, whose backward is slow there
             result = losses(self.model, self.head, batch, phase.aux_weight, phase.look_weight)
             result.total.backward()  # type: ignore[no-untyped-call]

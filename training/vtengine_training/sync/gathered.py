@@ -9,30 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vtengine.model import Qwen2_5_VL, hf_views
-from vtengine_training.sync.base import Publisher
+from vtengine.model import Qwen2_5_VL, hf_views, load_tensors
+from vtengine_training.sync.base import Publisher, WeightsInParts
 
 
 @dataclass(frozen=True, eq=False)
-class CopiedParameters:
-    """A `Publisher`: writes what `learned` trains into `model`, which is the same model and whole, then lets `onward`
-    publish it.
+class CopiedWeights:
+    """A `Publisher`: writes what was learned into `model`, which is whole, then lets `onward` publish it.
 
-    To be called while nothing is generated. One parameter at a time is gathered.
+    To be called while nothing is generated. One part at a time is gathered.
     """
 
     onward: Publisher
     model: Qwen2_5_VL
-    learned: Qwen2_5_VL
+    parts: WeightsInParts
 
     async def release(self) -> None:
         await self.onward.release()
 
     async def publish(self, version: int) -> None:
-        with torch.no_grad():
-            for name, parameter in self.learned.named_parameters():
-                if parameter.requires_grad:
-                    self.model.get_parameter(name).copy_(gathered(parameter, self.model.dtype))
+        load_tensors(self.model, self.parts.named(self.parts.gather), partial=True)
         await self.onward.publish(version)
 
 

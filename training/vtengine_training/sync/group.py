@@ -10,32 +10,67 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-TIMEOUT = timedelta(minutes=10)
+from vtengine.engine.base import BackendFailed
+from vtengine.engine.sglang.transport import ConnectionLost
+
+OPENING = timedelta(seconds=45)
+"""Longest time that the others may take to come: they are idle, and have been told."""
+TIMEOUT = timedelta(minutes=5)
+"""Of a broadcast."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Group:
     name: str
     handle: Any
 
     def broadcast(self, tensor: Tensor) -> None:
-        """From this process to all others; returns once it is sent."""
-        dist.broadcast(tensor, src=0, group=self.handle)
+        """From this process to all others; returns once it is sent. Raises ConnectionLost where one of them is gone."""
+        try:
+            dist.broadcast(tensor, src=0, group=self.handle)
+        except RuntimeError as error:
+            raise ConnectionLost(f"broadcast of weights: {_first_line(error)}") from None
 
     def close(self) -> None:
         dist.destroy_process_group(self.handle)
 
+    def abort(self) -> None:
+        """Ends it whatever it is in the middle of. NCCL can; gloo ends by itself when a peer is gone, or in time."""
+        self.handle.abort()
+        self.close()
+
 
 def open_group(name: str, backend: str, address: str, port: int, world_size: int) -> Group:
-    """Waits for the other ranks. torch has no public call for a group outside of the default group's world; this is how
+    """Waits for the other ranks. Raises BackendFailed where they do not come.
+
+    torch has no public call for a group outside of the default group's world; this is how
     SGLang opens its side, and both sides must agree on the store's prefixes.
 
     The store is opened here, not by torch's `rendezvous`: that takes any address for the one of torchrun's own store.
     """
-    store = dist.TCPStore(address, port, world_size, is_master=True, timeout=TIMEOUT, multi_tenant=True)
+    fault = ""
+    try:
+        handle = _open(name, backend, address, port, world_size)
+    except RuntimeError as error:
+        fault = _first_line(error)
+    if fault:  # outside of the clause: with the error the store is freed, and those that wait at it can go on
+        raise BackendFailed(
+            f"the servers did not come to {address}:{port} within {OPENING.seconds} s ({fault}); "
+            "can they reach rollout.sync_address?"
+        )
+    c10d._set_pg_timeout(TIMEOUT, handle)
+    return Group(name, handle)
+
+
+def _open(name: str, backend: str, address: str, port: int, world_size: int) -> Any:
+    store = dist.TCPStore(address, port, world_size, is_master=True, timeout=OPENING, multi_tenant=True)
     new_group: Any = c10d._new_process_group_helper
     handle, _ = new_group(
-        world_size, 0, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=TIMEOUT
+        world_size, 0, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=OPENING
     )
     c10d._world.pg_group_ranks[handle] = {i: i for i in range(world_size)}
-    return Group(name, handle)
+    return handle
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-from vtengine.model import Qwen2_5_VL, load_tensors
-from vtengine_training.sync.base import Publisher, Weights
 
 if TYPE_CHECKING:
     from vtengine_training.lora.adapters import Adapters
@@ -30,22 +26,3 @@ class MergedParts:
     def named(self, gather: Callable[[int], list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for number, target in enumerate(self.adapters.targets):
             yield f"{target.name}.weight", gather(number)[0]
-
-
-@dataclass(frozen=True, eq=False)
-class MergedCopy:
-    """A `Publisher`: writes `weights`, which hold the adapters, into `model`, then lets `onward` publish it.
-
-    To be called while nothing is generated. One tensor at a time is gathered: a meeting of all processes.
-    """
-
-    onward: Publisher
-    model: Qwen2_5_VL
-    weights: Weights
-
-    async def release(self) -> None:
-        await self.onward.release()
-
-    async def publish(self, version: int) -> None:
-        load_tensors(self.model, self.weights(), partial=True)
-        await self.onward.publish(version)

@@ -18,7 +18,7 @@ from vtengine.engine.base import BackendFailed
 from vtengine.engine.sglang.backend import SglangBackend
 from vtengine.engine.sglang.buckets import flatten, in_buckets
 from vtengine.engine.sglang.fleet import SglangFleet
-from vtengine.engine.sglang.fleet_update import together
+from vtengine.engine.sglang.fleet_update import GRACE_S, together
 from vtengine.engine.sglang.transport import ConnectionLost
 from vtengine_training.sync.base import Weights
 from vtengine_training.sync.group import Group, open_group
@@ -116,20 +116,25 @@ class ByBroadcast:
             for bucket in buckets:
                 update.check(bucket)
                 flat = flatten(bucket)["flattened_tensor"]
-                await together([update.receive(bucket, group.name), asyncio.to_thread(group.broadcast, flat)])
+                sending = asyncio.to_thread(group.broadcast, flat)
+                await together([update.receive(bucket, group.name), sending], GRACE_S)
 
     @asynccontextmanager
     async def _group(self, update: AnyUpdate, version: int) -> AsyncIterator[Group]:
         port = free_port()
         name = f"vtengine-{version}-{port}"  # another attempt meets in another group
-        opening = asyncio.to_thread(open_group, name, self.backend, self.address, port, update.ranks + 1)
-        group, _ = await asyncio.gather(opening, update.join(name, self.address, port, self.backend))
+        place = (name, self.backend, self.address, port, update.ranks + 1)
+        opening = asyncio.create_task(asyncio.to_thread(open_group, *place))
         try:
+            # To both ends: whoever waits for a server that is lost waits until the opening gives up.
+            await together([opening, update.join(name, self.address, port, self.backend)])
+            group = opening.result()
             yield group
         except BaseException:
-            group.close()
-            with suppress(BackendFailed):
-                await update.leave(name)
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                opening.result().abort()
+            with suppress(BackendFailed, TimeoutError):
+                await asyncio.wait_for(update.leave(name), GRACE_S)
             raise
         group.close()
         await update.leave(name)

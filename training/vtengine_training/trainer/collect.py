@@ -227,8 +227,9 @@ class Collector:
         for one in siblings:
             error = one.episode.error
             if one.episode.status == "rejected" and not one.episode.turns and error and error.blame == "request":
-                self.sampler.quarantine(one.example)
-                log.warning("example %s is quarantined: %s", one.episode.question.id, error.message)
+                if one.example not in self.sampler.quarantined:  # once, not for every draw of it
+                    log.warning("example %s is quarantined: %s", one.episode.question.id, error.message)
+                self.sampler.quarantine(one.example, error.message)
                 return "quarantined"
         if any(one.episode.status in ("failed", "rejected") or not one.episode.turns for one in siblings):
             return "failed"

@@ -8,12 +8,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from vtengine.rollout.records import Row, RowWriter
 from vtengine_training.fingerprint import weights_fingerprint
 from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.rewards.rewarder import Rewarder
+from vtengine_training.seeding import seed_generators
 from vtengine_training.trainer import state
 from vtengine_training.trainer.alarms import Alarms
 from vtengine_training.trainer.collect import Collected
@@ -86,14 +85,13 @@ class Run:
         parts, began = self.parts, time.perf_counter()
         dump_every = self.config.rollout.dump_every
         dumps = bool(dump_every) and (self.step + 1) % dump_every == 0
+        seed_generators(self.config.seed, "step", self.step, self.ranks.rank)
         collected = await parts.collector.collect(self.step + 1, dumps)
         generated = time.perf_counter()
         figures: Figures = {"step": self.step + 1.0, "epoch": parts.collector.sampler.epoch}
         figures |= rollout_metrics(collected.facts) | self._group_metrics(collected)
         rate = self.rate(self.step)
         await parts.publisher.release()
-        if self.config.lora.dropout:  # drawn by step number: a run that goes on draws what it would have drawn
-            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * self.ranks.size + self.ranks.rank)
         figures |= parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
         finished = time.perf_counter()
         await parts.publisher.publish(parts.learner.version)

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from vtengine.engine.base import Backend
-from vtengine.model import Qwen2_5_VL, load_model, load_tensors
+from vtengine.model import Checkpoint, Qwen2_5_VL, load_model, load_tensors
 from vtengine_training.lora.adapters import Adapters
 from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.sync.base import Publisher
-from vtengine_training.sync.gathered import CopiedParameters, WeightParts, whole_copy
-from vtengine_training.sync.merged import MergedCopy, MergedParts
+from vtengine_training.sync.gathered import CopiedWeights, WeightParts, whole_copy
+from vtengine_training.sync.merged import MergedParts
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.ranks import Ranks
@@ -45,24 +45,28 @@ class Models:
     dtype: torch.dtype
     adapters: Adapters | None = None
 
+    @property
+    def model(self) -> Qwen2_5_VL:
+        """The one that generates, or where servers do it for several ranks the learner's, in pieces."""
+        return self.generating or self.policy.model
+
     def publisher(self, config: GrpoConfig, backend: Backend, ranks: Ranks) -> Publisher:
         """How the engine gets what was learned."""
         learned, generating, adapters = self.policy.model, self.generating, self.adapters
-        if generating is None:
-            parts = MergedParts(adapters) if adapters is not None else WeightParts(learned, self.dtype)
-            return build_shared_publisher(config, backend, parts, learned.device, ranks)
-        onward = build_publisher(config, backend, generating, None if adapters is None else adapters.merged)
         if learned is generating:
-            return onward
-        if adapters is not None:
-            return MergedCopy(onward, generating, adapters.merged)
-        return CopiedParameters(onward, generating, learned)
+            return build_publisher(config, backend, learned, None if adapters is None else adapters.merged)
+        parts = MergedParts(adapters) if adapters is not None else WeightParts(learned, self.dtype)
+        if generating is None:
+            return build_shared_publisher(config, backend, parts, learned.device, ranks)
+        return CopiedWeights(build_publisher(config, backend, generating), generating, parts)
 
     def whole(self, ranks: Ranks, folder: Path) -> Qwen2_5_VL | None:
-        """What is learned as one model, to be exported; None on ranks but the first where that would take memory.
+        """What is learned as one plain model, to be exported; None on ranks but the first where that would take memory.
 
         A meeting where it lies in pieces. folder: the checkpoint that adapters sit on.
         """
+        if self.adapters is not None and self.adapters.model is self.generating:
+            return self.adapters.merged_model()
         if self.generating is not None:
             return self.generating
         if self.adapters is None:
@@ -86,8 +90,7 @@ def build_models(
             "start servers (python -m sglang.launch_server) and give their addresses: http://host:port,http://..."
         )
     update, lora = config.update, config.lora
-    model = load_model(folder, device, getattr(torch, config.dtype))
-    model.visual.requires_grad_(config.trains_vision)
+    dtype: torch.dtype = getattr(torch, config.dtype)
     policy_of = partial(
         Policy.build,
         temperature=config.rollout.temperature,
@@ -95,28 +98,32 @@ def build_models(
         chunk=update.logits_chunk,
         fused=update.logits == "fused",
     )
-    adapters = None
-    if ranks.is_alone:
+    generating: Qwen2_5_VL | None = None
+    adapters: Adapters | None = None
+    if ranks.is_alone or config.rollout.backend == "embedded":
+        generating = ranks.together(lambda: load_model(folder, device, dtype))
+        generating.visual.requires_grad_(config.trains_vision)
+    if generating is not None and ranks.is_alone:
         if lora.rank:
-            adapters = Adapters.put_into(model, lora)
+            adapters = Adapters.put_into(generating, lora)
             adapters.begin(config.seed)
-        policy = policy_of(model, train_vision=config.trains_vision)
+        policy = policy_of(generating, train_vision=config.trains_vision)
     else:  # in pieces: float32 that learns, frozen weights in the model's own dtype
-        pieces = shard(model, ranks, config.trains_vision, lora=lora, seed=config.seed)
+        checkpoint = ranks.together(lambda: Checkpoint.open(folder))
+        pieces = shard(checkpoint, dtype, device, ranks, config.trains_vision, lora=lora, seed=config.seed)
         policy, adapters = policy_of(pieces.model, train_vision=config.trains_vision, enter=pieces), pieces.adapters
     reference = None
     if config.loss.kl_coef:
         if adapters is not None:
             reference = replace(policy, train_vision=False, enter=adapters.switched_off(policy.enter))
         elif ranks.is_alone:
-            frozen = load_model(folder, device, model.dtype).requires_grad_(False)
+            frozen = load_model(folder, device, dtype).requires_grad_(False)
             reference = policy_of(frozen, train_vision=False)
         else:
-            pieces = shard(model, ranks, frozen=True)
+            pieces = shard(checkpoint, dtype, device, ranks, frozen=True)
             reference = policy_of(pieces.model, train_vision=False, enter=pieces)
     named = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
     if update.recompute:
         recompute_layers(policy.model, draws=bool(lora.dropout))
-    optimizer = MasterAdamW(named, update.optimizer, own_masters=ranks.is_alone and model.dtype != torch.float32)
-    shares = not ranks.is_alone and config.rollout.backend != "embedded"
-    return Models(None if shares else model, policy, reference, optimizer, model.dtype, adapters)
+    optimizer = MasterAdamW(named, update.optimizer, own_masters=ranks.is_alone and dtype != torch.float32)
+    return Models(generating, policy, reference, optimizer, dtype, adapters)

@@ -37,8 +37,7 @@ NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A run's machinery. An embedded engine reads `model`: the learner's own parameters, or a copy. Where servers
-    generate for several ranks, it is the learner's, in pieces."""
+    """A run's machinery. An embedded engine reads `model`: the learner's own parameters, or a copy."""
 
     folder: Path
     models: Models
@@ -50,11 +49,14 @@ class Parts:
     collector: Collector
     learner: Learner
     publisher: Publisher
-    adapters: Adapters | None
 
     @property
     def model(self) -> Qwen2_5_VL:
-        return self.models.generating or self.models.policy.model
+        return self.models.model
+
+    @property
+    def adapters(self) -> Adapters | None:
+        return self.models.adapters
 
 
 def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ranks | None = None) -> Parts:
@@ -68,20 +70,18 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     tokenizer = Tokenizer.load(folder)
     models = build_models(config, folder, device, tokenizer.banned_ids, ranks)
     rollout = replace(config.rollout, concurrency=episodes_at_a_time(config, ranks))
-    model = models.generating or models.policy.model
     learner = Learner(
         models.policy, models.reference, models.optimizer, config.loss, config.update, rollout.max_new_tokens, ranks
     )
     rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
-    setting = build_setting(config, folder, model, tokenizer, ranks)
+    setting = build_setting(config, folder, models.model, tokenizer, ranks)
     assert isinstance(setting.pipeline, ImagePipeline)
     sampler = Sampler(len(dataset), config.data.seed)
     collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, ranks)
     publisher = models.publisher(config, setting.backend, ranks)
     return Parts(
-        folder, models, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher,
-        models.adapters,
-    )  # fmt: skip
+        folder, models, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher
+    )
 
 
 def share_judge(config: RewardConfig, ranks: Ranks) -> RewardConfig:
@@ -158,5 +158,4 @@ def export_whole(parts: Parts, output: Path, ranks: Ranks) -> None:
         return
     if adapters is not None and tensors is not None:
         save_adapter(tensors, adapters, parts.folder, output / "adapter")
-        model = adapters.merged_model() if adapters.model is model else model
     export_model(model, parts.folder, output / "model")

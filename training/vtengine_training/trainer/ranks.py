@@ -106,6 +106,22 @@ class Ranks:
         """Whether it is true somewhere."""
         return any(self.gather(bool(flag)))
 
+    def together(self, make: Callable[[], T]) -> T:
+        """make() on every rank. A ValueError or OSError of one is raised by all: those that could go on do not wait."""
+        if self.is_alone:
+            return make()
+        own: ValueError | OSError | None = None
+        try:
+            made = make()
+        except (ValueError, OSError) as error:
+            own = error
+        failures = self.gather(None if own is None else str(own))
+        if own is not None:
+            raise own
+        if failed := [rank for rank, words in enumerate(failures) if words is not None]:
+            raise ValueError(f"rank {failed[0]}: {failures[failed[0]]}")
+        return made
+
     def from_first(self, make: Callable[[], T]) -> T:
         """make() of the first rank, on every rank: JSON data. A ValueError or OSError of it is raised by all."""
         if self.is_alone:

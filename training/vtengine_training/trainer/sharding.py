@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from vtengine.model import Qwen2_5_VL
+from vtengine.model import Checkpoint, Qwen2_5_VL, load_rows
 from vtengine_training.lora.adapters import Adapters
 from vtengine_training.lora.config import LoraConfig
 from vtengine_training.trainer.ranks import Ranks
@@ -48,29 +49,44 @@ class Sharded:
 
 
 def shard(
-    full: Qwen2_5_VL,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
     ranks: Ranks,
     train_vision: bool = True,
     frozen: bool = False,
     lora: LoraConfig | None = None,
     seed: int = 0,
 ) -> Sharded:
-    """A sharded copy of `full`, in float32 (the optimiser's masters), or, frozen, in the dtype of `full`.
+    """The checkpoint's model in pieces, in float32 (the optimiser's masters), or, frozen, in `dtype`.
 
-    It computes in the dtype of `full`. lora: the copy is frozen and gets adapters in float32; seed: of their values.
+    It computes in `dtype`. lora: the weights are frozen and get adapters in float32; seed: of their values. A rank
+    reads its own rows of the files and no others: beside its piece it holds those of one tensor at a time.
 
     Each decoder layer and vision block is gathered before it runs and freed after; the rest (embedding, head, norms,
     patch embedding, merger) stays gathered for a whole pass. Gradients are summed over the ranks, in float32.
+    Raises ModelLoadError, or ValueError, on all ranks, where one of them meets NaN or a damaged file.
     """
-    device, mesh = full.device, ranks.mesh(full.device)
     with torch.device("meta"):
-        model = Qwen2_5_VL(full.config)
+        model = Qwen2_5_VL(checkpoint.config)
     adapted = lora is not None and lora.rank > 0
     frozen = frozen or adapted
-    model.to(full.dtype if frozen else torch.float32).requires_grad_(not frozen)
+    model.to(dtype if frozen else torch.float32).requires_grad_(not frozen)
     model.visual.requires_grad_(train_vision and not frozen)
     adapters = Adapters.put_into(model, lora) if lora is not None and adapted else None
-    policy = MixedPrecisionPolicy(param_dtype=full.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    whole = _cut(model, dtype, ranks.mesh(device))
+    model.to_empty(device=device)
+    ranks.together(lambda: load_rows(model, checkpoint, dtype, own_rows))
+    with torch.no_grad():
+        for target, value in adapters.initial(seed) if adapters is not None else ():
+            here, first = own_rows(target)
+            here.copy_(value[first : first + len(here)])
+    return Sharded(model.eval(), whole, adapters)
+
+
+def _cut(model: Qwen2_5_VL, dtype: torch.dtype, mesh: DeviceMesh) -> Pass:
+    """Every parameter becomes a DTensor."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = Pass(model)
     for part in (*model.layers, *model.visual.blocks):
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -79,17 +95,14 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    model.to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in full.named_parameters():
-            copy_into(model.get_parameter(name), parameter)
-        for target, value in adapters.initial(seed) if adapters is not None else ():
-            copy_into(target, value.to(device))
-    return Sharded(model.eval(), whole, adapters)
+    return whole
 
 
-def copy_into(target: Tensor, source: Tensor) -> None:
-    """target: a DTensor; source: the whole tensor, which every rank has. Copies this rank's piece."""
-    assert isinstance(target, DTensor)
-    piece = distribute_tensor(source.detach(), target.device_mesh, target.placements, src_data_rank=None)
-    target.to_local().copy_(piece.to_local())
+def own_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """(this rank's rows of a DTensor that is cut as `Tensor.chunk` cuts, the number of the first)."""
+    assert isinstance(parameter, DTensor)
+    mesh, total = parameter.device_mesh, len(parameter)
+    rows = -(-total // mesh.size())
+    here, first = parameter.to_local(), min(mesh.get_local_rank() * rows, total)
+    assert len(here) == min(rows, total - first)
+    return here, first

@@ -2,20 +2,22 @@
 
 model/        a Hugging Face checkpoint; where adapters learn, adapter/ as peft reads it, and no copy of their base
 optimizer/    masters and moments, in one piece per rank
-state.json    what all ranks have in common  ranks/R/     leftover groups, random state and rewarder of rank R
+state.json    what all ranks have in common
+ranks/R/      leftover groups and rewarder of rank R
+
+Random states are not among it: every draw follows from the seed and what it is for, the global generators' from the
+seed, the step and the rank (`seed_generators`).
 """
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,8 +90,7 @@ def _write_own(run: Run, folder: Path, whole: Qwen2_5_VL | None, adapter: dict[s
     own.mkdir(parents=True)
     tensors, leftover = pack_groups(parts.collector.leftover)
     save_file(tensors, own / "rollouts.safetensors")
-    save_file({"torch": torch.get_rng_state()}, own / "rng.safetensors")
-    of_rank = {"leftover": leftover, "random": random.getstate(), "rewarder": parts.rewarder.state()}
+    of_rank = {"leftover": leftover, "rewarder": parts.rewarder.state()}
     (own / "state.json").write_text(json.dumps(of_rank), encoding="utf-8")
     if not run.ranks.is_first:
         return
@@ -137,8 +138,6 @@ def resume(run: Run) -> bool:
         own = folder / "ranks" / str(rank)
         of_rank = json.loads((own / "state.json").read_text(encoding="utf-8"))
         parts.collector.leftover += _owned(run, own, of_rank)
-        if rank == run.ranks.rank:
-            _restore_random(own, of_rank)
         if rank == min(run.ranks.rank, state["ranks"] - 1):
             parts.rewarder.restore(of_rank["rewarder"])
     parts.collector.leftover.sort(key=lambda group: group.draw)
@@ -146,18 +145,9 @@ def resume(run: Run) -> bool:
 
 
 def _latest(run: Run) -> Path | None:
-    """The first rank looks: files are hashed, and once is enough."""
-    found: list[str | None] = [None, None]
-    if run.ranks.is_first:
-        try:
-            folder = find_latest(run.checkpoints)
-            found = [None if folder is None else str(folder), None]
-        except CheckpointError as error:
-            found = [None, str(error)]
-    path, fault = run.ranks.first(found)
-    if fault is not None:
-        raise CheckpointError(fault)
-    return None if path is None else Path(path)
+    """The first rank looks: files are hashed, and once is enough. Raises ValueError, on all, if none is whole."""
+    path = run.ranks.from_first(lambda: str(find_latest(run.checkpoints) or ""))
+    return Path(path) if path else None
 
 
 def _owned(run: Run, folder: Path, state: Mapping[str, Any]) -> list[Group]:
@@ -165,12 +155,6 @@ def _owned(run: Run, folder: Path, state: Mapping[str, Any]) -> list[Group]:
         return []
     groups = unpack_groups(load_file(folder / "rollouts.safetensors"), state["leftover"])
     return [group for group in groups if run.ranks.owns(group.draw)]
-
-
-def _restore_random(folder: Path, state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(load_file(folder / "rng.safetensors")["torch"])
-    version, internal, gauss = state["random"]
-    random.setstate((version, tuple(internal), gauss))
 
 
 def _check_state(run: Run, folder: Path, state: Mapping[str, Any]) -> None:

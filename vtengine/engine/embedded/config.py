@@ -14,9 +14,10 @@ class EngineConfig:
     max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that hold
     pages at once. resume False: no prefix and no visual feature is ever reused (for measurements). share_prefix:
     whether decoding siblings read the pages that they have in common once for all of them, which changes the time and
-    no sample; None: where a measurement says that it pays. device: None is the model's. num_threads: torch threads of
-    the engine's worker; None leaves them as they are. max_chunks_per_s: of all streams together; where tokens come
-    faster, several share one (the first and the last never wait); None: no limit.
+    no sample; None: where a measurement says that it pays. encode_ahead: whether, on a CPU, the vision tower runs for
+    waiting sequences beside the passes of running ones; None: where there are threads for both. device: None is the
+    model's. num_threads: torch threads of the engine's worker; None leaves them as they are. max_chunks_per_s: of all
+    streams together; where tokens come faster, several share one (the first and the last never wait); None: no limit.
     """
 
     page_size: int = 16
@@ -27,6 +28,7 @@ class EngineConfig:
     vision_cache_bytes: int = GIB // 4
     resume: bool = True
     share_prefix: bool | None = None
+    encode_ahead: bool | None = None
     device: str | None = None
     num_threads: int | None = None
     max_chunks_per_s: float | None = None
@@ -56,5 +58,7 @@ class EngineConfig:
         if self.num_pages is not None:
             return self.num_pages
         if self.kv_bytes < page_bytes:
-            raise ValueError(f"engine.kv_bytes = {self.kv_bytes}: one page of this model takes {page_bytes} bytes")
+            raise ValueError(
+                f"engine.kv_bytes = {self.kv_bytes}: one page of this model takes {page_bytes} bytes; raise --kv-gb"
+            )
         return self.kv_bytes // page_bytes

@@ -18,13 +18,15 @@ from vtengine.engine.base import BackendFailed, Completion, RequestRejected, Tok
 from vtengine.engine.embedded.admission import prepare
 from vtengine.engine.embedded.attention import KVCache
 from vtengine.engine.embedded.config import EngineConfig
-from vtengine.engine.embedded.pace import Pace
+from vtengine.engine.embedded.encode_ahead import EncodeAhead
+from vtengine.engine.embedded.encoder import Encoder
 from vtengine.engine.embedded.pages import PagePool
 from vtengine.engine.embedded.radix import RadixTree
 from vtengine.engine.embedded.runner import Runner
 from vtengine.engine.embedded.scheduler import Row, Scheduler
 from vtengine.engine.embedded.stop import Decoder, StopFinder
 from vtengine.engine.embedded.vision_cache import VisionCache
+from vtengine.engine.pace import Pace
 from vtengine.model import hf_tensors, load_model, load_tensors, store_by_column
 
 if TYPE_CHECKING:
@@ -57,12 +59,14 @@ class EmbeddedEngine:
         )
         self.pool = PagePool(num_pages, config.page_size)
         self.tree = RadixTree(self.pool)
-        self.vision = VisionCache(config.vision_cache_bytes)
+        self.vision = VisionCache(config.vision_cache_bytes if config.resume else 0)
         self.scheduler = Scheduler(
             self.pool, self.tree,
             max_batch_tokens=config.max_batch_tokens, max_running=config.max_running, resume=config.resume,
         )  # fmt: skip
-        self.runner = Runner(self.model, cache, self.vision, config.max_running, config.resume, config.share_prefix)
+        self.encoder = Encoder(self.model, self.vision, config.resume)
+        self.runner = Runner(self.model, cache, self.encoder, config.max_running, config.share_prefix)
+        self._ahead = EncodeAhead(self.encoder, self.scheduler, config.num_threads, config.encode_ahead)
         self._stops = StopFinder(tokenizer)
         self._pace = Pace(config.max_chunks_per_s)
         self._live: dict[str, Sequence] = {}
@@ -143,12 +147,12 @@ class EmbeddedEngine:
 
     def stats(self) -> dict[str, float]:
         """Counters since the start, and gauges of now (running, waiting, pages_*, *_bytes)."""
-        runner, scheduler, pool = self.runner, self.scheduler, self.pool
+        encoder, scheduler, pool = self.encoder, self.scheduler, self.pool
         names = ("prompt_tokens", "cached_tokens", "recomputed_tokens", "preemptions")
         figures = self._counters | {name: scheduler.counters[name] for name in names}
         figures |= {
-            "images_encoded": runner.num_encoded,
-            "vision_cache_hits": self.vision.num_hits + runner.num_shared_encodings,
+            "images_encoded": encoder.num_encoded,
+            "vision_cache_hits": self.vision.num_hits + encoder.num_shared,
             "vision_cache_bytes": self.vision.num_bytes,
             "running": len(scheduler.running),
             "waiting": len(scheduler.waiting),
@@ -156,7 +160,7 @@ class EmbeddedEngine:
             "pages_in_use": pool.num_pages - pool.num_available,
             "pages_cached": self.tree.num_pages,
             "pages_evicted": self.tree.num_evicted,
-            "weight_version": runner.weight_version,
+            "weight_version": encoder.weight_version,
         }
         return {name: float(value) for name, value in figures.items()}
 
@@ -178,11 +182,15 @@ class EmbeddedEngine:
         sequence.on_tokens, sequence.on_error = on_tokens, on_error
         self._live[request.request_id] = sequence
         try:
-            self._post(lambda: self.scheduler.submit(sequence))
+            self._post(lambda: self._enqueue(sequence))
         except BackendFailed:
             del self._live[request.request_id]
             raise
         return sequence
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._ahead.hold(sequence)
+        self.scheduler.submit(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         """The caller is gone: with its answer, or without one, which cancels the request."""
@@ -209,6 +217,7 @@ class EmbeddedEngine:
                 self._fail_all(error)
             self._deliver()
         self._fail_all(None)
+        self._ahead.close()
         for update in self._updates:
             closed = BackendFailed("the engine was closed")
             self._outbox.append((update.loop, partial(_set_error, update.done, closed)))
@@ -237,8 +246,12 @@ class EmbeddedEngine:
 
     def step(self) -> None:
         """Schedule, run, sample, commit: one forward pass."""
-        rows = self.scheduler.schedule(admit=not self._updates)
+        alone, admit = not self.scheduler.running, not self._updates
+        self._ahead.collect(wait=alone)
+        rows = self.scheduler.schedule(admit, held=alone and not self._ahead.is_busy)
         if rows:
+            if admit:
+                self._ahead.begin()
             token_ids, logprobs = self.runner.run(rows)
             self.scheduler.computed(rows)
             self._commit(rows, token_ids, logprobs)
@@ -247,6 +260,7 @@ class EmbeddedEngine:
 
     def _update(self, update: _Update) -> None:
         """Only while nothing runs. A failed update leaves weights and caches as they are."""
+        self._ahead.forget()
         try:
             load_tensors(self.model, update.tensors, partial=True)
         except Exception as error:
@@ -254,7 +268,10 @@ class EmbeddedEngine:
             return
         self.tree.clear()
         self.runner.forget()
-        self.runner.weight_version = update.version
+        self.encoder.weight_version = update.version
+        for sequence in self.scheduler.waiting:
+            sequence.features.clear()
+            self._ahead.hold(sequence)
         self._outbox.append((update.loop, partial(_set_result, update.done, None)))
 
     def _commit(self, rows: list[Row], token_ids: list[int], logprobs: list[float]) -> None:
@@ -301,7 +318,7 @@ class EmbeddedEngine:
             prompt_tokens=sequence.num_prompt,
             cached_tokens=max(sequence.cached_tokens, 0),
             images_encoded=tuple(sequence.encoded),
-            weight_version=self.runner.weight_version,
+            weight_version=self.encoder.weight_version,
             ttft_s=(sequence.first_token_s or now) - sequence.submitted_s,
             latency_s=now - sequence.submitted_s,
         )
@@ -318,6 +335,7 @@ class EmbeddedEngine:
                 failure.__cause__ = error
                 sequence.on_error(failure)
         self.runner.forget()
+        self._ahead.forget()
 
 
 @dataclass(frozen=True)

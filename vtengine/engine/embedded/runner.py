@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,36 +11,25 @@ from torch import Tensor
 
 from vtengine.engine.embedded.attention import KVCache, PagedAttention, RowLayout, Scratch, gather_slots
 from vtengine.engine.embedded.decode_graphs import DecodeGraphs
+from vtengine.engine.embedded.encoder import Encoder
 from vtengine.engine.embedded.families import Families
 from vtengine.engine.embedded.sampler import SamplingPlan, sample
-from vtengine.engine.embedded.vision_cache import FeatureKey, VisionCache
 
 if TYPE_CHECKING:
-    from vtengine.engine.base import ImageInput
     from vtengine.engine.embedded.scheduler import Row
     from vtengine.engine.embedded.sequence import Sequence
     from vtengine.model import Qwen2_5_VL
-
-# Patches per call of the vision tower (a larger image goes alone). On a GPU this bounds its activations; on a CPU more
-# rows make no product faster, and what a layer makes of more falls out of the caches before the next one reads it.
-MAX_PATCHES = {"cpu": 1024}
-MAX_PATCHES_ELSEWHERE = 16384
 
 
 class Runner:
     """Owns the model, the KV tensors, and a table [max_running, P] with the page table of each running sequence."""
 
     def __init__(
-        self, model: Qwen2_5_VL, cache: KVCache, vision: VisionCache, max_running: int, resume: bool,
-        share_prefix: bool | None = None,
+        self, model: Qwen2_5_VL, cache: KVCache, encoder: Encoder, max_running: int, share_prefix: bool | None = None
     ) -> None:  # fmt: skip
         self.model = model
         self.cache = cache
-        self.vision = vision
-        self.resume = resume
-        self.weight_version = 0
-        self.num_encoded = 0
-        self.num_shared_encodings = 0
+        self.encoder = encoder
         config = model.config
         self._banned = [i for i in (config.image_token_id, config.video_token_id) if i < config.text.vocab_size]
         self._tables = np.zeros((max_running, 64), dtype=np.int64)
@@ -123,7 +113,7 @@ class Runner:
         ]
         if not wanted:
             return None
-        self._encode([(row.sequence, index) for row, index in wanted if index not in row.sequence.features])
+        self.encoder.encode((row.sequence, index) for row, index in wanted if index not in row.sequence.features)
         pieces = []
         for row, index in wanted:
             span, features = row.sequence.spans[index], row.sequence.features[index]
@@ -132,47 +122,6 @@ class Runner:
             if end >= span.end:
                 del row.sequence.features[index]
         return torch.cat(pieces)
-
-    def _encode(self, wanted: list[tuple[Sequence, int]]) -> None:
-        """Gives each sequence the features of its image: from the cache, or encoded once for all who want them."""
-        claims: dict[FeatureKey | int, list[tuple[Sequence, int]]] = {}
-        for order, (sequence, index) in enumerate(wanted):
-            key: FeatureKey = self.vision.key(sequence.spans[index].image, self.weight_version)
-            known = self.vision.get(key) if self.resume else None
-            if known is None:
-                claims.setdefault(key if self.resume else order, []).append((sequence, index))
-            else:
-                sequence.features[index] = known
-        images = [claimants[0][0].spans[claimants[0][1]].image for claimants in claims.values()]
-        for (claim, claimants), features in zip(claims.items(), self._run_tower(images), strict=True):
-            for sequence, index in claimants:
-                sequence.features[index] = features
-            claimants[0][0].encoded[claimants[0][1]] = True
-            self.num_shared_encodings += len(claimants) - 1
-            if isinstance(claim, tuple):
-                self.vision.put(claim, features)
-        self.num_encoded += len(images)
-
-    def _run_tower(self, images: list[ImageInput]) -> list[Tensor]:
-        """Features per image; similar pixel layouts go through the tower together."""
-        features: dict[int, Tensor] = {}
-        limit = MAX_PATCHES.get(self.model.device.type, MAX_PATCHES_ELSEWHERE)
-        for width in sorted({image.pixel_values.shape[1] for image in images}):
-            batch: list[int] = []
-            for index in [i for i, image in enumerate(images) if image.pixel_values.shape[1] == width] + [-1]:
-                patches = sum(len(images[i].pixel_values) for i in batch)
-                if batch and (index < 0 or patches + len(images[index].pixel_values) > limit):
-                    features |= zip(batch, self._run_tower_once([images[i] for i in batch]), strict=True)
-                    batch = []
-                batch.append(index)
-        return [features[index] for index in range(len(images))]
-
-    def _run_tower_once(self, images: list[ImageInput]) -> list[Tensor]:
-        pixels = torch.cat([image.pixel_values for image in images]) if len(images) > 1 else images[0].pixel_values
-        pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
-        features = self.model.visual(pixels, [image.grid_thw for image in images])
-        # Copies: a slice would keep the features of the whole batch alive in the cache.
-        return [piece.clone() for piece in features.split([image.visual_tokens for image in images])]
 
     def _sampled_tokens(self, rows: list[Row], layout: RowLayout) -> Tensor | None:
         """The last token of each row that samples; None: every token of the pass is one."""
@@ -185,8 +134,15 @@ class Runner:
     def _sample(self, sequences: list[Sequence], hidden: Tensor) -> tuple[list[int], list[float]]:
         counters = np.array([s.num_outputs for s in sequences], dtype=np.uint64)
         logits = self.model.logits(hidden)
-        ids, logprobs = sample(logits, self._sampling_plan(sequences, logits), counters)
-        return ids.tolist(), logprobs.tolist()
+        ids, found = sample(logits, self._sampling_plan(sequences, logits), counters)
+        logprobs = found.tolist()
+        for sequence, logprob in zip(sequences, logprobs, strict=True):
+            if math.isnan(logprob):  # the id is then arbitrary, and what was cached may hold NaN too
+                raise FloatingPointError(
+                    f"request {sequence.request.request_id}: the model's scores are not finite: its weights overflow "
+                    f"in {self.model.dtype}; load it in float32, or take a checkpoint from before the training diverged"
+                )
+        return ids.tolist(), logprobs
 
     def _sampling_plan(self, sequences: list[Sequence], logits: Tensor) -> SamplingPlan:
         key = tuple(s.arrival for s in sequences)
@@ -199,7 +155,7 @@ class Runner:
 
     def forget(self) -> None:
         """Drops the visual features, the keys and values, and every reference to sequences."""
-        self.vision.clear()
+        self.encoder.cache.clear()
         self.cache.reset()
         self._plan = None
         self._families.forget()

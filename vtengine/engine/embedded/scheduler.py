@@ -56,8 +56,11 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self, admit: bool = True) -> list[Row]:
-        """The rows of the next pass; empty only if nothing can run. admit False: nothing new begins."""
+    def schedule(self, admit: bool = True, held: bool = True) -> list[Row]:
+        """The rows of the next pass; empty only if nothing can run.
+
+        admit False: nothing new begins. held False: no held sequence does.
+        """
         rows = [Row(sequence, sequence.num_computed, 1, False) for sequence in self.flushing]
         for row in rows:
             self._publish(row.sequence, len(row.sequence.tokens))
@@ -67,14 +70,17 @@ class Scheduler:
             if sequence.num_remaining > 1 and budget > 0:
                 rows.append(self._chunk(sequence, budget))
                 budget -= rows[-1].count
-        while budget > 0 and self._may_leave_queue(admit) and self._admit(self.waiting[0]):
+        while budget > 0 and self._may_leave_queue(admit, held) and self._admit(self.waiting[0]):
             rows.append(self._chunk(self.waiting.popleft(), budget))
             budget -= rows[-1].count
         return rows
 
-    def _may_leave_queue(self, admit: bool) -> bool:
+    def _may_leave_queue(self, admit: bool, held: bool) -> bool:
         """Whether the first in the queue may run. A preempted one may: it ends with the weights it began with."""
-        return bool(self.waiting) and bool(self._slots) and (admit or self.waiting[0].cached_tokens >= 0)
+        if not self.waiting or not self._slots:
+            return False
+        first = self.waiting[0]
+        return (admit or first.cached_tokens >= 0) and (held or not first.held)
 
     def computed(self, rows: list[Row]) -> None:
         """Call after the pass, before sampled tokens are appended."""
@@ -158,19 +164,15 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence the pages of all its tokens, known ones from the tree; False: they are not there."""
-        size = self.pool.page_size
-        total = len(sequence.tokens)
-        matched: list[int] = []
-        if self.resume:
-            matched = self.tree.match(sequence.page_keys((total - 1) // size, size))
-            self.tree.lock(matched)
-        needed = self.pool.pages_for(total) - len(matched)
+        matched = self.known_pages(sequence)
+        self.tree.lock(matched)
+        needed = self.pool.pages_for(len(sequence.tokens)) - len(matched)
         if self.pool.num_available < needed + len(self.running) or not self._reserve(needed):
             self.tree.unlock(matched)
             return False
         sequence.pages = matched + self.pool.allocate(needed)
         sequence.num_shared = len(matched)
-        sequence.num_computed = len(matched) * size
+        sequence.num_computed = len(matched) * self.pool.page_size
         if sequence.cached_tokens < 0:
             sequence.cached_tokens = sequence.num_computed
             self.counters["prompt_tokens"] += sequence.num_prompt
@@ -180,6 +182,11 @@ class Scheduler:
         sequence.slot = self._slots.pop()
         insort(self.running, sequence, key=_arrival)
         return True
+
+    def known_pages(self, sequence: Sequence) -> list[int]:
+        """Pages in the tree with the beginning of a waiting sequence; its last token is always computed."""
+        size = self.pool.page_size
+        return self.tree.match(sequence.page_keys((len(sequence.tokens) - 1) // size, size)) if self.resume else []
 
     def _free_slot(self, sequence: Sequence) -> None:
         self._slots.append(sequence.slot)

@@ -35,6 +35,7 @@ class Sequence:
     tokens: prompt and sampled ids. positions: int64 [3, P] of the prompt; a later token i has position i + delta on
     all three axes. pages: the page table; its first `num_shared` pages are in the radix tree too. num_computed: tokens
     whose keys and values are in the pages. slot: the row of the runner's tables while running, else -1.
+    held: stays in the queue until its images are encoded, unless nothing else runs.
     """
 
     request: Request
@@ -55,6 +56,7 @@ class Sequence:
     num_computed: int = 0
     cached_tokens: int = -1
     slot: int = -1
+    held: bool = False
     finish: Finish | None = None
     first_token_s: float = 0.0
     encoded: list[bool] = field(init=False)

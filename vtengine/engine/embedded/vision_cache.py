@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from vtengine.engine.base import ImageInput
-
 FeatureKey = tuple[str, tuple[int, int, int], int]
 
 
@@ -25,12 +23,11 @@ class VisionCache:
         self.num_hits = 0
         self._entries: OrderedDict[FeatureKey, torch.Tensor] = OrderedDict()
 
-    @staticmethod
-    def key(image: ImageInput, weight_version: int) -> FeatureKey:
-        return image.content_hash, image.grid_thw, weight_version
-
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
 
     def get(self, key: FeatureKey) -> torch.Tensor | None:
         features = self._entries.get(key)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vtengine.engine.base import BackendFailed, Completion, Request, RequestRejected, TokenChunk
+from vtengine.engine.pace import Pace
 from vtengine.engine.sglang import checks, translation
 from vtengine.engine.sglang.gate import Gate
 from vtengine.engine.sglang.pixels import PngCache
@@ -42,6 +43,7 @@ class SglangBackend:
     without our plugin's hook `flush` there, new vision weights are refused. weights_dir: a folder that this process and
     SGLang both see, for weight updates given as tensors (None: a temporary one of this machine). on_update: what an
     update does with requests that run: waits for them, or aborts and then starts them again (streams are waited for).
+    max_chunks_per_s: of all streams together, as of the embedded engine.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class SglangBackend:
         weights_dir: Path | None = None,
         png_cache_bytes: int = 256 << 20,
         on_update: Literal["drain", "restart"] = "drain",
+        max_chunks_per_s: float | None = None,
     ) -> None:
         if attempts < 1:
             raise ValueError(f"attempts = {attempts}: must be >= 1")
-        if deadline_s is not None and deadline_s <= 0:
-            raise ValueError(f"deadline_s = {deadline_s}: must be > 0, or None")
+        for name, value in (("deadline_s", deadline_s), ("max_chunks_per_s", max_chunks_per_s)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} = {value}: must be > 0, or None")
         self.model = model
         self._transport = transport
         self._attempts, self._deadline_s = attempts, deadline_s
@@ -70,6 +74,7 @@ class SglangBackend:
         self._facts: ServerFacts | None = None
         self._updates = WeightUpdates(transport, self._gate, model)
         self._restarts = on_update == "restart"
+        self.max_chunks_per_s = max_chunks_per_s
         self._live: set[str] = set()
         self._sent: dict[str, str] = {}
         self._aborted: set[str] = set()
@@ -134,9 +139,15 @@ class SglangBackend:
             self._counters["restarts"] += 1
 
     async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
+        pace = Pace(self.max_chunks_per_s)
+        kept: list[int] = []
         async with aclosing(self._run(request, streamed=True)) as chunks:
             async for chunk in chunks:
-                yield chunk
+                kept += chunk.token_ids
+                pace.step(time.monotonic(), self._gate.running)
+                if pace.is_due or chunk.completion is not None:
+                    yield TokenChunk(tuple(kept), chunk.completion)
+                    kept.clear()
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         """source: a checkpoint folder that SGLang can read, or tensors by checkpoint name (a part is enough).

@@ -38,15 +38,22 @@ def resolve(name: str, api_key: str | None = None, connect_s: float = 10.0) -> l
 
 
 def connect_servers(
-    name: str, model: str | Path, *, api_key: str | None = None, connect_s: float = 10.0, **options: Any
+    name: str,
+    model: str | Path,
+    *,
+    api_key: str | None = None,
+    connect_s: float = 10.0,
+    max_chunks_per_s: float | None = None,
+    **options: Any,
 ) -> SglangHttpBackend | SglangFleet:
     """name: an address, several with commas between, or that of an sglang-router, which stands for its workers.
 
-    options: of `SglangHttpBackend`. Raises ValueError.
+    max_chunks_per_s: of all servers together. Other options: of `SglangHttpBackend`. Raises ValueError.
     """
     served = ServedModel.from_folder(model)
     named = resolve(name, api_key, connect_s)
-    both: dict[str, Any] = {"api_key": api_key, "connect_s": connect_s}
+    share = None if max_chunks_per_s is None else max_chunks_per_s / len(named)
+    both: dict[str, Any] = {"api_key": api_key, "connect_s": connect_s, "max_chunks_per_s": share}
     servers = [SglangHttpBackend(address, served, **both, **options) for address in named]
     return servers[0] if len(servers) == 1 else SglangFleet(servers)
 

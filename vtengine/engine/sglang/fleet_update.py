@@ -12,6 +12,9 @@ from vtengine.engine.sglang.transport import ConnectionLost
 if TYPE_CHECKING:
     from vtengine.engine.sglang.update import Bucket, Update
 
+GRACE_S = 60.0
+"""How long the others may take to see that one of a process group is lost."""
+
 
 class FleetUpdate:
     """Updates of several servers as one. ranks: of all their processes."""
@@ -36,18 +39,32 @@ class FleetUpdate:
         for update in self._updates:
             entering.append(update.join_as(group, address, port, backend, first, self.ranks + 1))
             first += update.ranks
-        await together(entering)
+        await together(entering, GRACE_S)
 
     async def leave(self, group: str) -> None:
-        await together(update.leave(group) for update in self._updates)
+        await together((update.leave(group) for update in self._updates), GRACE_S)
 
     async def receive(self, bucket: Bucket, group: str) -> None:
-        await together(update.receive(bucket, group) for update in self._updates)
+        await together((update.receive(bucket, group) for update in self._updates), GRACE_S)
 
 
-async def together(work: Iterable[Awaitable[None]]) -> None:
-    """All to their ends, then the first fault; a lost connection before what others then say."""
-    found = await asyncio.gather(*work, return_exceptions=True)
-    faults = [fault for fault in found if isinstance(fault, BaseException)]
+async def together(work: Iterable[Awaitable[object]], grace_s: float | None = None) -> None:
+    """All to their ends, then the first fault; but if a connection was lost, ConnectionLost with the words of all.
+
+    grace_s: after a fault the others have so long, and are then given up: they may wait for the one that is lost.
+    """
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        _, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if waiting:
+            await asyncio.wait(waiting, timeout=grace_s)
+    finally:
+        for task in tasks:
+            task.cancel()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    faults = [fault for fault in found if isinstance(fault, Exception)]  # not those that were cancelled
+    if any(isinstance(fault, ConnectionLost) for fault in faults):
+        faults.sort(key=lambda fault: not isinstance(fault, ConnectionLost))
+        raise ConnectionLost("; ".join(dict.fromkeys(map(str, faults)))) from faults[0]
     if faults:
-        raise next((fault for fault in faults if isinstance(fault, ConnectionLost)), faults[0])
+        raise faults[0]

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
 
 FLUSH_WAIT_S = 2.0
+FACTS_S = 60.0
+"""Longest silence where a server is asked what it is: its scheduler answers between two batches."""
 CONTROL_S = 1800.0
 """Longest time that an update of the weights, or a release of memory, may take."""
 IMAGE_PAD = "<|image_pad|>"
@@ -37,6 +39,7 @@ class HttpTransport:
         if not url.startswith(ADDRESS):
             raise ValueError(f"backend {url}: is no http:// or https:// address")
         self._httpx = httpx
+        self._facts_timeout = httpx.Timeout(min(read_s, FACTS_S), connect=connect_s, pool=None)
         self.where = url
         self._client = httpx.AsyncClient(
             base_url=url,
@@ -52,6 +55,8 @@ class HttpTransport:
             return server_facts(server, model)
         except KeyError as error:
             raise ServerUnsuitable(f"{self.where}: is no SGLang server: /server_info has no {error}") from None
+        except (TypeError, ValueError) as error:
+            raise ServerUnsuitable(f"{self.where}: is no SGLang server: what it says of itself: {error}") from None
 
     async def check_model(self, model: ServedModel) -> None:
         """The server does not say what its vocabulary is, but it refuses a bias for an id that it does not have."""
@@ -141,7 +146,7 @@ class HttpTransport:
 
     async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         try:
-            response = await self._client.request(method, path, json=body)
+            response = await self._client.request(method, path, json=body, timeout=self._facts_timeout)
         except self._httpx.HTTPError as error:
             message = f"{self.where}: no server answers there ({str(error) or type(error).__name__}); is it running?"
             raise ConnectionLost(message) from None

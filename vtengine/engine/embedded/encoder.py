@@ -1,0 +1,91 @@
+"""Visual features for sequences: from the cache, or encoded once for all who want them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vtengine.engine.embedded.vision_cache import FeatureKey, VisionCache
+
+if TYPE_CHECKING:
+    from vtengine.engine.base import ImageInput
+    from vtengine.engine.embedded.sequence import Sequence
+    from vtengine.model import Qwen2_5_VL
+
+# Patches per call of the vision tower (a larger image goes alone). On a GPU this bounds its activations; on a CPU more
+# rows make no product faster, and what a layer makes of more falls out of the caches before the next one reads it.
+MAX_PATCHES = {"cpu": 1024}
+MAX_PATCHES_ELSEWHERE = 16384
+
+Wanted = tuple["Sequence", int]
+"""A sequence and the index of an image of its request."""
+Claims = dict[FeatureKey, list[Wanted]]
+"""Who wants an image, by what the image is known by; the first of them has it encoded."""
+
+
+class Encoder:
+    """Owns the features. reuse False: each of a sequence's images is encoded for that sequence alone."""
+
+    def __init__(self, model: Qwen2_5_VL, cache: VisionCache, reuse: bool) -> None:
+        self.model = model
+        self.cache = cache
+        self.reuse = reuse
+        self.weight_version = 0
+        self.num_encoded = 0
+        self.num_shared = 0
+        self.max_patches = MAX_PATCHES.get(model.device.type, MAX_PATCHES_ELSEWHERE)
+
+    def encode(self, wanted: Iterable[Wanted]) -> None:
+        """Gives each sequence the features of its image."""
+        claims: Claims = {}
+        for sequence, index in wanted:
+            key = self.key(sequence, index)
+            known = self.cache.get(key)
+            if known is None:
+                claims.setdefault(key, []).append((sequence, index))
+            else:
+                sequence.features[index] = known
+        self.give(claims, self.run_tower(images_of(claims)))
+
+    def key(self, sequence: Sequence, index: int) -> FeatureKey:
+        image = sequence.spans[index].image
+        content = image.content_hash if self.reuse else f"{sequence.arrival}.{index}"
+        return content, image.grid_thw, self.weight_version
+
+    def give(self, claims: Claims, features: Iterable[Tensor]) -> None:
+        for (key, claimants), encoded in zip(claims.items(), features, strict=True):
+            for sequence, index in claimants:
+                sequence.features[index] = encoded
+            first, index = claimants[0]
+            first.encoded[index] = True
+            self.cache.put(key, encoded)
+            self.num_shared += len(claimants) - 1
+        self.num_encoded += len(claims)
+
+    @torch.inference_mode()
+    def run_tower(self, images: list[ImageInput]) -> list[Tensor]:
+        """Features per image; similar pixel layouts go through the tower together. For any thread."""
+        features: dict[int, Tensor] = {}
+        for width in sorted({image.pixel_values.shape[1] for image in images}):
+            batch: list[int] = []
+            for index in [i for i, image in enumerate(images) if image.pixel_values.shape[1] == width] + [-1]:
+                patches = sum(len(images[i].pixel_values) for i in batch)
+                if batch and (index < 0 or patches + len(images[index].pixel_values) > self.max_patches):
+                    features |= zip(batch, self._run_tower_once([images[i] for i in batch]), strict=True)
+                    batch = []
+                batch.append(index)
+        return [features[index] for index in range(len(images))]
+
+    def _run_tower_once(self, images: list[ImageInput]) -> list[Tensor]:
+        pixels = torch.cat([image.pixel_values for image in images]) if len(images) > 1 else images[0].pixel_values
+        pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
+        features = self.model.visual(pixels, [image.grid_thw for image in images])
+        # Copies: a slice would keep the features of the whole batch alive in the cache.
+        return [piece.clone() for piece in features.split([image.visual_tokens for image in images])]
+
+
+def images_of(claims: Claims) -> list[ImageInput]:
+    return [claimants[0][0].spans[claimants[0][1]].image for claimants in claims.values()]
