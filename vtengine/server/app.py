@@ -53,7 +53,7 @@ def create_app(house: House) -> Starlette:
             Route("/v1/chat/completions", _Chat(house), methods=["POST"]),
             *_models(house),
             *_state(house),
-            Route("/", index, methods=["GET"]),
+            Route("/", index),
         ],
         middleware=[Middleware(Frame, metrics=house.metrics)],
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_fault},
@@ -84,7 +84,7 @@ def _models(house: House) -> list[Route]:
             raise ApiError(404, "model_not_found", f"the model {ascii(name)[:100]} does not exist", param="model")
         return JSONResponse(card)
 
-    return [Route("/v1/models", models, methods=["GET"]), Route("/v1/models/{model:path}", model, methods=["GET"])]
+    return [Route("/v1/models", models), Route("/v1/models/{model:path}", model)]
 
 
 def _state(house: House) -> list[Route]:
@@ -101,10 +101,7 @@ def _state(house: House) -> list[Route]:
     async def metrics(request: Request) -> Response:
         return Response(house.metrics.render(), media_type=CONTENT_TYPE)
 
-    return [
-        Route(path, endpoint, methods=["GET"])
-        for path, endpoint in (("/health", health), ("/ready", ready), ("/metrics", metrics))
-    ]
+    return [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
