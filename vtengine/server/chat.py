@@ -32,34 +32,33 @@ class ChatExchange:
     """Once `run` is called the request's time limit counts."""
 
     def __init__(self, house: House, scope: Scope, receive: Receive, send: Send) -> None:
-        self.house, self.scope, self.receive, self.send = house, scope, receive, send
+        self.house, self.scope, self.receive, self.reply = house, scope, receive, Reply(send)
         self.request_id: str = scope["vtengine.request_id"]
         self.has_body = False
 
     async def run(self) -> None:
         """Sends the reply, or why there is none. Faults do not leave it."""
-        receive, reply = self.receive, Reply(self.send)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.scope["headers"]}
         try:
             async with asyncio.timeout(self.house.limits.request_timeout_s):
-                await self._serve(headers, receive, reply)
+                await self._serve()
         except ApiError as error:
-            await self._refuse(error, receive, reply)
+            await self._refuse(error)
         except TimeoutError:
             message = f"not finished within {self.house.limits.request_timeout_s:g} s"
-            await self._refuse(ApiError(504, "deadline", message, kind=BROKEN), receive, reply)
+            await self._refuse(ApiError(504, "deadline", message, kind=BROKEN))
         except ClientGone:
-            if not reply.ended:
+            if not self.reply.ended:
                 self.scope["vtengine.status"] = GONE
                 self.house.metrics.cancelled.inc()
         except asyncio.CancelledError:
             self.has_body = True  # nobody waits for the rest of it any more
-            await self._refuse(ApiError(503, "shutting_down", "the server is stopping", kind=BROKEN), receive, reply)
+            await self._refuse(ApiError(503, "shutting_down", "the server is stopping", kind=BROKEN))
         except Exception as error:
             log.error("request %s: unforeseen fault: %s", self.request_id, type(error).__name__, exc_info=error)
-            await self._refuse(ApiError(500, "internal_error", "an internal error", kind=BROKEN), receive, reply)
+            await self._refuse(ApiError(500, "internal_error", "an internal error", kind=BROKEN))
 
-    async def _refuse(self, error: ApiError, receive: Receive, reply: Reply) -> None:
+    async def _refuse(self, error: ApiError) -> None:
+        reply = self.reply
         if reply.ended:
             return
         if reply.started:
@@ -67,21 +66,22 @@ class ChatExchange:
             await reply.send_events(is_last=True)
             return
         if not self.has_body:
-            await discard_body(receive, 2 * self.house.limits.max_body_bytes)
+            await discard_body(self.receive, 2 * self.house.limits.max_body_bytes)
         await reply.whole(error.status, error.body(), error.headers())
 
-    async def _serve(self, headers: dict[str, str], receive: Receive, reply: Reply) -> None:
+    async def _serve(self) -> None:
         house = self.house
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.scope["headers"]}
         house.keys.check(headers.get("authorization"))
         with house.gate.enter() as visit:
-            body = await read_body(receive, headers, house.limits.max_body_bytes, visit.hold)
+            body = await read_body(self.receive, headers, house.limits.max_body_bytes, visit.hold)
             self.has_body = True
             chat = parse_chat(body) if len(body) < SMALL_BODY else await asyncio.to_thread(parse_chat, body)
             del body
             job = self._prepare(chat)
             del chat
             visit.expect(job.num_choices - 1)
-            await while_connected(receive, self._run(job, visit, reply))
+            await while_connected(self.receive, self._run(job, visit))
 
     def _prepare(self, chat: ChatRequest) -> Job:
         if chat.model != self.house.model:
@@ -89,12 +89,12 @@ class ChatExchange:
             raise ApiError(404, "model_not_found", message, param="model")
         return prepare(chat, self.house.setting, self.house.limits, self.request_id)
 
-    async def _run(self, job: Job, visit: Visit, reply: Reply) -> None:
+    async def _run(self, job: Job, visit: Visit) -> None:
         if job.streams:
-            await Stream(self.house, job, visit, reply, self.request_id).run()
+            await Stream(self.house, job, visit, self.reply, self.request_id).run()
             return
         choices = (run_choice(job, index, visit, self.house) for index in range(job.num_choices))
-        await reply.whole(200, self._completion(await together(choices), job))
+        await self.reply.whole(200, self._completion(await together(choices), job))
 
     def _completion(self, episodes: Sequence[Episode], job: Job) -> Json:
         limits = job.setting.limits
