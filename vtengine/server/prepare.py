@@ -51,9 +51,9 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
     most = min(limits.max_choices, limits.max_running + limits.max_waiting)
     if chat.n is not None and chat.n > most:
         raise invalid("n", f"at most {most} choices are allowed here")
-    stated = {"temperature": chat.temperature, "top_p": chat.top_p, "seed": chat.seed}
-    stated = {name: value for name, value in stated.items() if value is not None}
-    sampling = replace(setting.sampling, **stated) if stated else setting.sampling  # type: ignore[arg-type]
+    names = ("temperature", "top_p", "seed")
+    stated = {name: value for name in names if (value := getattr(chat, name)) is not None}
+    sampling = replace(setting.sampling, **stated) if stated else setting.sampling
     asked = [value for value in (chat.max_tokens, chat.max_completion_tokens) if value is not None]
     return Job(
         setting=replace(setting, limits=_limits(chat, setting.limits, images.details), sampling=sampling),
