@@ -64,15 +64,10 @@ class ReplySplitter:
         return min(found, default=None)
 
     def _held(self) -> int:
-        """Characters at the end that could begin a tag."""
-        if "<" not in self._pending:
-            return 0
-        wanted = self._wanted()
-        longest = max(map(len, wanted), default=1) - 1
-        for size in range(min(longest, len(self._pending)), 0, -1):
-            if any(tag.startswith(self._pending[-size:]) for tag in wanted):
-                return size
-        return 0
+        """Characters at the end that could begin a tag; there is no `<` in a tag but its first character."""
+        place = self._pending.rfind("<")
+        end = self._pending[place:]
+        return len(end) if place >= 0 and any(tag.startswith(end) for tag in self._wanted()) else 0
 
     def _turn(self, tag: str) -> None:
         if tag == THINK[0]:
