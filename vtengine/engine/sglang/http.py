@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.sglang.checks import wrong_model
 from vtengine.engine.sglang.hooks import STATE
-from vtengine.engine.sglang.reply import raise_for_status
+from vtengine.engine.sglang.reply import NO_SUCH_CALL, raise_for_status
 from vtengine.engine.sglang.transport import ADDRESS, NOT_OFFERED, ConnectionLost, ServerFacts, ServerUnsuitable
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class HttpTransport:
     async def control(self, call: str, **fields: Any) -> tuple[bool, str]:
         body = {name: _in_json(value) for name, value in fields.items()}
         response = await self._post(f"/{call}", body, timeout=CONTROL_S)
-        if response.status_code in (404, 405):
+        if response.status_code in NO_SUCH_CALL:
             return False, NOT_OFFERED
         try:
             answer = response.json()
