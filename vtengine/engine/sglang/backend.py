@@ -95,13 +95,7 @@ class SglangBackend:
     async def check(self) -> ServerFacts:
         """Asks SGLang what it is, once. Raises ServerUnsuitable (a ValueError) or BackendFailed (not there)."""
         async with self._checking:
-            if self._facts is None:
-                facts = await self._transport.facts()
-                checks.check_facts(facts, self.model, self._transport.where, self._transport.takes_tensors)
-                await self._transport.check_model(self.model)
-                self._facts = facts
-                self._updates.version = version_number(facts.weight_version)
-            return self._facts
+            return self._facts or await self._ask()
 
     async def check_again(self, version: int) -> None:
         """After it was lost: is it back, the same, and with weights of `version`? Raises like `check`."""
@@ -113,12 +107,8 @@ class SglangBackend:
 
         Raises StaleWeights where it has others; like `check`.
         """
-        if self._facts is None:
-            await self.check()
-        else:
-            facts = await self._transport.facts()
-            checks.check_facts(facts, self.model, self._transport.where, self._transport.takes_tensors)
-            self._facts, self._updates.version = facts, version_number(facts.weight_version)
+        async with self._checking:
+            await self._ask()
         if self.version != version:
             raise StaleWeights(f"{self.where}: has weights of version {self.version}, the others have {version}")
 
@@ -196,6 +186,15 @@ class SglangBackend:
                 if chunk.completion is not None:
                     return chunk.completion
         raise BackendFailed(f"request {request.request_id}: SGLang's answer ended without a completion")
+
+    async def _ask(self) -> ServerFacts:
+        """What SGLang is and which weights it has; the first time, whether it serves our model too."""
+        facts = await self._transport.facts()
+        checks.check_facts(facts, self.model, self._transport.where, self._transport.takes_tensors)
+        if self._facts is None:
+            await self._transport.check_model(self.model)
+        self._facts, self._updates.version = facts, version_number(facts.weight_version)
+        return facts
 
     def _flushes_features(self, facts: ServerFacts) -> bool:
         return self._vision_cache_off or "flush" in facts.hooks
