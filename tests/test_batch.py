@@ -49,6 +49,7 @@ def test_answers_come_in_order_and_a_bad_row_ends_nothing():
     statuses = [row["status"] for row in answers.rows]
     assert [statuses[k] for k in (1, 3)] == ["rejected"] * 2 and "rejected" not in statuses[::2]
     assert "input_wrong_type" in answers.rows[3]["error"]
+    assert [row["expected"] for row in answers.rows[::2]] == [row["answer"] for row in rows]
     for row in answers.rows:
         assert set(ANSWERS) <= set(row) and json.loads(row["row"])["status"] == row["status"]
         assert row["answer"] == json.loads(row["row"])["answer"]
