@@ -126,11 +126,11 @@ def kill(processes: list[subprocess.Popen[str]]) -> None:
 
 @pytest.fixture
 def start_ranks(tmp_path):
-    """start_ranks(*arguments of Python): two processes; killed at the end."""
+    """start_ranks(*arguments of Python): two processes, or `size`; killed at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(*arguments: str) -> list[subprocess.Popen[str]]:
-        ranks = launch(tmp_path, *arguments)
+    def start(*arguments: str, size: int = 2) -> list[subprocess.Popen[str]]:
+        ranks = launch(tmp_path, *arguments, size=size)
         started.extend(ranks)
         return ranks
 
