@@ -29,8 +29,8 @@ class AnswerBatches:
     model, backend and options are those of `vtengine ask`: AnswerBatches("glance", max_turns=1, temperature=1.0).
     concurrency: episodes at a time. image_root: relative paths start there, and none may leave it.
     Columns in: `image` (a path, a data URL, or the bytes of a file), `question`, and `id` where there is one.
-    Columns out: those, and ANSWERS (`row`: the record of `vtengine generate`, as JSON); a column `answer` that came in is
-    called `expected`. A bad row does not end a batch.
+    Columns out: those, and ANSWERS (`row`: the record of `vtengine generate`, as JSON); a column `answer` that came in
+    is called `expected`. A bad row does not end a batch.
     ValueError: an option that there is not, or a value outside its range; a model that cannot be used is a CliError.
     """
 
