@@ -24,6 +24,7 @@ LONGEST_FIRST = (
     "tests/training/trainer/test_ranks.py",
     "tests/kernels/test_grpo_loss_triton.py",
     "tests/training/trainer/test_shared_servers.py",
+    "tests/training/trainer/test_sharding.py",
     "tests/kernels/test_prefix_attention_triton.py",
     "tests/training/test_sft.py",
     "tests/repo/test_packaging.py",

@@ -180,7 +180,7 @@ def test_bad_usage_names_field_and_remedy(command, tmp_path, override, message, 
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors"])
 def test_a_damaged_file_of_the_model_is_named(command, tmp_path, tiny_folder, monkeypatch, capsys, name) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     folder = tmp_path / "damaged"

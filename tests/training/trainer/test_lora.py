@@ -112,6 +112,7 @@ def test_recomputed_layers_drop_the_same_inputs(run) -> None:
         torch.manual_seed(7)
         found.append(gradients(each, groups, max_tokens=10**6))
     same(*found)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
 
 
 def test_checkpoints_hold_adapters_and_refuse_others(make_config) -> None:

@@ -66,11 +66,11 @@ class EncodeAhead:
             patches += sum(len(image.pixel_values) for image in images.values())
             if new and patches > self._encoder.max_patches:
                 break
-            new |= {key: [] for key in images}
+            for key in images:
+                known[key] = new[key] = []
             for key, index in missing:
-                claimants = known.setdefault(key, new.get(key, []))
-                if (sequence, index) not in claimants:
-                    claimants.append((sequence, index))
+                if (sequence, index) not in known[key]:
+                    known[key].append((sequence, index))
             sequence.held = bool(missing)
         if new:
             self._begun.append((new, self._tower.submit(self._encoder.run_tower, images_of(new))))
@@ -80,9 +80,7 @@ class EncodeAhead:
         """Hands out what the tower has done. wait: for its next batch, if any was begun. Raises what failed there."""
         while self._begun and (wait or self._begun[0][1].done()):
             wait = False
-            claims, features = self._begun.popleft()
-            if not self._begun:
-                torch.set_num_threads(self._threads)
+            claims, features = self._pop()
             self._encoder.give(claims, features.result())
             for claimants in claims.values():
                 for sequence, _ in claimants:
@@ -91,11 +89,17 @@ class EncodeAhead:
     def forget(self) -> None:
         """Drops what was begun, once the tower is done with it."""
         while self._begun:
-            self._begun.popleft()[1].exception()
-            torch.set_num_threads(self._threads)
+            self._pop()[1].exception()
 
     def close(self) -> None:
         self._tower.shutdown()
+
+    def _pop(self) -> tuple[Claims, Future[list[Tensor]]]:
+        """The oldest batch; after the last one all threads are the engine's again."""
+        oldest = self._begun.popleft()
+        if not self._begun:
+            torch.set_num_threads(self._threads)
+        return oldest
 
     def _missing(self, sequence: Sequence) -> list[tuple[FeatureKey, int]]:
         """Images of a waiting sequence for which it needs features, by key and index."""
