@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from vtengine_training.cli import main
+from vtengine_training.glance import KINDS
 from vtengine_training.lora.config import LoraConfig
+from vtengine_training.sft.batch import drawn_kinds
 from vtengine_training.sft.config import DataConfig, PhaseConfig, SftConfig, ShapeConfig
 from vtengine_training.sft.evaluate import forced_accuracy, questions
 from vtengine_training.sft.optim import learning_rate
@@ -285,3 +288,26 @@ def test_exported_folder_is_complete(tmp_path: Path) -> None:
     } <= names  # fmt: skip
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == "qwen2_5_vl"
     assert load_profile(tmp_path / "model") == load_profile("glance")
+
+
+def test_kinds_of_scenes_are_drawn_by_weight() -> None:
+    data, others = DataConfig(seed=1), {kind: 0.0 for kind in KINDS if kind not in ("label", "meter")}
+    phase = PhaseConfig(scenes=400, kinds=others | {"label": 3.0})
+    drawn = drawn_kinds(data, phase, step=5)
+    assert set(drawn) == {"label", "meter"} and 250 < drawn.count("label") < 350
+    assert drawn == drawn_kinds(data, phase, step=5) != drawn_kinds(data, phase, step=6)
+    assert drawn_kinds(data, PhaseConfig(scenes=3), step=5) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        ({"lable": 2.0}, "kinds.lable: unknown; known: note, label"),
+        ({"label": -1.0}, "kinds.label = -1.0: must be 0 or more"),
+        ({"label": float("inf")}, "finite"),
+        (dict.fromkeys(KINDS, 0.0), "every weight is 0"),
+    ],
+)
+def test_weights_that_draw_nothing_are_refused(kinds: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        PhaseConfig(kinds=kinds)

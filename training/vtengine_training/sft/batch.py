@@ -10,6 +10,7 @@ from vtengine.model.positions import mrope_positions
 from vtengine.vision.plan import ViewPlan
 from vtengine_training.glance import Query, Scene, guess, make_scene
 from vtengine_training.glance.pages import make_page
+from vtengine_training.glance.scene import KINDS
 from vtengine_training.glance.supervision import answer_tokens, patch_labels
 from vtengine_training.glance.views import patches, plans, query_needs_high
 from vtengine_training.sft.config import DataConfig, PhaseConfig
@@ -118,8 +119,9 @@ def make_batch(renderer: Renderer, image_token: int, data: DataConfig, phase: Ph
     """The batch of one step: `phase.scenes` pictures, each with up to `phase.questions` questions."""
     rng = np.random.default_rng([data.seed, 7, step])
     packer = Packer(image_token)
+    kinds = drawn_kinds(data, phase, step)
     for index in range(phase.scenes):
-        scene = make_scene("train", data.seed, step * 4096 + index)
+        scene = make_scene("train", data.seed, step * 4096 + index, kinds[index])
         if phase.questions == 0:
             for name in ("low", "high"):
                 if name == "high" or rng.random() < phase.low_share:
@@ -130,6 +132,15 @@ def make_batch(renderer: Renderer, image_token: int, data: DataConfig, phase: Ph
         page = make_page(data.seed, step * 4096 + index)
         packer.view(page, "high" if page.image.shape[0] < 200 else "low")
     return packer.batch()
+
+
+def drawn_kinds(data: DataConfig, phase: PhaseConfig, step: int) -> list[str | None]:
+    """The kind of each of the step's scenes; None leaves it to the scene's own number, which draws evenly."""
+    if not phase.kinds:
+        return [None] * phase.scenes
+    weights = np.array([phase.kinds.get(kind, 1.0) for kind in KINDS])
+    rng = np.random.default_rng([data.seed, 13, step])
+    return [KINDS[int(i)] for i in rng.choice(len(KINDS), phase.scenes, p=weights / weights.sum())]
 
 
 def _add_questions(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vtengine.model.config import ModelConfig, TextConfig, VisionConfig
 from vtengine_training.checks import at_least
+from vtengine_training.glance.scene import KINDS
 from vtengine_training.loggers.config import DEFAULT_LOGGERS, LoggerName, WandbConfig
 from vtengine_training.lora.config import LoraConfig
 
@@ -90,6 +91,7 @@ class PhaseConfig:
     low_share, high_share: direct prompts; the rest is adaptive. (Vision only: low_share = scenes also shown low.)
     aux_weight: of the dense loss; look_weight: of the loss on where the answer's tokens look.
     guess_share: of the questions asked where they cannot be answered, those that keep a random answer.
+    kinds: how often a kind of scene is drawn against the others; 1 where none is given.
     """
 
     name: str = "language"
@@ -105,10 +107,18 @@ class PhaseConfig:
     low_share: float = 0.15
     high_share: float = 0.35
     guess_share: float = 1.0
+    kinds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "scenes", "warmup")
         at_least(self, 0, "questions", "pages")
+        for kind, weight in self.kinds.items():
+            if kind not in KINDS:
+                raise ValueError(f"kinds.{kind}: unknown; known: {', '.join(KINDS)}")
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"kinds.{kind} = {weight}: must be 0 or more, and finite")
+        if not any(self.kinds.get(kind, 1.0) for kind in KINDS):
+            raise ValueError("kinds: every weight is 0; leave one kind above it")
         for name in ("low_share", "high_share", "guess_share"):
             _share(name, getattr(self, name))
         if self.questions and self.low_share + self.high_share > 1:
