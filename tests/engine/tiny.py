@@ -60,9 +60,9 @@ def prompt(seed, length, images=()):
     return tuple(ids)
 
 
-def request(name, ids, images=(), **sampling):
+def request(name, ids, images=(), began_s=None, **sampling):
     sampling.setdefault("max_new_tokens", 12)
-    return Request(name, tuple(ids), tuple(images), SamplingParams(**sampling))
+    return Request(name, tuple(ids), tuple(images), SamplingParams(**sampling), began_s)
 
 
 @torch.inference_mode()

@@ -72,12 +72,17 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """token_ids hold image placeholders already expanded: one image-pad id per visual token, images in order."""
+    """token_ids hold image placeholders already expanded: one image-pad id per visual token, images in order.
+
+    began_s: `time.perf_counter()` when the conversation began that this request is a turn of (None: with this request).
+    An engine with a queue of its own serves the oldest conversation first.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     images: tuple[ImageInput, ...] = ()
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    began_s: float | None = None
 
 
 @dataclass(frozen=True)

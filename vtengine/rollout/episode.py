@@ -223,7 +223,7 @@ class _Run:
         images = [await self.pipeline.view(self.images[view.image], geometry.plan(view)) for view in ask.views]
         self.transcript.append_ask(ask, images)
         self._emit(Asked(ask.turn, tuple(images), len(self.transcript), ask.views))
-        return self.transcript.request(f"{self.name}/{ask.turn}", ask.turn, self.sampling)
+        return self.transcript.request(f"{self.name}/{ask.turn}", ask.turn, self.sampling, self.started_s)
 
     async def generate(self, request: Request, turn: int) -> Completion:
         """One completion; a backend that breaks before its first token is asked again."""

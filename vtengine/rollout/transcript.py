@@ -84,7 +84,7 @@ class Transcript:
         self.trainable += [False] * len(ids)
         self.images += spans
 
-    def request(self, request_id: str, turn: int, sampling: SamplingParams) -> Request:
+    def request(self, request_id: str, turn: int, sampling: SamplingParams, began_s: float | None = None) -> Request:
         """Everything so far, to be continued. Bans the markers, adds the stop ids, gives each turn its own seed."""
         room = sampling.max_new_tokens
         if self.max_tokens is not None:
@@ -99,7 +99,7 @@ class Transcript:
             seed=None if sampling.seed is None else derive_seed(sampling.seed, turn),
         )
         images = tuple(span.image for span in self.images)
-        return Request(request_id, tuple(self.token_ids), images, ours)
+        return Request(request_id, tuple(self.token_ids), images, ours, began_s)
 
     def commit(self, completion: Completion) -> str:
         """Appends sampled ids as they are; returns their text without the closing id. Raises BadCompletion."""

@@ -112,6 +112,26 @@ def test_siblings_are_encoded_for_once_even_if_they_come_while_the_tower_works(r
         assert_cold(completion, with_picture("s", 1))
 
 
+def test_the_picture_of_a_second_turn_comes_before_those_of_later_first_turns():
+    async def jump(engine):
+        engine.encoder.max_patches = 1  # one picture at a time
+        with tower(engine) as (go, runs):
+            await somebody_runs(engine)
+            tasks = [asyncio.create_task(engine.generate(with_picture(f"r{k}", k))) for k in range(4)]
+            await until(lambda: len(engine._ahead._begun) == 2)
+            tasks.append(asyncio.create_task(engine.generate(with_picture("second turn", 9, began_s=0.0))))
+            await until(lambda: len(engine.scheduler.waiting) == 5)
+            go.set()
+            completions = await asyncio.gather(*tasks)
+            engine.cancel("text")
+            return completions, [name for names in runs for name in names]
+
+    completions, encoded = run(jump, encode_ahead=True)
+    assert encoded == [f"image-{k}" for k in (0, 1, 9, 2, 3)]
+    for k, completion in zip((0, 1, 2, 3, 9), completions, strict=True):
+        assert_cold(completion, with_picture("r", k))
+
+
 def test_new_weights_encode_anew_what_waits():
     ask = with_picture("picture", 1)
     weights = hf_tensors(tiny_model(1))

@@ -37,8 +37,8 @@ class ToyEngine:
         self.memory = [None] * (num_pages * page_size)
         self.done = []
 
-    def submit(self, prompt, count):
-        item = request(f"r{random.random()}", prompt, max_new_tokens=count)
+    def submit(self, prompt, count, began_s=None):
+        item = request(f"r{random.random()}", prompt, began_s=began_s, max_new_tokens=count)
         positions = np.zeros((3, len(prompt)), dtype=np.int64)
         sequence = Sequence(item, list(prompt), (), positions, delta=0, seed=0, submitted_s=0.0)
         self.scheduler.submit(sequence)
@@ -103,7 +103,8 @@ def test_random_traffic_in_a_tiny_pool(seed):
         action = rng.random()
         if action < 0.35 and len(live) < 12:
             shared = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, room // 2))]
-            engine.submit(shared, rng.randrange(1, room - len(shared) + 2))
+            began_s = rng.choice((None, -1.0, 1.0))
+            engine.submit(shared, rng.randrange(1, room - len(shared) + 2), began_s)
         elif action < 0.4 and live:
             engine.finish(rng.choice(live), "cancelled")
         elif action < 0.41:
@@ -177,9 +178,30 @@ def test_what_has_begun_ends_while_nothing_new_begins():
     late = engine.submit([7, 8], 2)
     while engine.step(admit=False):
         pass
-    assert set(engine.done) == set(begun) and list(engine.scheduler.waiting) == [late]
+    assert set(engine.done) == set(begun) and engine.scheduler.waiting == [late]
     engine.run()
     assert engine.done[-1] is late
+
+
+def test_the_oldest_conversation_comes_first_and_gives_way_last():
+    engine = ToyEngine(num_pages=8, page_size=2, max_batch_tokens=32, max_running=2)
+    first, other, later = (engine.submit([k, 1], 12, began_s=began) for k, began in enumerate((2.0, 3.0, 4.0)))
+    engine.step()
+    second_turn = engine.submit([5, 1], 12, began_s=1.0)
+    assert engine.scheduler.waiting == [second_turn, later]
+    engine.run()
+    assert engine.scheduler.counters["preemptions"] > 0
+    assert engine.done.index(second_turn) < engine.done.index(other) < engine.done.index(later)
+    for sequence in (first, other, second_turn, later):
+        check_output(sequence)
+
+
+def test_what_is_held_lets_others_pass():
+    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=64)
+    held, free = engine.submit([1, 2], 2, began_s=1.0), engine.submit([2, 1], 2, began_s=2.0)
+    held.held = True
+    assert [row.sequence for row in engine.scheduler.schedule(held=False)] == [free]
+    assert engine.scheduler.waiting == [held]
 
 
 def test_without_resume_nothing_is_kept():

@@ -22,7 +22,7 @@ from vtengine_training.trainer.command import EXIT_DIVERGED
 from vtengine.config import to_toml
 
 REPO = Path(__file__).resolve().parents[3]
-TIMED = ("time/", "samples/")
+TIMED = ("time/", "samples/", "memory/")
 
 
 @pytest.fixture

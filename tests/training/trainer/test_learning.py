@@ -15,6 +15,7 @@ NAMES = (
     *("reward/mean", "reward/accuracy", "reward/format", "reward/penalty", "clip_frac", "entropy", "grad_norm"),
     *("response_length/mean", "upscale/ratio", "visual_tokens/per_question", "groups/zero_spread", "groups/surplus"),
     *("mismatch/kl", "mismatch/abs_diff", "mismatch/max", "time/rollout", "time/learn", "time/step", "lr", "version"),
+    "memory/peak_gib",
 )
 
 

@@ -30,7 +30,7 @@ from vtengine.model import load_model, save_model
 
 REPO = Path(__file__).resolve().parents[3]
 ALONE = {"concurrency": 1}
-TIMED = ("time/", "samples/", "mismatch/", "patches/", "tokens/packed")
+TIMED = ("time/", "samples/", "mismatch/", "memory/", "patches/", "tokens/packed")
 """Not the same for every number of ranks: two of them may each have an image, or a prompt, that one has once."""
 
 

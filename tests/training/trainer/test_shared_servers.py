@@ -24,7 +24,7 @@ from tests.training.trainer import ranks_worker
 from tests.training.trainer.toy import rewarder
 from vtengine.config import to_toml
 
-OF_THE_CUT = ("time/", "samples/", "patches/encoded")
+OF_THE_CUT = ("time/", "samples/", "memory/", "patches/encoded")
 """Figures that depend on who does the work: groups of one micro-batch share their images."""
 VISION_IS_FLUSHED = [{"vtengine_hooks": ["flush"]}]
 

@@ -14,7 +14,7 @@ from vtengine_training.sweep.plan import Planned, short
 Row = dict[str, Any]
 Curve = list[tuple[int, float]]
 DIGITS = 5
-EXTRA = ("time/step",)  # its median: a step beside which the machine did something else says nothing
+EXTRA = ("time/step", "memory/peak_gib")  # medians: a step beside which the machine did something else says nothing
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -18,6 +18,7 @@ from vtengine_training.trainer.alarms import Alarms
 from vtengine_training.trainer.collect import Collected
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import ModelCost
+from vtengine_training.trainer.memory import peak_memory_gib
 from vtengine_training.trainer.parts import build_parts
 from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.schedule import learning_rate
@@ -105,6 +106,7 @@ class Run:
             "time/learn": finished - generated,
             "time/save": self.seconds_saving,
             "time/step": time.perf_counter() - began,
+            "memory/peak_gib": max(self.ranks.gather(peak_memory_gib(parts.model.device))),
         }
         self.seconds_saving = 0.0
         return figures | self._speed(figures)

@@ -1,9 +1,10 @@
 """What runs in the next forward pass: continuous batching over a bounded pool of pages. Integers only, no tensors.
 
 Each step has a token budget. Running sequences come first, oldest first: one token for each that decodes, then chunks
-of prompts. What is left of the budget admits waiting ones in order of arrival, if their pages are there. A decoding
-sequence that needs a page when none is left preempts the youngest: its pages go (the full ones to the radix tree) and
-it waits again with all its tokens, so it continues where it was.
+of prompts. What is left of the budget admits waiting ones, oldest first, if their pages are there. A decoding sequence
+that needs a page when none is left preempts the youngest: its pages go (the full ones to the radix tree) and it waits
+again with all its tokens, so it continues where it was. Old is a sequence by its conversation: a second turn comes
+before the first turns of those that began later. None starves: a conversation's age never falls behind new ones.
 
 The pages of a prompt are published to the tree when they are scheduled, not when they are computed: every layer writes
 its keys and values before it attends, so siblings admitted in the same step already read them.
@@ -12,7 +13,7 @@ its keys and values before it attends, so siblings admitted in the same step alr
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ class Scheduler:
         self.tree = tree
         self.max_batch_tokens = max_batch_tokens
         self.resume = resume
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.flushing: list[Sequence] = []
         self.counters: Counter[str] = Counter()
@@ -54,7 +55,7 @@ class Scheduler:
         return not (self.waiting or self.running or self.flushing)
 
     def submit(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
     def schedule(self, admit: bool = True, held: bool = True) -> list[Row]:
         """The rows of the next pass; empty only if nothing can run.
@@ -70,17 +71,17 @@ class Scheduler:
             if sequence.num_remaining > 1 and budget > 0:
                 rows.append(self._chunk(sequence, budget))
                 budget -= rows[-1].count
-        while budget > 0 and self._may_leave_queue(admit, held) and self._admit(self.waiting[0]):
-            rows.append(self._chunk(self.waiting.popleft(), budget))
+        for sequence in self._admissible(admit, held):
+            if budget <= 0 or not self._slots or not self._admit(sequence):
+                break
+            self.waiting.remove(sequence)
+            rows.append(self._chunk(sequence, budget))
             budget -= rows[-1].count
         return rows
 
-    def _may_leave_queue(self, admit: bool, held: bool) -> bool:
-        """Whether the first in the queue may run. A preempted one may: it ends with the weights it began with."""
-        if not self.waiting or not self._slots:
-            return False
-        first = self.waiting[0]
-        return (admit or first.cached_tokens >= 0) and (held or not first.held)
+    def _admissible(self, admit: bool, held: bool) -> list[Sequence]:
+        """Who may leave the queue. A preempted one always may: it ends with the weights that it began with."""
+        return [s for s in self.waiting if (admit or s.cached_tokens >= 0) and (held or not s.held)]
 
     def computed(self, rows: list[Row]) -> None:
         """Call after the pass, before sampled tokens are appended."""
@@ -154,7 +155,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._free_slot(sequence)
         self._release(sequence)
-        insort(self.waiting, sequence, key=_arrival)
+        insort(self.waiting, sequence, key=_rank)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Row:
         count = min(sequence.num_remaining, budget)
@@ -180,7 +181,7 @@ class Scheduler:
         else:
             self.counters["recomputed_tokens"] -= sequence.num_computed
         sequence.slot = self._slots.pop()
-        insort(self.running, sequence, key=_arrival)
+        insort(self.running, sequence, key=_rank)
         return True
 
     def known_pages(self, sequence: Sequence) -> list[int]:
@@ -227,5 +228,5 @@ class Scheduler:
                 assert self.tree.match(shared) == sequence.pages[: sequence.num_shared]
 
 
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+def _rank(sequence: Sequence) -> tuple[float, int]:
+    return sequence.rank

@@ -36,6 +36,7 @@ class Sequence:
     all three axes. pages: the page table; its first `num_shared` pages are in the radix tree too. num_computed: tokens
     whose keys and values are in the pages. slot: the row of the runner's tables while running, else -1.
     held: stays in the queue until its images are encoded, unless nothing else runs.
+    rank: its place in every order: the oldest conversation first, then the first to arrive.
     """
 
     request: Request
@@ -48,6 +49,7 @@ class Sequence:
     on_tokens: Callable[[tuple[int, ...], Completion | None], None] | None = None
     on_error: Callable[[Exception], None] | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
+    rank: tuple[float, int] = field(init=False)
     tokens: list[int] = field(init=False)
     num_prompt: int = field(init=False)
     logprobs: list[float] = field(default_factory=list)
@@ -64,6 +66,8 @@ class Sequence:
     _page_keys: list[PageKey] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        began_s = self.request.began_s
+        self.rank = (self.submitted_s if began_s is None else began_s, self.arrival)
         self.tokens = list(self.request.token_ids)
         self.num_prompt = len(self.tokens)
         self.encoded = [False] * len(self.spans)
