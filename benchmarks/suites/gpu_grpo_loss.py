@@ -15,7 +15,7 @@ from memory import grown_on_gpu_mib
 from torch import Tensor
 from vtengine_kernels.token_logprob.chunked import parts
 
-TESTS = ["tests/kernels/test_grpo_loss.py", "tests/kernels/test_grpo_loss_triton.py"]
+TESTS = ["-m", "gpu", "tests/kernels/test_grpo_loss_triton.py"]
 _COLUMNS = {
     "model": "Head",
     "candidate": "Implementation",

@@ -18,7 +18,7 @@ from vtengine_kernels.patchify import Step, Target, patchify
 
 from vtengine.vision.plan import PixelLimits, plan_high, plan_low, plan_low_half_first
 
-TESTS = ["tests/kernels/test_patchify_triton.py"]
+TESTS = ["-m", "gpu", "tests/kernels/test_patchify_triton.py"]
 SIZES = [(512, 512), (1024, 768), (2048, 1024), (4096, 3072)]
 CALLS = 50  # per timing: a single launch would be measured with its way to the device
 TABLES = {

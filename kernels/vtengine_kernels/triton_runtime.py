@@ -1,10 +1,11 @@
-"""Whether Triton's kernels can run here, and where."""
+"""Whether Triton's kernels can run here, and on which device."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from typing import Any
 
 
 @functools.cache
@@ -18,3 +19,18 @@ def missing() -> str | None:
 def interpreted() -> bool:
     """Whether Triton kernels run on the CPU, in Python."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """kernel[grid](...) on the device of the first argument, a tensor.
+
+    Triton itself launches on the current device of the thread, and every new thread begins on the first GPU.
+    """
+    import torch
+
+    first = arguments[0]
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            kernel[grid](*arguments, **constants)
+    else:
+        kernel[grid](*arguments, **constants)

@@ -37,11 +37,10 @@ def run(attend, case, dtype=torch.float32):
     return out.detach(), *torch.autograd.grad((out * weight.to(out)).sum(), (q, k, v))
 
 
-def worst(found, exact):
-    """The largest error over values and gradients, each against its own norm."""
-    return max(
-        float((ours - true).norm() / true.norm().clamp_min(1e-9)) for ours, true in zip(found, exact, strict=True)
-    )
+def worst(found, exact, least=1e-9):
+    """The largest error over values and gradients, each against its own norm, or `least` where that is less."""
+    pairs = [(ours.double(), true.double()) for ours, true in zip(found, exact, strict=True)]
+    return max(float((ours - true).norm() / true.norm().clamp_min(least)) for ours, true in pairs)
 
 
 @pytest.mark.parametrize("impl", ["tiles", "ref"])
@@ -170,4 +169,5 @@ def test_flash_errs_no_more_than_torch(name, dtype):
 
         return run(attend, case, dtype)
 
-    assert worst(on_gpu("flash"), exact) <= 1.5 * worst(on_gpu("ref"), exact) + 1e-3
+    # with a single key the gradients of q and k are 0, and come out as a rounding error that has nothing to be held to
+    assert worst(on_gpu("flash"), exact, 0.01) <= 1.5 * worst(on_gpu("ref"), exact, 0.01) + 1e-3

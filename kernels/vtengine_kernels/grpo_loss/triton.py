@@ -9,7 +9,7 @@ from torch import Tensor
 from vtengine_kernels.grpo_loss.objective import KLS, MAX_LOG_RATIO, Objective, Tokens
 from vtengine_kernels.token_logprob.head import Head
 from vtengine_kernels.token_logprob.triton import constants, scalars
-from vtengine_kernels.triton_runtime import missing
+from vtengine_kernels.triton_runtime import launch, missing
 
 TOKEN_POLICIES = ("clip", "clipped-weight", "reinforce")
 
@@ -108,7 +108,9 @@ def gradients_(
     unused = tokens.weights
     per_token = (tokens.advantages, tokens.weights, tokens.old, tokens.rollout, tokens.ref)
     if len(scores):
-        _loss_gradients_kernel[(len(scores),)](
+        launch(
+            _loss_gradients_kernel,
+            (len(scores),),
             scores,
             targets.contiguous(),
             *((unused if x is None else x).contiguous() for x in per_token),

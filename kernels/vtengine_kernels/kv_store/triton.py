@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vtengine_kernels.triton_runtime import interpreted, missing
+from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
 if missing() is None:
     import triton
@@ -38,9 +38,9 @@ def kv_store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) 
     k, v = _rows(k), _rows(v)
     width = k.shape[1] * k.shape[2]
     if len(k) and width:
-        _kv_store_kernel[(len(k),)](
-            k, v, keys, values, slots.contiguous(), k.stride(0), v.stride(0), WIDTH=width, BLOCK_W=block(width)
-        )
+        strides = (k.stride(0), v.stride(0))
+        tensors = (k, v, keys, values, slots.contiguous())
+        launch(_kv_store_kernel, (len(k),), *tensors, *strides, WIDTH=width, BLOCK_W=block(width))
 
 
 def _rows(x: Tensor) -> Tensor:

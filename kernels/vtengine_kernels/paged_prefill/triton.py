@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vtengine_kernels.triton_runtime import interpreted, missing
+from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
 if missing() is None:
     import triton
@@ -101,7 +101,9 @@ def paged_prefill(
     out = q.new_empty((tokens, heads, size))
     sizes = blocks(group, size, q.element_size())
     if tokens:
-        _paged_prefill_kernel[(len(lengths), -(-longest // sizes["QUERIES"]), kv_heads)](
+        launch(
+            _paged_prefill_kernel,
+            (len(lengths), -(-longest // sizes["QUERIES"]), kv_heads),
             q,
             keys,
             values,

@@ -7,7 +7,6 @@ reference, so the result is too. Runs on the CPU as well, under TRITON_INTERPRET
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from vtengine_kernels.patchify.contract import Plan
 from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Filter, Mode, vertical_first, weights
-from vtengine_kernels.triton_runtime import missing
+from vtengine_kernels.triton_runtime import launch, missing
 
 BLOCK = {"BLOCK_R": 16, "BLOCK_C": 128}  # rows and columns of one program; 14 of the rows where it writes patches
 NUM_WARPS = 8
@@ -140,17 +139,16 @@ if missing() is None:
 
 def run(plan: Plan) -> list[Tensor]:
     """Writes every target of the plan into its output tensor and returns these."""
-    with torch.cuda.device(plan.device) if plan.device.type == "cuda" else contextlib.nullcontext():
-        pixels_CHW = upload(plan.image, plan.device).permute(2, 0, 1)
-        for target, (left, top, right, bottom), out in zip(plan.targets, plan.boxes, plan.outputs, strict=True):
-            planes = pixels_CHW[:, top:bottom, left:right]
-            for step in target.before:
-                for axis in passes(planes, step.height, step.width, plan.mode):
-                    planes = _resampled(planes, axis, (step.height, step.width)[axis], step.filter, plan.mode)
-            *earlier, last = passes(planes, target.height, target.width, plan.mode) or [0]
-            for axis in earlier:
-                planes = _resampled(planes, axis, (target.height, target.width)[axis], plan.filter, plan.mode)
-            _write_patches(planes, last, target.height, target.width, plan, out)
+    pixels_CHW = upload(plan.image, plan.device).permute(2, 0, 1)
+    for target, (left, top, right, bottom), out in zip(plan.targets, plan.boxes, plan.outputs, strict=True):
+        planes = pixels_CHW[:, top:bottom, left:right]
+        for step in target.before:
+            for axis in passes(planes, step.height, step.width, plan.mode):
+                planes = _resampled(planes, axis, (step.height, step.width)[axis], step.filter, plan.mode)
+        *earlier, last = passes(planes, target.height, target.width, plan.mode) or [0]
+        for axis in earlier:
+            planes = _resampled(planes, axis, (target.height, target.width)[axis], plan.filter, plan.mode)
+        _write_patches(planes, last, target.height, target.width, plan, out)
     return list(plan.outputs)
 
 
@@ -177,7 +175,9 @@ def _resampled(planes: Tensor, axis: int, size: int, kind: Filter, mode: Mode) -
     out = planes.new_empty((3, height, -(-width // 16) * 16))[:, :, :width]
     first, weight = _axis((height_in, width_in)[axis], size, kind, mode, planes.device)
     grid = (3 * -(-height // BLOCK["BLOCK_R"]), -(-width // BLOCK["BLOCK_C"]))
-    _pass_kernel[grid](
+    launch(
+        _pass_kernel,
+        grid,
         planes,
         first,
         weight,
@@ -201,7 +201,9 @@ def _write_patches(planes: Tensor, axis: int, height: int, width: int, plan: Pla
     first, weight = _axis(planes.shape[1 + axis], (height, width)[axis], plan.filter, plan.mode, planes.device)
     grid = (3 * (height // 14), -(-width // BLOCK["BLOCK_C"]))
     bits = torch.int16 if out.dtype == torch.bfloat16 else torch.int32  # the kernel moves values and looks at none
-    _patches_kernel[grid](
+    launch(
+        _patches_kernel,
+        grid,
         planes,
         first,
         weight,

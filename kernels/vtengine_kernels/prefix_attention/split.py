@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtengine_kernels.triton_runtime import missing
+from vtengine_kernels.triton_runtime import launch, missing
 
 if TYPE_CHECKING:
     from vtengine_kernels.prefix_attention.siblings import Siblings
@@ -163,7 +163,9 @@ def split_attention(
     lse = torch.empty((rows, most_spans, heads), dtype=torch.float32, device=q.device)
     sizes = blocks(group, size, q.element_size())
     if rows:
-        _span_kernel[(len(work), kv_heads)](
+        launch(
+            _span_kernel,
+            (len(work), kv_heads),
             q,
             keys,
             values,
@@ -186,7 +188,7 @@ def split_attention(
             **sizes,
         )
         merge = {"SIZE": size, "SPAN": SPAN, "BLOCK_D": sizes["BLOCK_D"]}
-        _merge_spans_kernel[(rows, heads)](parts, lse, lengths, out, most_spans, **merge)
+        launch(_merge_spans_kernel, (rows, heads), parts, lse, lengths, out, most_spans, **merge)
     return out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtengine_kernels.prefix_attention import split
 from vtengine_kernels.prefix_attention.siblings import Siblings
-from vtengine_kernels.triton_runtime import interpreted, missing
+from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
 if missing() is None:
     import triton
@@ -103,7 +103,9 @@ def prefix_attention(
     kv_heads, group = keys.shape[2], heads // keys.shape[2]
     out = q.new_empty((rows, heads, size))
     if rows:
-        _prefix_attention_fwd_kernel[(rows, kv_heads)](
+        launch(
+            _prefix_attention_fwd_kernel,
+            (rows, kv_heads),
             q,
             keys,
             values,

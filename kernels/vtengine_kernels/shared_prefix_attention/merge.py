@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtengine_kernels.triton_runtime import interpreted, missing
+from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
 if missing() is None:
     import triton
@@ -79,7 +79,9 @@ def _by_triton(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, rows: s
     if not count:
         return
     sizes = blocks(heads, size)
-    _merge_kernel[(count, -(-heads // sizes["BLOCK_H"]))](
+    launch(
+        _merge_kernel,
+        (count, -(-heads // sizes["BLOCK_H"])),
         out,
         lse,
         part,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtengine_kernels.token_logprob.head import Head
-from vtengine_kernels.triton_runtime import interpreted, missing
+from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
 MAX_BLOCK = 4096
 NUM_WARPS = 8
@@ -114,9 +114,8 @@ def statistics(scores: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Ten
     """scores [C, V] as the products left them -> float32 [C]: logprobs of the targets, entropies, log-sum-exps."""
     out = torch.empty((3, len(scores)), device=scores.device)
     if len(scores):
-        _statistics_kernel[(len(scores),)](
-            scores, targets.contiguous(), *out, *scalars(scores, head), **constants(head)
-        )
+        tensors = (scores, targets.contiguous(), *out)
+        launch(_statistics_kernel, (len(scores),), *tensors, *scalars(scores, head), **constants(head))
     return out[0], out[1], out[2]
 
 
@@ -125,6 +124,5 @@ def gradients_(
 ) -> None:
     """Scores become their own gradients. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
     if len(scores):
-        _gradients_kernel[(len(scores),)](
-            scores, targets.contiguous(), totals, entropies, *slopes, *scalars(scores, head), **constants(head)
-        )
+        tensors = (scores, targets.contiguous(), totals, entropies, *slopes)
+        launch(_gradients_kernel, (len(scores),), *tensors, *scalars(scores, head), **constants(head))

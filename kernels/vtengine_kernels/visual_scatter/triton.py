@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vtengine_kernels.triton_runtime import interpreted, missing
+from vtengine_kernels.triton_runtime import interpreted, launch, missing
 from vtengine_kernels.visual_scatter.placement import Placement
 
 BLOCK = 1024
@@ -37,5 +37,5 @@ def segment_sum(grad: Tensor, placement: Placement) -> Tensor:
     out = grad.new_empty((placement.num_features, columns))
     if out.numel():
         grid = (placement.num_features, -(-columns // BLOCK))
-        _segment_sum_kernel[grid](grad, placement.order, placement.starts, out, columns, BLOCK_H=BLOCK)
+        launch(_segment_sum_kernel, grid, grad, placement.order, placement.starts, out, columns, BLOCK_H=BLOCK)
     return out

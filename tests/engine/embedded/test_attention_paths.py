@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from vtengine_kernels.prefix_attention import native, triton
 
 from tests.engine.tiny import Letters, cold_greedy, image, prompt, request, tiny_model
@@ -82,6 +83,13 @@ def test_on_the_gpu():
     captured = []
     assert answers_are_cold(tiny_model().cuda(), prepare=lambda engine: captured.append(engine.runner.graphs)) == 8
     assert captured[0]._replays
+
+
+@pytest.mark.gpu
+def test_on_the_second_gpu():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU here")
+    assert answers_are_cold(tiny_model().to("cuda:1")) == 8
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,3 +280,15 @@ def test_two_event_loops_may_share_an_engine():
                 assert_cold(completion, ask)
     finally:
         asyncio.run(engine.close())
+
+
+def test_the_worker_works_on_the_device_of_the_model(monkeypatch):
+    """A new thread begins on the first GPU, whatever the model is on."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    engine = EmbeddedEngine(tiny_model(), Letters())
+    asyncio.run(engine.close())
+    assert chosen == []
+    engine.model = SimpleNamespace(device=torch.device("cuda:1"))
+    engine._serve()  # ends at once: it is closed
+    assert chosen == [torch.device("cuda:1")]

@@ -8,6 +8,7 @@ and a graph is captured for each power of two of its items.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ MAX_CONTEXT_TOKENS = 16384
 """Longer sequences decode without a graph."""
 WARM_UPS = 2
 """Passes before a capture, which must neither compile a kernel nor set up a library."""
+_CAPTURING = threading.Lock()
+"""A capture begins with a synchronisation of the device, which would break that of another engine."""
 
 
 class DecodeGraphs:
@@ -47,6 +50,8 @@ class DecodeGraphs:
         self._work = torch.full((max_rows * -(-MAX_CONTEXT_TOKENS // SPAN), 1 + ROWS), -1, device=device)
         self._impl: Impl = capturable(cache.keys[0]) or "auto"
         self._replays: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        # One stream for all captures, so that they share memory; torch's own is on the GPU that captured first.
+        self._stream = torch.cuda.Stream(device) if capture else None
         self._memory = torch.cuda.graph_pool_handle() if capture else None
 
     @staticmethod
@@ -90,15 +95,16 @@ class DecodeGraphs:
         return self._replays[key]
 
     def _captured(self, size: int, work: int) -> Callable[[], Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._forward(size, work)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            hidden = self._forward(size, work)
+        graph, stream = torch.cuda.CUDAGraph(), self._stream
+        assert stream is not None
+        with _CAPTURING:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._forward(size, work)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+                hidden = self._forward(size, work)
 
         def replay() -> Tensor:
             graph.replay()

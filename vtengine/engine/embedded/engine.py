@@ -210,6 +210,8 @@ class EmbeddedEngine:
     def _serve(self) -> None:
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)
+        if self.model.device.type == "cuda":  # a new thread begins on the first GPU: graphs would be captured there
+            torch.cuda.set_device(self.model.device)
         while self._take_commands():
             try:
                 self.step()
