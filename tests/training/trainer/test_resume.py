@@ -51,7 +51,9 @@ def run_until(config, step, function=None):
 
 
 def timeless(row):
-    return {name: value for name, value in row.items() if not name.startswith(("time/", "samples/", "memory/", "mismatch/"))}
+    return {
+        name: value for name, value in row.items() if not name.startswith(("time/", "samples/", "memory/", "mismatch/"))
+    }
 
 
 def saved(config, output: str):
