@@ -6,6 +6,7 @@ is imported).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vtengine_kernels.triton_runtime import interpreted, launch, missing
@@ -77,7 +78,7 @@ if missing() is None:
 
 
 def takes(keys: Tensor) -> bool:
-    return (keys.is_cuda or interpreted()) and keys.shape[3] <= 128
+    return (keys.is_cuda or interpreted()) and keys.dtype != torch.float64 and keys.shape[3] <= 128
 
 
 def blocks(group: int, size: int, itemsize: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 (set before triton is imported).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vtengine_kernels.prefix_attention import split
@@ -70,7 +71,7 @@ if missing() is None:
 
 
 def takes(keys: Tensor) -> bool:
-    return keys.is_cuda or interpreted()
+    return (keys.is_cuda or interpreted()) and keys.dtype != torch.float64
 
 
 def blocks(group: int, size: int) -> dict[str, int]:

@@ -80,8 +80,9 @@ class Encoder:
         return [features[index] for index in range(len(images))]
 
     def _run_tower_once(self, images: list[ImageInput]) -> list[Tensor]:
-        pixels = torch.cat([image.pixel_values for image in images]) if len(images) > 1 else images[0].pixel_values
-        pixels = pixels.to(device=self.model.device, dtype=self.model.dtype)
+        device, dtype = self.model.device, self.model.dtype
+        pieces = [image.pixel_values.to(device=device, dtype=dtype) for image in images]  # they may come from several
+        pixels = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         features = self.model.visual(pixels, [image.grid_thw for image in images])
         # Copies: a slice would keep the features of the whole batch alive in the cache.
         return [piece.clone() for piece in features.split([image.visual_tokens for image in images])]
