@@ -39,7 +39,7 @@ from vtengine.server.config import ServerLimits
 from vtengine.server.run import Server, address, bind
 
 TESTS = ["tests/server/test_completions.py", "tests/server/test_choices.py"]
-QUESTIONS, CONCURRENCY, ROUNDS = 192, 64, 5
+QUESTIONS, CONCURRENCY, ROUNDS = 192, 64, 9
 SIDES = ("direct", "server", "server, streamed")
 CLIENT = Path(__file__).parents[1] / "load_client.py"
 
