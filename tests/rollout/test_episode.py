@@ -69,6 +69,7 @@ def test_upscaled_then_answered(tokenizer: Tokenizer, pipeline: Any) -> None:
     one, two = backend.requests
     assert two.token_ids[: len(one.token_ids)] == one.token_ids, "the context only grows"
     assert len(two.images) == 2
+    assert one.began_s == two.began_s is not None, "engines tell a second turn from a new conversation by it"
     reused = len(one.token_ids) + len(first.completion.token_ids)
     assert second.completion.cached_tokens == reused, "nothing of turn 1 is prefilled again"
     assert episode.transcript.positions().shape[1] == len(episode.transcript)
