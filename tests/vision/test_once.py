@@ -237,11 +237,11 @@ def test_close_finishes_what_was_accepted_and_refuses_the_rest() -> None:
 @pytest.mark.filterwarnings("error")
 def test_an_event_loop_that_ends_early_leaves_no_noise(caplog) -> None:
     cache = OnceCache(1, 1000, "test")
-    for value in ("late", ValueError("late")):
+    for value in ("late", ValueError("late, too")):  # keys of their own: the first job may still be on its way
         work = Work(value, threading.Event())
 
         async def main(work: Work = work) -> None:
-            asyncio.create_task(cache.get("k", work, lambda _: 0))  # noqa: RUF006
+            asyncio.create_task(cache.get(str(work.value), work, lambda _: 0))  # noqa: RUF006
             await until(work.started)
 
         asyncio.run(main())

@@ -7,6 +7,7 @@ import logging
 import struct
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -204,11 +205,25 @@ def records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
+def wandb_rows(folder: Path) -> tuple[set[str], list[tuple[int, float, float]]]:
+    """Ids of the runs in a folder, and (step, reward/mean, val/high) of each row, session after session."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    seen, ids = [], set()
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        for record in map(Record.FromString, records(path)):
+            if record.HasField("run"):
+                ids.add(record.run.run_id)
+            if record.HasField("history"):
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                seen.append((items["step"], items["reward/mean"], items["val/high"]))
+    return ids, seen
+
+
 def test_wandb_itself_offline(tmp_path, monkeypatch) -> None:
     """Two sessions of one run, read back from its files."""
     pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    monkeypatch.setattr(wandb_logger, "CLOSING_SECONDS", 300)
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -217,13 +232,9 @@ def test_wandb_itself_offline(tmp_path, monkeypatch) -> None:
     config = Config(str(output), ("wandb",), WandbConfig(project="tests", mode="offline"))
     write(config, 0, [row(1, 0.5), row(2, 0.5)])
     write(config, 1, [row(2, 0.25)])
-    seen, ids = [], set()
-    for path in sorted(output.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        for record in map(Record.FromString, records(path)):
-            if record.HasField("run"):
-                ids.add(record.run.run_id)
-            if record.HasField("history"):
-                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                seen.append((items["step"], items["reward/mean"], items["val/high"]))
+    deadline = time.monotonic() + 30
+    while len(wandb_rows(output)[1]) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)  # on a busy machine its service ends later than its client
+    ids, seen = wandb_rows(output)
     assert ids == {(output / "wandb-id").read_text().strip()}
     assert seen == [(1, 0.5, 0.25), (2, 0.5, 0.25), (2, 0.25, 0.125)]
