@@ -71,17 +71,15 @@ class Scheduler:
             if sequence.num_remaining > 1 and budget > 0:
                 rows.append(self._chunk(sequence, budget))
                 budget -= rows[-1].count
-        for sequence in self._admissible(admit, held):
-            if budget <= 0 or not self._slots or not self._admit(sequence):
-                break
+        while budget > 0 and self._slots and (sequence := self._next(admit, held)) and self._admit(sequence):
             self.waiting.remove(sequence)
             rows.append(self._chunk(sequence, budget))
             budget -= rows[-1].count
         return rows
 
-    def _admissible(self, admit: bool, held: bool) -> list[Sequence]:
-        """Who may leave the queue. A preempted one always may: it ends with the weights that it began with."""
-        return [s for s in self.waiting if (admit or s.cached_tokens >= 0) and (held or not s.held)]
+    def _next(self, admit: bool, held: bool) -> Sequence | None:
+        """The oldest that may leave the queue. A preempted one may: it ends with the weights that it began with."""
+        return next((s for s in self.waiting if (admit or s.cached_tokens >= 0) and (held or not s.held)), None)
 
     def computed(self, rows: list[Row]) -> None:
         """Call after the pass, before sampled tokens are appended."""
