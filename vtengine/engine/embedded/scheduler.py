@@ -71,9 +71,9 @@ class Scheduler:
             if sequence.num_remaining > 1 and budget > 0:
                 rows.append(self._chunk(sequence, budget))
                 budget -= rows[-1].count
-        while budget > 0 and self._slots and (sequence := self._next(admit, held)) and self._admit(sequence):
-            self.waiting.remove(sequence)
-            rows.append(self._chunk(sequence, budget))
+        while budget > 0 and self._slots and (first := self._next(admit, held)) and self._admit(first):
+            self.waiting.remove(first)
+            rows.append(self._chunk(first, budget))
             budget -= rows[-1].count
         return rows
 
