@@ -1,20 +1,22 @@
 """What Triton kernels need, as the assembler that comes with Triton says; no GPU takes part.
 
-Each of SPECS is compiled ahead of time for sm_80, sm_90 and sm_100: registers per thread, bytes spilled, shared
-memory.
+Each of SPECS is compiled ahead of time for sm_80, sm_90 and sm_100, as a launch in the engine or the trainer does it
+(pointers and strides that are multiples of 16 are known to be): registers per thread, bytes spilled, shared memory.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vtengine_kernels.grpo_loss import triton as grpo_loss
+from vtengine_kernels.kv_store import triton as kv_store
+from vtengine_kernels.paged_prefill import triton as paged_prefill
+from vtengine_kernels.patchify import triton as patchify
 from vtengine_kernels.prefix_attention import split
-from vtengine_kernels.prefix_attention import triton as prefix_attention
 from vtengine_kernels.shared_prefix_attention import merge
 from vtengine_kernels.token_logprob import triton as token_logprob
 from vtengine_kernels.visual_scatter import triton as visual_scatter
@@ -39,17 +41,23 @@ TABLES = {
 }
 
 
+STRIDES = ("q_stride", "out_stride", "page_stride", "token_stride")
+HEAD = ("row_stride", "vocabulary")  # 151,936 and 152,064 are multiples of 16
+
+
 @dataclass(frozen=True)
 class Spec:
-    """One variant of a kernel. types: of the arguments that are neither "i32" nor constants."""
+    """One variant of a kernel. types: of the arguments that are neither "i32" nor constants. even: integers that are
+    multiples of 16 with the sizes of Qwen2.5-VL."""
 
     op: str
     module: Any
     kernel: str
     variant: str
     types: Mapping[str, str] = field(hash=False)
-    constants: Mapping[str, Any] = field(hash=False)
+    constants: Mapping[str, Any] | Callable[[int], Mapping[str, Any]] = field(hash=False)  # of the target
     num_warps: int = 4
+    even: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -70,25 +78,41 @@ def _loss(dtype: str, variant: str, **changes: Any) -> Spec:
     numbers = ("clip_low", "clip_high", "dual_clip", "kl_coef", "entropy_coef", "importance_cap", "most")
     found = _scores(dtype, *numbers, **{**plain, **changes})
     return Spec(
-        "grpo_loss", grpo_loss, "_loss_gradients_kernel", f"{variant}, {dtype}", *found, token_logprob.NUM_WARPS
+        "grpo_loss", grpo_loss, "_loss_gradients_kernel", f"{variant}, {dtype}", *found, token_logprob.NUM_WARPS, HEAD
     )
 
 
-def _attention(dtype: str, group: int, size: int) -> Spec:
-    types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "out_ptr"), f"*{dtype}")
-    types |= {"tables_ptr": "*i64", "lengths_ptr": "*i64", "scale": "fp32"}
-    constants = {"GROUP": group, "SIZE": size, "PAGE": 16, **prefix_attention.blocks(group, size)}
-    variant = f"{group} heads of {size}, {dtype}"
-    return Spec("prefix_attention", prefix_attention, "_prefix_attention_fwd_kernel", variant, types, constants)
-
-
-def _split(dtype: str, group: int, size: int) -> Spec:
+def _spans(dtype: str, rows: int, group: int, size: int) -> Spec:
+    """rows: that share a span."""
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "items_ptr"), "*i64")
     types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32") | {"scale": "fp32"}
-    constants = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": split.ROWS}
-    constants |= split.blocks(group, size, itemsize=2)
-    return Spec("prefix_attention", split, "_span_kernel", f"{group} heads of {size}, {dtype}", types, constants)
+    constants: dict[str, Any] = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": rows}
+    constants |= split.blocks(rows, group, size, itemsize=2)
+    if rows == 1:
+        del types["items_ptr"]
+        constants["items_ptr"] = None
+    variant = f"{group} heads of {size}, {dtype}, {'alone' if rows == 1 else f'{rows} siblings'}"
+    return Spec("prefix_attention", split, "_span_kernel", variant, types, constants, even=STRIDES)
+
+
+def _prefill(dtype: str, group: int, size: int) -> Spec:
+    types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "out_ptr"), f"*{dtype}") | {"scale_log2": "fp32"}
+    types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "offsets_ptr"), "*i64")
+
+    def constants(arch: int) -> dict[str, int]:
+        return {"GROUP": group, "SIZE": size, "PAGE": 16, **paged_prefill.blocks(group, size, 2, arch // 10)}
+
+    warps = paged_prefill.warps(constants(90)["BLOCK_M"])
+    variant = f"{group} heads of {size}, {dtype}"
+    return Spec("paged_prefill", paged_prefill, "_paged_prefill_kernel", variant, types, constants, warps, STRIDES)
+
+
+def _patchify(kernel: str, out: Mapping[str, str], **changes: Any) -> Spec:
+    types = {"source_ptr": "*u8", "first_ptr": "*i32", "weight_ptr": "*i32", **out}
+    constants = {"ACROSS": False, "BITS": 22, **patchify.BLOCK, **changes}
+    even = ("source_row", "out_row", "columns")
+    return Spec("patchify", patchify, kernel, "down", types, constants, patchify.NUM_WARPS, even)
 
 
 def _merge(dtype: str, heads: int, size: int) -> Spec:
@@ -100,15 +124,35 @@ def _merge(dtype: str, heads: int, size: int) -> Spec:
 
 SPECS = (
     *(
-        Spec("token_logprob", token_logprob, kernel, variant, *_scores(dtype, CAPPED=capped), token_logprob.NUM_WARPS)
+        Spec(
+            "token_logprob",
+            token_logprob,
+            kernel,
+            variant,
+            *_scores(dtype, CAPPED=capped),
+            token_logprob.NUM_WARPS,
+            HEAD,
+        )
         for kernel in ("_statistics_kernel", "_gradients_kernel")
         for variant, dtype, capped in (("bf16", "bf16", False), ("capped, fp32", "fp32", True))
     ),
     _loss("bf16", "clip"),
     _loss("bf16", "everything", DUAL=True, KL=3, CORRECTED=True, CAPPED=True),
     _loss("fp32", "clipped-weight", POLICY=1, KL=2),
-    _attention("bf16", 7, 128),
-    _split("bf16", 7, 128),
+    _patchify("_pass_kernel", {"out_ptr": "*u8"}),
+    _patchify("_patches_kernel", {"out_ptr": "*i16", "table_ptr": "*i16"}, FRAMES=1),
+    Spec(
+        "kv_store",
+        kv_store,
+        "_kv_store_kernel",
+        "4 heads of 128, bf16",
+        dict.fromkeys(("k_ptr", "v_ptr", "keys_ptr", "values_ptr"), "*bf16") | {"slots_ptr": "*i64"},
+        {"WIDTH": 512, "BLOCK_W": kv_store.block(512)},
+        even=("k_stride", "v_stride"),
+    ),
+    _prefill("bf16", 7, 128),
+    _spans("bf16", 1, 7, 128),
+    _spans("bf16", split.ROWS, 7, 128),
     _merge("bf16", 28, 128),
     Spec(
         "visual_scatter",
@@ -117,12 +161,15 @@ SPECS = (
         "bf16",
         {"grad_ptr": "*bf16", "out_ptr": "*bf16", "order_ptr": "*i64", "starts_ptr": "*i64"},
         {"BLOCK_H": visual_scatter.BLOCK},
+        even=("columns",),
     ),
 )
 
 
 def needs(spec: Spec, arch: int, folder: Path) -> Needs:
-    return compiled(getattr(spec.module, spec.kernel), spec.types, spec.constants, arch, folder, spec.num_warps)
+    kernel = getattr(spec.module, spec.kernel)
+    constants = spec.constants(arch) if callable(spec.constants) else spec.constants
+    return compiled(kernel, spec.types, constants, arch, folder, spec.num_warps, spec.even)
 
 
 def run(context: Any) -> list[dict[str, Any]]:

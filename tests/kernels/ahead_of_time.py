@@ -33,14 +33,16 @@ def compiled(
 ) -> Needs:
     """types: of the arguments that are neither "i32" nor constants, by name. folder: for the assembler's files.
 
-    sixteens: arguments that are known to be multiples of 16.
+    sixteens: arguments that are known to be multiples of 16, as pointers are: torch aligns what it allocates, and
+    Triton compiles for what it finds at a launch.
     """
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", arch, 32)
     known = {**types, **dict.fromkeys(constants, "constexpr")}
     signature = {name: known.get(name, "i32") for name in function.arg_names}
-    known_of = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(function.arg_names) if name in sixteens}
+    even = {*sixteens, *(name for name, kind in types.items() if kind.startswith("*"))}
+    known_of = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(function.arg_names) if name in even}
     source = compiler.ASTSource(function, signature, constexprs=dict(constants), attrs=known_of)
     made = triton.compile(source, target=target, options={"num_warps": num_warps})
     (folder / "kernel.ptx").write_text(made.asm["ptx"])

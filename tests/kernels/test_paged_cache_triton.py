@@ -61,6 +61,7 @@ CASES = {
     "usual": (((37, 100), (5, 64), (1, 1), (64, 64)), 4, 2, 64, 16),
     "prime": (((7, 11), (3, 13)), 7, 1, 32, 5),
     "7b": (((20, 41),), 28, 4, 128, 16),
+    "long": (((3, 150), (40, 200)), 2, 2, 16, 16),  # whole blocks that all queries see, and a masked rest
     "one": (((1, 1),), 1, 1, 16, 1),
     "size 80": (((9, 30), (2, 3)), 2, 2, 80, 8),
 }
@@ -141,18 +142,21 @@ def test_kv_store_compiles_without_spills(tmp_path, record_property, dtype, widt
     [
         *(("bf16", 7, 128, arch) for arch in ARCHITECTURES),
         ("fp16", 2, 64, 90),
-        ("bf16", 8, 80, 90),
+        *(("bf16", 8, 80, arch) for arch in ARCHITECTURES),
         ("fp32", 2, 64, 90),
+        ("fp32", 7, 128, 90),
     ],
 )
 def test_paged_prefill_compiles_without_spills(tmp_path, record_property, dtype, group, size, arch):
     itemsize = 4 if dtype == "fp32" else 2
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "out_ptr"), f"*{dtype}")
-    types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "offsets_ptr"), "*i64") | {"scale": "fp32"}
-    constants = {"GROUP": group, "SIZE": size, "PAGE": 16, **prefill.blocks(group, size, itemsize)}
-    needs = compiled(prefill._paged_prefill_kernel, types, constants, arch, tmp_path)
+    types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "offsets_ptr"), "*i64") | {"scale_log2": "fp32"}
+    blocks = prefill.blocks(group, size, itemsize, arch // 10)
+    constants, warps = {"GROUP": group, "SIZE": size, "PAGE": 16, **blocks}, prefill.warps(blocks["BLOCK_M"])
+    strides = ("q_stride", "out_stride", "page_stride", "token_stride")
+    needs = compiled(prefill._paged_prefill_kernel, types, constants, arch, tmp_path, warps, strides)
     record_property("needs", str(needs))
-    assert needs.spill_bytes == 0 and needs.shared_bytes <= 96 * 1024
+    assert needs.spill_bytes == 0 and needs.shared_bytes <= 113 * 1024  # two programs on one processor
 
 
 @pytest.mark.gpu

@@ -36,19 +36,6 @@ def test_interpreted_it_errs_no_more_than_torch():
         assert ours <= torchs + (1e-2 if "float16" in name else 5e-6), name
 
 
-@pytest.mark.skipif(kernel.interpreted(), reason="TRITON_INTERPRET is set")
-@pytest.mark.parametrize(
-    ("dtype", "group", "size"), [("bf16", 7, 128), ("fp16", 4, 64), ("fp32", 2, 64), ("bf16", 8, 80), ("bf16", 8, 256)]
-)
-def test_it_compiles_for_sm_90_without_spills(tmp_path, dtype, group, size):
-    constants = {"GROUP": group, "SIZE": size, "PAGE": 16, **kernel.blocks(group, size)}
-    types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "out_ptr"), f"*{dtype}")
-    types |= {"tables_ptr": "*i64", "lengths_ptr": "*i64", "scale": "fp32"}
-    needs = compiled(kernel._prefix_attention_fwd_kernel, types, constants, 90, tmp_path)
-    assert needs.spill_bytes == 0
-    assert needs.shared_bytes <= 64 * 1024
-
-
 SPLIT = """
 import json, torch
 from tests.kernels.test_prefix_attention import forest
@@ -108,6 +95,7 @@ def test_every_span_of_every_row_is_somebodys_work_once(monkeypatch, seed):
 
 
 @pytest.mark.skipif(kernel.interpreted(), reason="TRITON_INTERPRET is set")
+@pytest.mark.parametrize("rows", [1, split.ROWS], ids=["alone", "siblings"])
 @pytest.mark.parametrize(
     ("dtype", "group", "size", "arch"),
     [
@@ -118,16 +106,19 @@ def test_every_span_of_every_row_is_somebodys_work_once(monkeypatch, seed):
         ("bf16", 8, 80, 90),
     ],
 )
-def test_split_compiles_without_spills(tmp_path, record_property, dtype, group, size, arch):
-    blocks = split.blocks(group, size, 4 if dtype == "fp32" else 2)
-    constants = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": split.ROWS, **blocks}
+def test_it_compiles_without_spills(tmp_path, record_property, rows, dtype, group, size, arch):
+    blocks = split.blocks(rows, group, size, 4 if dtype == "fp32" else 2)
+    constants = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": rows, **blocks}
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "items_ptr"), "*i64")
     types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32") | {"scale": "fp32"}
-    needs = compiled(split._span_kernel, types, constants, arch, tmp_path)
+    if rows == 1:
+        constants["items_ptr"] = types.pop("items_ptr") and None
+    strides = ("q_stride", "page_stride", "token_stride")
+    needs = compiled(split._span_kernel, types, constants, arch, tmp_path, sixteens=strides)
     record_property("needs", str(needs))
-    assert needs.spill_bytes == 0 and needs.shared_bytes <= 96 * 1024
-    merge = {"SIZE": size, "SPAN": split.SPAN, "BLOCK_D": blocks["BLOCK_D"]}
+    assert needs.spill_bytes == 0 and needs.shared_bytes <= (57 if rows == 1 else 96) * 1024
+    merge = {"SIZE": size, "SPAN": split.SPAN, "BLOCK_S": split.MERGED, "BLOCK_D": blocks["BLOCK_D"]}
     types = {"parts_ptr": "*fp32", "lse_ptr": "*fp32", "lengths_ptr": "*i64", "out_ptr": f"*{dtype}"}
     assert compiled(split._merge_spans_kernel, types, merge, arch, tmp_path).spill_bytes == 0
 

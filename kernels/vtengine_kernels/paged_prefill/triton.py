@@ -6,14 +6,25 @@ is imported).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
+LOG2_E = math.log2(math.e)
+
 if missing() is None:
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def _load(at, mask, MASKED: tl.constexpr):
+        if MASKED:
+            return tl.load(at, mask=mask, other=0.0)
+        else:
+            return tl.load(at)
 
     # Suffixes: M pairs of a query and a head of the group, D head size, T tokens of a block.
     @triton.jit
@@ -25,7 +36,7 @@ if missing() is None:
         lengths_ptr,
         offsets_ptr,
         out_ptr,
-        scale,
+        scale_log2,
         q_stride,
         out_stride,
         table_stride,
@@ -56,23 +67,26 @@ if missing() is None:
             total_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
             sums_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
             seen_tokens = length - count + tl.minimum(first_query + QUERIES, count)
-            for first in range(0, seen_tokens, BLOCK_T):
-                token_T = first + t
-                there_T = token_T < seen_tokens
-                page_T = tl.load(tables_ptr + row * table_stride + token_T // PAGE, mask=there_T, other=0)
-                at_T = page_T * page_stride + (token_T % PAGE) * token_stride + head * SIZE
-                in_TD = there_T[:, None] & (d[None, :] < SIZE)
-                k_TD = tl.load(keys_ptr + at_T[:, None] + d[None, :], mask=in_TD, other=0.0)
-                scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee") * scale
-                scores_MT = tl.where(token_T[None, :] <= limit_M[:, None], scores_MT, float("-inf"))
-                new_M = tl.maximum(highest_M, tl.max(scores_MT, axis=1))
-                weights_MT = tl.exp(scores_MT - new_M[:, None])
-                fade_M = tl.exp(highest_M - new_M)
-                v_TD = tl.load(values_ptr + at_T[:, None] + d[None, :], mask=in_TD, other=0.0)
-                total_M = total_M * fade_M + tl.sum(weights_MT, axis=1)
-                sums_MD = sums_MD * fade_M[:, None]
-                sums_MD += tl.dot(weights_MT.to(v_TD.dtype), v_TD, input_precision="ieee")
-                highest_M = new_M
+            seen_by_all = (length - count + first_query + 1) // BLOCK_T * BLOCK_T  # whole blocks, without a mask
+            for MASKED in tl.static_range(2):
+                for first in range(seen_by_all if MASKED else 0, seen_tokens if MASKED else seen_by_all, BLOCK_T):
+                    token_T = first + t
+                    there_T = token_T < seen_tokens
+                    page_T = _load(tables_ptr + row * table_stride + token_T // PAGE, there_T, MASKED).to(tl.int64)
+                    at_T = page_T * page_stride + (token_T % PAGE) * token_stride + head * SIZE
+                    at_TD, in_TD = at_T[:, None] + d[None, :], there_T[:, None] & (d[None, :] < SIZE)
+                    k_TD = _load(keys_ptr + at_TD, in_TD, MASKED or SIZE < BLOCK_D)
+                    scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee") * scale_log2
+                    if MASKED:
+                        scores_MT = tl.where(token_T[None, :] <= limit_M[:, None], scores_MT, float("-inf"))
+                    new_M = tl.maximum(highest_M, tl.max(scores_MT, axis=1))
+                    weights_MT = tl.exp2(scores_MT - new_M[:, None])
+                    fade_M = tl.exp2(highest_M - new_M)
+                    v_TD = _load(values_ptr + at_TD, in_TD, MASKED or SIZE < BLOCK_D)
+                    total_M = total_M * fade_M + tl.sum(weights_MT, axis=1)
+                    sums_MD = sums_MD * fade_M[:, None]
+                    sums_MD += tl.dot(weights_MT.to(v_TD.dtype), v_TD, input_precision="ieee")
+                    highest_M = new_M
             out_MD = (sums_MD / total_M[:, None]).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + (begin + query_M)[:, None] * out_stride + column_MD, out_MD, mask=in_MD)
 
@@ -81,15 +95,25 @@ def takes(keys: Tensor) -> bool:
     return (keys.is_cuda or interpreted()) and keys.dtype != torch.float64 and keys.shape[3] <= 128
 
 
-def blocks(group: int, size: int, itemsize: int) -> dict[str, int]:
-    """QUERIES of a block and the block sizes, powers of two of at least 16; larger ones spill registers."""
-    block_m = max(64 if itemsize == 2 and size == _padded(size) else 32, _padded(group))
+def blocks(group: int, size: int, itemsize: int, major: int) -> dict[str, int]:
+    """QUERIES of a block and the block sizes, powers of two of at least 16; larger ones spill registers.
+
+    major: of the device's compute capability. A key and a value are read for BLOCK_M rows: 4 * BLOCK_M operations for
+    2 * itemsize bytes. At 64 rows of 16 bits a Hopper's second-level cache (about 5.5 TB/s) would hold the tensor cores
+    at a third of their rate; and at 32 tokens shared memory would, which gives them 128 bytes a cycle.
+    """
+    block_m = max(128 if itemsize == 2 else 32, _padded(group))
     return {
         "QUERIES": block_m // group,
         "BLOCK_M": block_m,
         "BLOCK_D": _padded(size),
-        "BLOCK_T": 32,
+        "BLOCK_T": 16 if itemsize == 4 else 64 if major >= 9 else 32,
     }
+
+
+def warps(block_m: int) -> int:
+    """Of a program: 16 rows for each, the least that a tensor core takes."""
+    return max(4, block_m // 16)
 
 
 def paged_prefill(
@@ -100,7 +124,8 @@ def paged_prefill(
     tokens, heads, size = q.shape
     kv_heads, group = keys.shape[2], heads // keys.shape[2]
     out = q.new_empty((tokens, heads, size))
-    sizes = blocks(group, size, q.element_size())
+    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
+    sizes = blocks(group, size, q.element_size(), major)
     if tokens:
         launch(
             _paged_prefill_kernel,
@@ -112,7 +137,7 @@ def paged_prefill(
             lengths,
             offsets,
             out,
-            size**-0.5,
+            size**-0.5 * LOG2_E,
             q.stride(0),
             out.stride(0),
             tables.stride(0),
@@ -121,6 +146,7 @@ def paged_prefill(
             GROUP=group,
             SIZE=size,
             PAGE=keys.shape[1],
+            num_warps=warps(sizes["BLOCK_M"]),
             **sizes,
         )
     return out

@@ -1,8 +1,9 @@
-"""The Triton implementation for siblings: what rows have in common is read once for up to ROWS of them.
+"""The Triton kernels: every row is split into spans of SPAN tokens, so that few long rows occupy a GPU as well.
 
-A program takes one span of SPAN tokens, one key head and the rows that share this span (or one row): their queries are
-the rows of one matrix product. Each row's parts are then merged, span by span. A row's part of a span is computed alike
-whether it shares the span or not, so the rows of a batch do not change each other's results.
+A program takes one span, one key head and one row, or with siblings the up to ROWS rows that share the span: their
+queries are the rows of one matrix product, and keys and values are read once for all of them. Each row's parts are then
+merged, in order. A row's part of a span is computed alike whether it shares the span or not, and the spans of a row
+depend on its own length only, so the rows of a batch do not change each other's results.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SPAN = 256
 ROWS = 8
+MERGED = 16  # spans at a time
 
 if missing() is None:
     import triton
@@ -51,11 +53,18 @@ if missing() is None:
         BLOCK_D: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):
-        item_ptr, head = items_ptr + tl.program_id(0) * (ROWS + 1), tl.program_id(1)
-        span, first_row = tl.load(item_ptr), tl.load(item_ptr + 1)
-        if first_row >= 0:
-            m, d, t = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
+        head, m = tl.program_id(1), tl.arange(0, BLOCK_M)
+        if items_ptr is None:  # every row for itself
+            span, first_row = tl.program_id(2), tl.program_id(0).to(tl.int64)
+            row_M = tl.where(m < GROUP, first_row, -1)
+        else:
+            item_ptr = items_ptr + tl.program_id(0) * (ROWS + 1)
+            span, first_row = tl.load(item_ptr), tl.load(item_ptr + 1)
             row_M = tl.load(item_ptr + 1 + m // GROUP, mask=m < ROWS * GROUP, other=-1)
+        # rows that share a span have all of it: the first one's length stands for all
+        end = tl.load(lengths_ptr + first_row, mask=first_row >= 0, other=0)
+        if (first_row >= 0) & (span * SPAN < end):
+            d, t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
             real_M = row_M >= 0
             row_M = tl.where(real_M, row_M, first_row)
             head_M = head * GROUP + m % GROUP
@@ -65,8 +74,7 @@ if missing() is None:
             highest_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
             total_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
             sums_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-            # rows that share a span have all of it: the first one's length stands for all
-            end = tl.minimum(tl.load(lengths_ptr + first_row), (span + 1) * SPAN)
+            end = tl.minimum(end, (span + 1) * SPAN)
             for first in range(span * SPAN, end, BLOCK_T):
                 token_T = first + t
                 there_T = token_T < end
@@ -89,7 +97,7 @@ if missing() is None:
             tl.store(parts_ptr + part_M[:, None] * SIZE + d[None, :], sums_MD / total_M[:, None], mask=in_MD)
             tl.store(lse_ptr + part_M, highest_M + tl.log(total_M), mask=real_M)
 
-    # Suffixes: D head size. A program merges the parts of one row and one query head, in order.
+    # Suffixes: S spans of a block, D head size. A program merges the parts of one row and one query head, in order.
     @triton.jit
     def _merge_spans_kernel(
         parts_ptr,
@@ -99,21 +107,24 @@ if missing() is None:
         most_spans,
         SIZE: tl.constexpr,
         SPAN: tl.constexpr,
+        BLOCK_S: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
         row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        heads = tl.num_programs(1)
-        d = tl.arange(0, BLOCK_D)
+        heads, spans = tl.num_programs(1), tl.cdiv(tl.load(lengths_ptr + row), SPAN)
+        s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
         highest, total = float("-inf"), 0.0
         sums_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        for span in range(0, tl.cdiv(tl.load(lengths_ptr + row), SPAN)):
-            part = (row * most_spans + span) * heads + head
-            lse = tl.load(lse_ptr + part)
-            part_D = tl.load(parts_ptr + part * SIZE + d, mask=d < SIZE, other=0.0)
-            new = tl.maximum(highest, lse)
-            fade, weight = tl.exp(highest - new), tl.exp(lse - new)
-            sums_D = sums_D * fade + part_D * weight
-            total = total * fade + weight
+        for first in range(0, spans, BLOCK_S):
+            there_S = first + s < spans
+            part_S = (row * most_spans + first + s) * heads + head
+            lse_S = tl.load(lse_ptr + part_S, mask=there_S, other=float("-inf"))
+            in_SD = there_S[:, None] & (d[None, :] < SIZE)
+            part_SD = tl.load(parts_ptr + part_S[:, None] * SIZE + d[None, :], mask=in_SD, other=0.0)
+            new = tl.maximum(highest, tl.max(lse_S, axis=0))
+            fade, weight_S = tl.exp(highest - new), tl.exp(lse_S - new)
+            sums_D = sums_D * fade + tl.sum(part_SD * weight_S[:, None], axis=0)
+            total = total * fade + tl.sum(weight_S, axis=0)
             highest = new
         out_D = (sums_D / total).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (row * heads + head) * SIZE + d, out_D, mask=d < SIZE)
@@ -141,19 +152,21 @@ def items(siblings: Siblings, lengths: np.ndarray) -> np.ndarray:
     return found
 
 
-def blocks(group: int, size: int, itemsize: int) -> dict[str, int]:
-    """Block sizes of the kernel: powers of two, at least what a matrix product needs; larger ones spill registers."""
-    return {
-        "BLOCK_M": max(16, _padded(ROWS * group)),
-        "BLOCK_D": max(16, _padded(size)),
-        "BLOCK_T": 32 if itemsize == 2 and size <= 64 else 16,
-    }
+def blocks(rows: int, group: int, size: int, itemsize: int) -> dict[str, int]:
+    """Block sizes for that many rows in one program: powers of two, at least what a matrix product needs; larger ones
+    spill registers."""
+    block_t = 64 if size <= 64 else 32 if size <= 128 else 16
+    if rows > 1:
+        block_t = 32 if itemsize == 2 and size <= 64 else 16
+    return {"BLOCK_M": _padded(rows * group), "BLOCK_D": _padded(size), "BLOCK_T": block_t}
 
 
 def split_attention(
-    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float, work: Tensor
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scale: float, work: Tensor | None
 ) -> Tensor:
-    """As `prefix_attention`, with what `items` found on q's device. Nothing is read back: it can be captured."""
+    """As `prefix_attention`; work: what `items` found, on q's device, or None. Nothing is read back: it can be
+    captured. Programs are started for as many spans as the tables could hold; those past a row's end do nothing.
+    """
     q = q if q.stride()[1:] == (q.shape[2], 1) else q.contiguous()
     rows, heads, size = q.shape
     kv_heads, group = keys.shape[2], heads // keys.shape[2]
@@ -161,11 +174,12 @@ def split_attention(
     most_spans = -(-tables.shape[1] * keys.shape[1] // SPAN)
     parts = torch.empty((rows, most_spans, heads, size), dtype=torch.float32, device=q.device)
     lse = torch.empty((rows, most_spans, heads), dtype=torch.float32, device=q.device)
-    sizes = blocks(group, size, q.element_size())
+    together = 1 if work is None else ROWS
+    sizes = blocks(together, group, size, q.element_size())
     if rows:
         launch(
             _span_kernel,
-            (len(work), kv_heads),
+            (rows, kv_heads, most_spans) if work is None else (len(work), kv_heads),
             q,
             keys,
             values,
@@ -184,13 +198,13 @@ def split_attention(
             SIZE=size,
             PAGE=keys.shape[1],
             SPAN=SPAN,
-            ROWS=ROWS,
+            ROWS=together,
             **sizes,
         )
-        merge = {"SIZE": size, "SPAN": SPAN, "BLOCK_D": sizes["BLOCK_D"]}
+        merge = {"SIZE": size, "SPAN": SPAN, "BLOCK_S": MERGED, "BLOCK_D": sizes["BLOCK_D"]}
         launch(_merge_spans_kernel, (rows, heads), parts, lse, lengths, out, most_spans, **merge)
     return out
 
 
 def _padded(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+    return max(16, 1 << (count - 1).bit_length())

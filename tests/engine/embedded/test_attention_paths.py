@@ -71,7 +71,7 @@ def test_with_padded_decode_batches_as_graphs_have_them():
     def prepare(engine):
         graphs = DecodeGraphs(engine.model, engine.runner.cache, engine.config.max_running, capture=False)
         forward = graphs._forward
-        graphs._forward = lambda size, work: sizes.append(size) or forward(size, work)
+        graphs._forward = lambda size, *rest: sizes.append(size) or forward(size, *rest)
         engine.runner.graphs = graphs
 
     assert answers_are_cold(tiny_model(), prepare=prepare) == 8

@@ -90,7 +90,7 @@ def paged(q, keys, values, tables, lengths, siblings, impl):
 
 def test_replayed_steps_answer_as_plain_passes_do(captures, monkeypatch):
     monkeypatch.setattr(decode_graphs, "prefix_attention", paged)
-    monkeypatch.setattr(decode_graphs, "MAX_CONTEXT_TOKENS", 256)
+    monkeypatch.setattr(decode_graphs, "CONTEXT_TOKENS", (64, 256))
     monkeypatch.setattr(native, "takes", lambda x: False)
     engines, replays = [], []
 
@@ -101,7 +101,7 @@ def test_replayed_steps_answer_as_plain_passes_do(captures, monkeypatch):
         graphs.run = lambda *arguments: replays.append(1) or run(*arguments)
 
     assert answers_are_cold(tiny_model(), prepare=prepare) == 8
-    sizes = [size for size, _ in engines[0].runner.graphs._replays]
+    sizes = [size for size, *_ in engines[0].runner.graphs._replays]
     assert len(captures) == len(sizes) < len(replays) and {1, 8} <= set(sizes) <= {1, 2, 4, 8}
     ((_, stream),) = set(captures)  # one pool and one stream, or they would share no memory
     assert stream.device == engines[0].model.device

@@ -1,9 +1,10 @@
-"""Decode steps on CUDA, captured once for each batch size and replayed: one launch in place of hundreds.
+"""Decode steps on CUDA, captured once for each batch size and context, and replayed: one launch in place of hundreds.
 
 A graph reads and writes fixed memory, so a step's ids, positions, slots and page tables are copied into buffers that
 live as long as the engine. A batch is filled up to the next captured size with rows that write to a page of their own,
-which no sequence has. Where rows are to be attended to as siblings, what their kernel is to do is one more such buffer,
-and a graph is captured for each power of two of its items.
+which no sequence has. Tables are cut to the next captured width, because a kernel may start programs for all that they
+could hold. Where rows are to be attended to as siblings, what their kernel is to do is one more such buffer, and a
+graph is captured for each power of two of its items.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from vtengine.model import Qwen2_5_VL
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-MAX_CONTEXT_TOKENS = 16384
-"""Longer sequences decode without a graph."""
+CONTEXT_TOKENS = (1024, 2048, 4096, 8192, 16384)
+"""What the tables of a graph can hold; longer sequences decode without one."""
 WARM_UPS = 2
 """Passes before a capture, which must neither compile a kernel nor set up a library."""
 _CAPTURING = threading.Lock()
@@ -33,7 +34,7 @@ _CAPTURING = threading.Lock()
 
 
 class DecodeGraphs:
-    """Graphs by batch size, captured when first needed. Suffixes: N rows, B a captured size >= N, P pages, H hidden.
+    """Graphs by batch size and width of the tables, captured when first needed. Suffixes: N rows, H hidden.
 
     capture False runs the same padded pass without a graph: how it is tested where there is no CUDA.
     """
@@ -41,15 +42,16 @@ class DecodeGraphs:
     def __init__(self, model: Qwen2_5_VL, cache: KVCache, max_rows: int, capture: bool = True) -> None:
         self._model, self._cache, self._capture = model, cache, capture
         self._sizes = [*(size for size in BATCH_SIZES if size < max_rows), max_rows]
-        device, pages = model.device, -(-MAX_CONTEXT_TOKENS // cache.page_size)
+        self._widths = [-(-tokens // cache.page_size) for tokens in CONTEXT_TOKENS]
+        device, pages = model.device, self._widths[-1]
         self._token_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
         self._slots = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._lengths = torch.ones(max_rows, dtype=torch.int64, device=device)
         self._tables = torch.zeros(max_rows, pages, dtype=torch.int64, device=device)
-        self._work = torch.full((max_rows * -(-MAX_CONTEXT_TOKENS // SPAN), 1 + ROWS), -1, device=device)
+        self._work = torch.full((max_rows * -(-CONTEXT_TOKENS[-1] // SPAN), 1 + ROWS), -1, device=device)
         self._impl: Impl = capturable(cache.keys[0]) or "auto"
-        self._replays: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        self._replays: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
         # One stream for all captures, so that they share memory; torch's own is on the GPU that captured first.
         self._stream = torch.cuda.Stream(device) if capture else None
         self._memory = torch.cuda.graph_pool_handle() if capture else None
@@ -78,7 +80,9 @@ class DecodeGraphs:
         self._slots[count:size] = spare * self._cache.page_size
         self._lengths[count:size] = 1
         self._tables[count:size, 0] = spare
-        return self._replay(size, 0 if siblings is None else self._set_work(siblings, layout, size))()[:count]
+        width = next(width for width in self._widths if width >= layout.pages.shape[1])
+        work = 0 if siblings is None else self._set_work(siblings, layout, size)
+        return self._replay(size, width, work)()[:count]
 
     def _set_work(self, siblings: Siblings, layout: RowLayout, size: int) -> int:
         """Fills the buffer; returns how much of it a graph is to go through. Rows that fill up a batch get no items."""
@@ -88,23 +92,23 @@ class DecodeGraphs:
         self._work[len(found) : padded] = -1
         return padded
 
-    def _replay(self, size: int, work: int) -> Callable[[], Tensor]:
-        key = (size, work)
+    def _replay(self, size: int, width: int, work: int) -> Callable[[], Tensor]:
+        key = (size, width, work)
         if key not in self._replays:
             self._replays[key] = self._captured(*key) if self._capture else lambda: self._forward(*key)
         return self._replays[key]
 
-    def _captured(self, size: int, work: int) -> Callable[[], Tensor]:
+    def _captured(self, size: int, width: int, work: int) -> Callable[[], Tensor]:
         graph, stream = torch.cuda.CUDAGraph(), self._stream
         assert stream is not None
         with _CAPTURING:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self._forward(size, work)
+                    self._forward(size, width, work)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
-                hidden = self._forward(size, work)
+                hidden = self._forward(size, width, work)
 
         def replay() -> Tensor:
             graph.replay()
@@ -112,10 +116,10 @@ class DecodeGraphs:
 
         return replay
 
-    def _forward(self, size: int, work: int) -> Tensor:
+    def _forward(self, size: int, width: int, work: int) -> Tensor:
         siblings = replace(Siblings.strangers(size), work=self._work[:work]) if work else None
         attention = _InPlace(
-            self._cache, self._slots[:size], self._tables[:size], self._lengths[:size], siblings, self._impl
+            self._cache, self._slots[:size], self._tables[:size, :width], self._lengths[:size], siblings, self._impl
         )
         embeds = self._model.embed(self._token_ids[:size])
         return self._model.decode(embeds, self._positions[:, :size], attention)
