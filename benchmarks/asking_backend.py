@@ -7,13 +7,12 @@ and the model goes on from there. Every engine gets the same beginnings, and the
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from vtengine.engine.base import Backend, Completion, Request, TokenChunk
+from vtengine.engine.base import Backend, Completion, OnTokens, Request
 from vtengine.protocol.profile import Profile
 from vtengine.protocol.tools import RESIZE_CALL
 from vtengine.rollout.tokenizer import Tokenizer
@@ -35,21 +34,13 @@ class AskingBackend:
     def is_begun(self, request: Request) -> bool:
         return len(request.images) == 1 and int(request.images[0].content_hash[:8], 16) % self.one_in == 0
 
-    async def generate(self, request: Request) -> Completion:
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         begun = self._begun(request)
         if begun is None:
-            return await self.inner.generate(request)
-        return self._whole(request, await self.inner.generate(begun))
-
-    async def stream(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
-        begun = self._begun(request)
-        if begun is not None:
-            yield TokenChunk(self.beginning)
-        chunks = cast("AsyncGenerator[TokenChunk, None]", self.inner.stream(begun or request))
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                done = chunk.completion
-                yield chunk if begun is None or done is None else replace(chunk, completion=self._whole(request, done))
+            return await self.inner.generate(request, on_tokens)
+        if on_tokens is not None:
+            on_tokens(self.beginning)
+        return self._whole(request, await self.inner.generate(begun, on_tokens))
 
     def _begun(self, request: Request) -> Request | None:
         return replace(request, token_ids=request.token_ids + self.beginning) if self.is_begun(request) else None

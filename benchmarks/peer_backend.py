@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from memory import peak_mib
 
-from vtengine.engine.base import BackendFailed, Completion, ImageInput, Request, TokenChunk
+from vtengine.engine.base import BackendFailed, Completion, ImageInput, OnTokens, Request
 from vtengine.engine.sglang.pixels import PngCache
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class VllmBackend:
             raise PeerMissing("vLLM", self._process.stderr.read().decode(errors="replace")[-500:])
         self.started = Started(self._process.pid, float(json.loads(ready)["ready"]))
 
-    async def generate(self, request: Request) -> Completion:
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         sampling = request.sampling
         reply = await self._send(
             token_ids=collapsed(request.token_ids, self._pad, request.images),
@@ -107,6 +107,8 @@ class VllmBackend:
             raise BackendFailed(
                 f"vLLM counts {reply['prompt_tokens']} prompt tokens, ours are {len(request.token_ids)}"
             )
+        if on_tokens is not None:
+            on_tokens(ids)
         return Completion(
             request_id=request.request_id,
             token_ids=ids,
@@ -119,10 +121,6 @@ class VllmBackend:
             ttft_s=reply["ttft_s"],
             latency_s=reply["latency_s"],
         )
-
-    async def stream(self, request: Request) -> AsyncGenerator[TokenChunk, None]:
-        completion = await self.generate(request)
-        yield TokenChunk(completion.token_ids, completion)
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         raise NotImplementedError("a peer keeps its weights")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vtengine.engine.base import Completion, Request, RequestRejected, TokenChunk
+from vtengine.engine.base import Completion, OnTokens, Request, RequestRejected
 
 LINGER_S = 0.003
 """How long a call waits for more requests once the queue is empty."""
@@ -42,18 +42,17 @@ class TransformersBackend:
         self._worker: asyncio.Task[None] | None = None
         self.num_calls = 0
 
-    async def generate(self, request: Request) -> Completion:
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         if request.sampling.temperature != 0:
             raise RequestRejected("sampling_unsupported", "the transformers yardstick is greedy only", "setup")
         if self._worker is None:
             self._worker = asyncio.create_task(self._work())
         waiting = _Waiting(request, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(waiting)
-        return await waiting.future
-
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        completion = await self.generate(request)
-        yield TokenChunk(completion.token_ids, completion)
+        completion = await waiting.future
+        if on_tokens is not None:
+            on_tokens(completion.token_ids)
+        return completion
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         raise NotImplementedError("the yardstick keeps its weights")

@@ -68,18 +68,18 @@ def test_other_image_does_not_match():
         ask(backend, prompt, images=[image("h1", 3)])
 
 
-def test_weights_drop_the_caches_and_streaming_ends_with_the_completion():
+def test_weights_drop_the_caches_and_what_was_streamed_is_the_completion():
     backend = ScriptedBackend(Letters(), lambda _: "abc")
 
     async def run():
         await backend.generate(Request("a", (1, 2, 3)))
         await backend.load_weights({}, version=3)
-        chunks = [chunk async for chunk in backend.stream(Request("b", (1, 2, 3)))]
+        chunks = []
+        completion = await backend.generate(Request("b", (1, 2, 3)), chunks.append)
         await backend.close()
-        return chunks
+        return chunks, completion
 
-    chunks = asyncio.run(run())
-    completion = chunks[-1].completion
-    assert sum((c.token_ids for c in chunks), ()) == completion.token_ids
+    chunks, completion = asyncio.run(run())
+    assert sum(chunks, ()) == completion.token_ids
     assert completion.weight_version == 3 and completion.cached_tokens == 0
     assert backend.stats()["requests"] == 2

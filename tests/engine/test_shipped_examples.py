@@ -38,7 +38,7 @@ class AlwaysAsks:
         self.ids = (*tokenizer.encode_trusted(profile.reply_call("Look.", RESIZE_CALL)), tokenizer.turn_end_id)
         self.replaced = set()
 
-    async def generate(self, request):
+    async def generate(self, request, on_tokens=None):
         done = await self.engine.generate(request)
         if len(request.images) > 1 or parse_reply(self.tokenizer.decode(done.token_ids[:-1])).call is not None:
             return done

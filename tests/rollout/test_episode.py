@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from vtengine.engine.base import BackendFailed, Completion, Request, RequestRejected, SamplingParams, TokenChunk
+from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request, RequestRejected, SamplingParams
 from vtengine.engine.scripted import ScriptedBackend
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.messages import Status
@@ -203,9 +202,10 @@ def test_events_in_order(tokenizer: Tokenizer, pipeline: Any) -> None:
 class Breaking(ScriptedBackend):
     """Breaks in the middle of a stream."""
 
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         self.requests.append(request)
-        yield TokenChunk((5,))
+        assert on_tokens is not None
+        on_tokens((5,))
         raise BackendFailed("lost in the middle")
 
 
@@ -214,17 +214,15 @@ class Endless(ScriptedBackend):
 
     stopped = False
 
-    async def generate(self, request: Request) -> Completion:
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
+        if on_tokens is not None:
+            on_tokens((5,))
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             self.stopped = True
             raise
         raise AssertionError
-
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        yield TokenChunk((5,))
-        await self.generate(request)
 
 
 def test_a_stream_that_broke_is_not_sent_twice(tokenizer: Tokenizer, pipeline: Any) -> None:

@@ -124,7 +124,7 @@ def setting(tokenizer: Tokenizer, pipeline: Any, **sampling: Any) -> Setting:
     rng = random.Random(0)
 
     class Uneven(ScriptedBackend):
-        async def generate(self, request: Any) -> Any:
+        async def generate(self, request: Any, on_tokens: Any = None) -> Any:
             for _ in range(rng.randrange(5)):
                 await asyncio.sleep(0)
             return await super().generate(request)

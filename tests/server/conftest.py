@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.running import Replies, Running, SlowScript, byte_tokenizer, make_setting, running, two_turns
-from vtengine.engine.scripted import ScriptedBackend
+from tests.server.running import Replies, Running, WatchedScript, byte_tokenizer, make_setting, running, two_turns
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.server.config import ServerLimits
 from vtengine.server.keys import ApiKeys
@@ -28,11 +27,9 @@ def serve(tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
 
         def start(
             replies: Replies = two_turns, *, limits: ServerLimits | None = None, keys: Sequence[str] = (),
-            slow: float | None = None, delay_s: float = 0.0, **more: Any,
+            slow: float = 0.0, delay_s: float = 0.0, **more: Any,
         ) -> Running:  # fmt: skip
-            backend = (ScriptedBackend if slow is None else SlowScript)(tokenizer, replies, delay_s=delay_s)
-            if isinstance(backend, SlowScript) and slow is not None:
-                backend.token_s = slow
+            backend = WatchedScript(tokenizer, replies, delay_s=delay_s, token_s=slow)
             limits = replace(limits or ServerLimits(), drain_s=1)
             return stack.enter_context(running(make_setting(backend, tokenizer, **more), limits, ApiKeys(keys)))
 

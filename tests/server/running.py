@@ -17,7 +17,7 @@ import openai
 from PIL import Image, ImageDraw
 
 from tests.tiny_model import TINY_VISION, byte_encoder, config_of, tiny_text
-from vtengine.engine.base import Backend, Request, SamplingParams
+from vtengine.engine.base import Backend, Completion, OnTokens, Request, SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.engine.scripted import Reply, ScriptedBackend
 from vtengine.model import Qwen2_5_VL
@@ -51,37 +51,23 @@ def two_turns(request: Request) -> str:
     return CALL if len(request.images) == 1 else ANSWER
 
 
-class SlowScript(ScriptedBackend):
-    """Waits between tokens, and knows which streams were closed before their end."""
-
-    token_s = 0.005
+class WatchedScript(ScriptedBackend):
+    """Knows how many requests are in it, and how many of them were left before their end."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.active = 0
         self.abandoned = 0
 
-    async def generate(self, request: Request) -> Any:
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         self.active += 1
         try:
-            return await super().generate(request)
+            return await super().generate(request, on_tokens)
         except asyncio.CancelledError:
             self.abandoned += 1
             raise
         finally:
             self.active -= 1
-
-    async def stream(self, request: Request) -> Any:
-        finished = False
-        self.active += 1
-        try:
-            async for chunk in super().stream(request):
-                await asyncio.sleep(self.token_s)
-                finished = chunk.completion is not None
-                yield chunk
-        finally:
-            self.active -= 1
-            self.abandoned += not finished
 
 
 @dataclass

@@ -7,7 +7,7 @@ Conformance tests run against each `Backend`.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -86,14 +86,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class TokenChunk:
-    """Newly sampled ids, streamed; the last chunk of a request carries its `completion`."""
-
-    token_ids: tuple[int, ...]
-    completion: Completion | None = None
-
-
-@dataclass(frozen=True)
 class Completion:
     """token_ids: sampled ids with the stop id; logprobs: one per id, natural log.
 
@@ -119,15 +111,19 @@ class Completion:
         return self.prompt_tokens - self.cached_tokens
 
 
+OnTokens = Callable[[Sequence[int]], None]
+"""Is given newly sampled ids, at least one, in the caller's event loop. What it raises ends the request."""
+
+
 class Backend(Protocol):
     """An engine. Coroutines may be called concurrently from one event loop; cancelling the task cancels the request."""
 
-    async def generate(self, request: Request) -> Completion:
-        """Raises RequestRejected (never servable) or BackendFailed (try again)."""
-        ...
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
+        """Raises RequestRejected (never servable) or BackendFailed (try again).
 
-    def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        """Chunks as they are sampled; closing the iterator cancels the request."""
+        on_tokens: is called as ids are sampled; what it got, joined, is the completion's ids when this returns. It is
+        not called any more once the caller has gone, with the completion or without.
+        """
         ...
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:

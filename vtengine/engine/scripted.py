@@ -11,10 +11,10 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vtengine.engine.base import BackendFailed, Completion, Finish, Request, RequestRejected, TokenChunk
+from vtengine.engine.base import BackendFailed, Completion, Finish, OnTokens, Request, RequestRejected
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -34,6 +34,7 @@ class ScriptedBackend:
     replies: texts (an Exception is raised instead of answered); running out of them raises BackendFailed.
     A reply ends at the first stop string of the request, else with the request's first stop id, and is cut at
     max_new_tokens (finish "length"). Every logprob is `logprob`. `requests` keeps what was asked.
+    delay_s: before each reply; token_s: before each token of one that is streamed.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class ScriptedBackend:
         replies: Sequence[Reply] | Callable[[Request], Reply],
         *,
         delay_s: float = 0.0,
+        token_s: float = 0.0,
         logprob: float = -0.125,
         image_token_id: int | None = None,
     ) -> None:
         self.requests: list[Request] = []
         self._tokenizer = tokenizer
         self._replies = replies
-        self._delay_s = delay_s
+        self._delay_s, self._token_s = delay_s, token_s
         self._logprob = logprob
         self._image_token_id = self._find_image_token() if image_token_id is None else image_token_id
         self._weight_version = 0
@@ -56,7 +58,7 @@ class ScriptedBackend:
         self._images_seen: set[tuple[str, tuple[int, int, int]]] = set()
         self._counters: Counter[str] = Counter()
 
-    async def generate(self, request: Request) -> Completion:
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         started = time.perf_counter()
         keys = self._keys(request)
         reply = self._next_reply(request)
@@ -66,6 +68,11 @@ class ScriptedBackend:
         token_ids, finish = self._cut(reply, request)
         encoded = self._encode_images(request)
         cached = self._account(keys, token_ids)
+        if on_tokens is not None:
+            for token_id in token_ids:
+                if self._token_s:
+                    await asyncio.sleep(self._token_s)
+                on_tokens((token_id,))
         elapsed_s = time.perf_counter() - started
         return Completion(
             request_id=request.request_id,
@@ -79,12 +86,6 @@ class ScriptedBackend:
             ttft_s=elapsed_s,
             latency_s=elapsed_s,
         )
-
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        completion = await self.generate(request)
-        for token_id in completion.token_ids[:-1]:
-            yield TokenChunk((token_id,))
-        yield TokenChunk(completion.token_ids[-1:], completion)
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         del source

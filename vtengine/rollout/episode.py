@@ -6,11 +6,10 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 from vtengine.engine.base import (
     Backend,
@@ -20,7 +19,6 @@ from vtengine.engine.base import (
     Request,
     RequestRejected,
     SamplingParams,
-    TokenChunk,
 )
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Ask, ErrorInfo, Status, View
@@ -222,29 +220,22 @@ class _Run:
         geometry = ImageGeometry(tuple(self.images))
         images = [await self.pipeline.view(self.images[view.image], geometry.plan(view)) for view in ask.views]
         self.transcript.append_ask(ask, images)
-        self._emit(Asked(ask.turn, tuple(images), len(self.transcript), ask.views))
+        self.emit(Asked(ask.turn, tuple(images), len(self.transcript), ask.views))
         return self.transcript.request(f"{self.name}/{ask.turn}", ask.turn, self.sampling, self.started_s)
 
     async def generate(self, request: Request, turn: int) -> Completion:
         """One completion; a backend that breaks before its first token is asked again."""
         for attempt in range(1, ATTEMPTS + 1):
-            started = False
+            reader = None if self.on_event is None else _Reader(self, turn)
             try:
-                if self.on_event is None:
-                    return await self.backend.generate(request)
-                stream = cast("AsyncGenerator[TokenChunk, None]", self.backend.stream(request))
-                decoder = StreamDecoder(self.tokenizer)
-                async with aclosing(stream):
-                    async for chunk in stream:
-                        started = True
-                        self._emit_text(turn, decoder.push(self.transcript.without_stop(chunk.token_ids)))
-                        if chunk.completion is not None:
-                            self._emit_text(turn, decoder.flush())
-                            return chunk.completion
-                raise BackendFailed(f"request {request.request_id}: the stream ended without a completion")
+                completion = await self.backend.generate(request, reader)
             except BackendFailed:
-                if started or attempt == ATTEMPTS:
+                if attempt == ATTEMPTS or (reader is not None and reader.begun):
                     raise
+            else:
+                if reader is not None:
+                    reader.end()
+                return completion
         raise AssertionError("unreachable")
 
     def record(self, text: str, completion: Completion, reply: Reply, views: tuple[View, ...]) -> None:
@@ -256,7 +247,7 @@ class _Run:
         )
         turn = Turn(text, completion, reply, shown, sum(encoded[:split]), views)
         self.turns.append(turn)
-        self._emit(Replied(len(self.turns) - 1, turn))
+        self.emit(Replied(len(self.turns) - 1, turn))
 
     def close(self, conversation: Conversation) -> Episode:
         assert conversation.status is not None
@@ -272,13 +263,29 @@ class _Run:
             more_images=tuple(self.images[1:]),
         )
 
-    def _emit(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         if self.on_event is not None:
             self.on_event(event)
 
-    def _emit_text(self, turn: int, text: str) -> None:
+
+class _Reader:
+    """Makes text of a reply's ids as they come."""
+
+    def __init__(self, run: _Run, turn: int) -> None:
+        self._run, self._turn = run, turn
+        self._decoder = StreamDecoder(run.tokenizer)
+        self.begun = False
+
+    def __call__(self, token_ids: Sequence[int]) -> None:
+        self.begun = True
+        self._emit(self._decoder.push(self._run.transcript.without_stop(token_ids)))
+
+    def end(self) -> None:
+        self._emit(self._decoder.flush())
+
+    def _emit(self, text: str) -> None:
         if text:
-            self._emit(TextDelta(turn, text))
+            self._run.emit(TextDelta(self._turn, text))
 
 
 def _describe(fault: Exception, turn: int) -> tuple[ErrorInfo, Status]:

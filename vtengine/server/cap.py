@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from vtengine.engine.base import Backend, Completion, Request, RequestRejected, TokenChunk
+from vtengine.engine.base import Backend, Completion, OnTokens, Request, RequestRejected
 
 if TYPE_CHECKING:
     import torch
@@ -24,17 +23,10 @@ class CappedBackend:
         self._backend = backend
         self._left = max_tokens
 
-    async def generate(self, request: Request) -> Completion:
-        completion = await self._backend.generate(self._capped(request))
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
+        completion = await self._backend.generate(self._capped(request), on_tokens)
         self._left -= len(completion.token_ids)
         return completion
-
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        chunks = cast("AsyncGenerator[TokenChunk, None]", self._backend.stream(self._capped(request)))
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                self._left -= len(chunk.token_ids)
-                yield chunk
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         raise NotImplementedError("weights are loaded into the backend itself")

@@ -84,11 +84,13 @@ def test_concurrent_siblings_encode_their_image_once(serve):
 
 def test_streamed_chunks_join_to_the_completion(serve):
     async def collect(backend):
-        return [chunk async for chunk in backend.stream(request("s", prompt(2, 9)))]
+        chunks = []
+        completion = await backend.generate(request("s", prompt(2, 9)), chunks.append)
+        return completion, list(chunks)
 
-    chunks = serve(collect)
-    assert [chunk.completion is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
-    assert sum((chunk.token_ids for chunk in chunks), ()) == chunks[-1].completion.token_ids
+    completion, chunks = serve(collect)
+    assert all(chunks), "no empty chunk"
+    assert sum(map(tuple, chunks), ()) == completion.token_ids
 
 
 def test_the_limit_of_new_tokens_is_kept(serve):
@@ -121,14 +123,38 @@ def test_cancelling_one_task_leaves_the_others_alone(serve):
     assert all(len(other.token_ids) == 10 for other in others)
 
 
-def test_closing_a_stream_early_is_harmless(serve):
+def test_leaving_a_stream_early_is_harmless(serve):
     async def abandon(backend):
-        stream = backend.stream(request("s", prompt(2, 9), max_new_tokens=100))
-        await anext(stream)
-        await stream.aclose()
-        return await backend.generate(request("s", prompt(2, 9)))
+        chunks, begun = [], asyncio.Event()
+
+        def on_tokens(token_ids):
+            chunks.append(token_ids)
+            begun.set()
+
+        task = asyncio.create_task(backend.generate(request("s", prompt(2, 9), max_new_tokens=100), on_tokens))
+        await begun.wait()
+        task.cancel()
+        before = len(chunks)
+        await asyncio.gather(task, return_exceptions=True)
+        again = await backend.generate(request("s", prompt(2, 9)))
+        assert len(chunks) == before or task.exception() is None, "who has left is told nothing more"
+        return again
 
     assert serve(abandon).request_id == "s"
+
+
+def test_what_the_caller_of_a_stream_raises_is_its_own_affair(serve):
+    async def raise_in_one(backend):
+        def broken(token_ids):
+            raise KeyError("of the caller")
+
+        asks = [request(f"r{k}", prompt(k, 10), max_new_tokens=10) for k in range(3)]
+        calls = [backend.generate(ask, broken if k == 0 else [].append) for k, ask in enumerate(asks)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, *others = serve(raise_in_one)
+    assert isinstance(first, KeyError)
+    assert all(len(other.token_ids) == 10 for other in others)
 
 
 def test_new_weights_change_the_version_and_drop_the_caches(serve):

@@ -21,13 +21,17 @@ def test_cancel_by_id_returns_what_there_is_and_keeps_its_pages():
     ids = prompt(1, 20)
 
     async def cancel_midway(engine):
-        stream = engine.stream(request("c", ids, max_new_tokens=1000))
-        chunks = [await anext(stream) for _ in range(5)]
-        engine.cancel("c")
-        engine.cancel("unknown")
-        chunks += [chunk async for chunk in stream]
-        again = await engine.generate(request("again", ids))
-        return chunks[-1].completion, again
+        chunks = []
+
+        def on_tokens(token_ids):
+            chunks.append(token_ids)
+            if len(chunks) == 5:
+                engine.cancel("c")
+                engine.cancel("unknown")
+
+        cancelled = await engine.generate(request("c", ids, max_new_tokens=1000), on_tokens)
+        assert sum(map(tuple, chunks), ()) == cancelled.token_ids
+        return cancelled, await engine.generate(request("again", ids))
 
     cancelled, again = run(cancel_midway)
     assert cancelled.finish == "cancelled" and 5 <= len(cancelled.token_ids) < 1000
@@ -38,15 +42,17 @@ def test_cancel_by_id_returns_what_there_is_and_keeps_its_pages():
 def test_tokens_share_chunks_where_they_come_faster_than_chunks_may():
     async def chunks_of(engine):
         async def collect(name):
-            return [chunk async for chunk in engine.stream(request(name, prompt(1, 20), max_new_tokens=40))]
+            chunks = []
+            completion = await engine.generate(request(name, prompt(1, 20), max_new_tokens=40), chunks.append)
+            return completion, chunks
 
         return await asyncio.gather(*map(collect, "abc"))
 
     for rate, most in ((1e-3, 3), (1e9, 40)):  # a burst of three streams may begin between two steps
-        for chunks in run(chunks_of, max_chunks_per_s=rate):
-            ids = sum((chunk.token_ids for chunk in chunks), ())
-            assert ids == chunks[-1].completion.token_ids and len(ids) == 40
-            assert len(chunks[0].token_ids) == 1 and 2 <= len(chunks) <= most
+        for completion, chunks in run(chunks_of, max_chunks_per_s=rate):
+            ids = sum(map(tuple, chunks), ())
+            assert ids == completion.token_ids and len(ids) == 40
+            assert len(chunks[0]) == 1 and 2 <= len(chunks) <= most
             assert rate < 1 or len(chunks) == 40
     with pytest.raises(ValueError, match="max_chunks_per_s = 0"):
         EngineConfig(max_chunks_per_s=0)

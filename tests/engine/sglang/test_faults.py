@@ -223,14 +223,14 @@ def test_a_request_aborted_by_somebody_else_is_cancelled():
 @pytest.mark.parametrize("incremental", [False, True])
 def test_both_ways_of_streaming(incremental):
     async def collect(backend, _):
-        return [chunk async for chunk in backend.stream(ASK)]
+        chunks = []
+        return await backend.generate(ASK, chunks.append), chunks
 
-    chunks = serve(collect, fake(incremental_streaming_output=incremental))
-    assert sum((chunk.token_ids for chunk in chunks), ()) == chunks[-1].completion.token_ids == REPLY[:6]
-    assert len(chunks) == 6 and len(chunks[-1].completion.logprobs) == 6
-    chunks = serve(collect, fake(incremental_streaming_output=incremental), max_chunks_per_s=1e-3)
-    assert [chunk.token_ids for chunk in chunks] == [REPLY[:1], REPLY[1:6]]
-    assert chunks[-1].completion.token_ids == REPLY[:6]
+    completion, chunks = serve(collect, fake(incremental_streaming_output=incremental))
+    assert sum(chunks, ()) == completion.token_ids == REPLY[:6]
+    assert len(chunks) == 6 and len(completion.logprobs) == 6
+    completion, chunks = serve(collect, fake(incremental_streaming_output=incremental), max_chunks_per_s=1e-3)
+    assert chunks == [REPLY[:1], REPLY[1:6]] and completion.token_ids == REPLY[:6]
 
 
 def test_the_key_is_sent_and_an_id_is_served_once():

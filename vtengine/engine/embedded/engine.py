@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from vtengine.engine.base import BackendFailed, Completion, RequestRejected, TokenChunk
+from vtengine.engine.base import BackendFailed, Completion, RequestRejected
 from vtengine.engine.embedded.admission import prepare
 from vtengine.engine.embedded.attention import KVCache
+from vtengine.engine.embedded.caller import Caller, Outbox, set_error, set_result
 from vtengine.engine.embedded.config import EngineConfig
 from vtengine.engine.embedded.encode_ahead import EncodeAhead
 from vtengine.engine.embedded.encoder import Encoder
@@ -30,9 +30,9 @@ from vtengine.engine.pace import Pace
 from vtengine.model import hf_tensors, load_model, load_tensors, store_by_column
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
-    from vtengine.engine.base import Finish, Request
+    from vtengine.engine.base import Finish, OnTokens, Request
     from vtengine.engine.embedded.sequence import Sequence
     from vtengine.model import Qwen2_5_VL
 
@@ -73,7 +73,7 @@ class EmbeddedEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._updates: deque[_Update] = deque()
         self._wake = threading.Condition()
-        self._outbox: list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = []
+        self._outbox = Outbox()
         self._closed = False
         self._counters = dict.fromkeys(("steps", "batch_tokens", "prefill_tokens", "generated_tokens", "requests"), 0)
         self._worker = threading.Thread(target=self._serve, name="vtengine-engine", daemon=True)
@@ -81,49 +81,11 @@ class EmbeddedEngine:
 
     # ---- coroutines -------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: Request) -> Completion:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Completion] = loop.create_future()
-
-        def on_tokens(token_ids: tuple[int, ...], completion: Completion | None) -> None:
-            if completion is not None:
-                self._outbox.append((loop, partial(_set_result, future, completion)))
-
-        def on_error(error: Exception) -> None:
-            self._outbox.append((loop, partial(_set_error, future, error)))
-
-        sequence = self._submit(request, on_tokens, on_error)
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
+        caller = Caller(self._outbox, self._pace, on_tokens)
+        sequence = self._submit(request, caller)
         try:
-            return await future
-        finally:
-            self._leave(sequence)
-
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        loop = asyncio.get_running_loop()
-        chunks: asyncio.Queue[TokenChunk | Exception] = asyncio.Queue()
-        kept: list[int] = []
-        begun = False
-
-        def on_tokens(token_ids: tuple[int, ...], completion: Completion | None) -> None:
-            nonlocal begun
-            kept.extend(token_ids)
-            if completion is not None or self._pace.is_due or not begun:
-                begun = True
-                self._outbox.append((loop, partial(chunks.put_nowait, TokenChunk(tuple(kept), completion))))
-                kept.clear()
-
-        def on_error(error: Exception) -> None:
-            self._outbox.append((loop, partial(chunks.put_nowait, error)))
-
-        sequence = self._submit(request, on_tokens, on_error)
-        try:
-            while True:
-                chunk = await chunks.get()
-                if isinstance(chunk, Exception):
-                    raise chunk
-                yield chunk
-                if chunk.completion is not None:
-                    return
+            return await caller.completion
         finally:
             self._leave(sequence)
 
@@ -171,15 +133,12 @@ class EmbeddedEngine:
             self._wake.notify()
         await asyncio.to_thread(self._worker.join)
 
-    def _submit(
-        self, request: Request, on_tokens: Callable[[tuple[int, ...], Completion | None], None],
-        on_error: Callable[[Exception], None],
-    ) -> Sequence:  # fmt: skip
+    def _submit(self, request: Request, caller: Caller) -> Sequence:
         if request.request_id in self._live:
             message = f"request {request.request_id}: this id is being served already"
             raise RequestRejected("duplicate_request", message, "setup")
         sequence = prepare(request, self.model.config, self.pool)
-        sequence.on_tokens, sequence.on_error = on_tokens, on_error
+        sequence.caller = caller
         self._live[request.request_id] = sequence
         try:
             self._post(lambda: self._enqueue(sequence))
@@ -217,24 +176,13 @@ class EmbeddedEngine:
                 self.step()
             except Exception as error:
                 self._fail_all(error)
-            self._deliver()
+            self._outbox.deliver()
         self._fail_all(None)
         self._ahead.close()
         for update in self._updates:
             closed = BackendFailed("the engine was closed")
-            self._outbox.append((update.loop, partial(_set_error, update.done, closed)))
-        self._deliver()
-
-    def _deliver(self) -> None:
-        """Hands over what a step has for the callers: each event loop is woken once."""
-        loops: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
-        for loop, call in self._outbox:
-            loops.setdefault(loop, []).append(call)
-        self._outbox.clear()
-        for loop, calls in loops.items():
-            # A closed loop raises RuntimeError: nobody waits there any more.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_call_all, calls)
+            self._outbox.add(update.loop, partial(set_error, update.done, closed))
+        self._outbox.deliver()
 
     def _take_commands(self) -> bool:
         """Carries out what was posted, waiting if there is nothing to do; False once closed."""
@@ -266,7 +214,7 @@ class EmbeddedEngine:
         try:
             load_tensors(self.model, update.tensors, partial=True)
         except Exception as error:
-            self._outbox.append((update.loop, partial(_set_error, update.done, error)))
+            self._outbox.add(update.loop, partial(set_error, update.done, error))
             return
         self.tree.clear()
         self.runner.forget()
@@ -274,7 +222,7 @@ class EmbeddedEngine:
         for sequence in self.scheduler.waiting:
             sequence.features.clear()
             self._ahead.hold(sequence)
-        self._outbox.append((update.loop, partial(_set_result, update.done, None)))
+        self._outbox.add(update.loop, partial(set_result, update.done, None))
 
     def _commit(self, rows: list[Row], token_ids: list[int], logprobs: list[float]) -> None:
         now = time.perf_counter()
@@ -290,11 +238,11 @@ class EmbeddedEngine:
             if not sequence.logprobs:
                 sequence.first_token_s = now
             sequence.append(token_id, logprob)
+            if sequence.caller is not None:
+                sequence.caller.sampled(token_id)
             finish = self._finished(sequence, token_id)
             if finish is not None:
-                self._close_sequence(sequence, finish, (token_id,))
-            elif sequence.on_tokens is not None:
-                sequence.on_tokens((token_id,), None)
+                self._close_sequence(sequence, finish)
 
     def _finished(self, sequence: Sequence, token_id: int) -> Finish | None:
         sampling = sequence.request.sampling
@@ -306,9 +254,9 @@ class EmbeddedEngine:
 
     def _cancel(self, sequence: Sequence) -> None:
         if sequence.finish is None:
-            self._close_sequence(sequence, "cancelled", ())
+            self._close_sequence(sequence, "cancelled")
 
-    def _close_sequence(self, sequence: Sequence, finish: Finish, token_ids: tuple[int, ...]) -> None:
+    def _close_sequence(self, sequence: Sequence, finish: Finish) -> None:
         self.scheduler.finish(sequence, finish)
         self._counters["requests"] += 1
         now = time.perf_counter()
@@ -324,18 +272,18 @@ class EmbeddedEngine:
             ttft_s=(sequence.first_token_s or now) - sequence.submitted_s,
             latency_s=now - sequence.submitted_s,
         )
-        if sequence.on_tokens is not None:
-            sequence.on_tokens(token_ids, completion)
+        if sequence.caller is not None:
+            sequence.caller.finished(completion)
 
     def _fail_all(self, error: Exception | None) -> None:
         """A pass failed (None: the engine was closed): every request fails, no page is trusted any more."""
         for sequence in self.scheduler.drop_all():
             sequence.finish = "error"
             sequence.features.clear()
-            if sequence.on_error is not None:
+            if sequence.caller is not None:
                 failure = BackendFailed("the engine was closed" if error is None else f"a step failed: {error!r}")
                 failure.__cause__ = error
-                sequence.on_error(failure)
+                sequence.caller.failed(failure)
         self.runner.forget()
         self._ahead.forget()
 
@@ -348,18 +296,3 @@ class _Update:
     version: int
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[None]
-
-
-def _call_all(calls: list[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
-
-
-def _set_result(future: asyncio.Future[Any], result: object) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _set_error(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 from vtengine.engine.embedded.radix import PageKey, page_keys, token_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy as np
     import torch
 
-    from vtengine.engine.base import Completion, Finish, ImageInput, Request
+    from vtengine.engine.base import Finish, ImageInput, Request
+    from vtengine.engine.embedded.caller import Caller
 
 _arrivals = itertools.count()
 
@@ -46,8 +45,7 @@ class Sequence:
     delta: int
     seed: int
     submitted_s: float
-    on_tokens: Callable[[tuple[int, ...], Completion | None], None] | None = None
-    on_error: Callable[[Exception], None] | None = None
+    caller: Caller | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     rank: tuple[float, int] = field(init=False)
     tokens: list[int] = field(init=False)

@@ -12,12 +12,12 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vtengine.engine.base import BackendFailed, Completion, Request, RequestRejected, TokenChunk
+from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request, RequestRejected
 from vtengine.engine.pace import Pace
 from vtengine.engine.sglang import checks, translation
 from vtengine.engine.sglang.gate import Gate
 from vtengine.engine.sglang.pixels import PngCache
-from vtengine.engine.sglang.reply import ReplyReader, version_number
+from vtengine.engine.sglang.reply import ReplyReader, TokenChunk, version_number
 from vtengine.engine.sglang.served import ServedModel
 from vtengine.engine.sglang.transport import ConnectionLost, ServerFacts, StaleWeights, Transport
 from vtengine.engine.sglang.update import STALE_FEATURES, Update, WeightUpdates
@@ -117,27 +117,16 @@ class SglangBackend:
         """Inside, nothing is sent by itself: somebody else updates the weights. `adopt` them afterwards."""
         yield
 
-    async def generate(self, request: Request) -> Completion:
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         while True:
             try:
-                completion = await self._completion(request)
+                completion = await self._completion(request, on_tokens)
                 restarts = completion.finish == "cancelled" and request.request_id in self._aborted
             finally:
                 self._aborted.discard(request.request_id)
             if not restarts:
                 return completion
             self._counters["restarts"] += 1
-
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        pace = Pace(self.max_chunks_per_s)
-        kept: list[int] = []
-        async with aclosing(self._run(request, streamed=True)) as chunks:
-            async for chunk in chunks:
-                kept += chunk.token_ids
-                pace.step(time.monotonic(), self._gate.running)
-                if pace.is_due or chunk.completion is not None:
-                    yield TokenChunk(tuple(kept), chunk.completion)
-                    kept.clear()
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         """source: a checkpoint folder that SGLang can read, or tensors by checkpoint name (a part is enough).
@@ -180,9 +169,16 @@ class SglangBackend:
             await asyncio.wait(self._background, timeout=5)
         await self._transport.close()
 
-    async def _completion(self, request: Request) -> Completion:
-        async with aclosing(self._run(request, streamed=False)) as chunks:
+    async def _completion(self, request: Request, on_tokens: OnTokens | None) -> Completion:
+        pace = Pace(self.max_chunks_per_s)
+        kept: list[int] = []
+        async with aclosing(self._run(request, streamed=on_tokens is not None)) as chunks:
             async for chunk in chunks:
+                kept += chunk.token_ids
+                pace.step(time.monotonic(), self._gate.running)
+                if on_tokens is not None and kept and (pace.is_due or chunk.completion is not None):
+                    on_tokens(tuple(kept))
+                    kept.clear()
                 if chunk.completion is not None:
                     return chunk.completion
         raise BackendFailed(f"request {request.request_id}: SGLang's answer ended without a completion")

@@ -7,11 +7,11 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from vtengine.engine.base import BackendFailed, Completion, Request, TokenChunk
+from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request
 from vtengine.engine.sglang.backend import SglangBackend
 from vtengine.engine.sglang.fleet_update import FleetUpdate
 from vtengine.engine.sglang.routing import routing_key
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from vtengine.engine.sglang.update import Update
 
-T = TypeVar("T")
 RETRY_S = 2.0
 
 log = logging.getLogger(__name__)
@@ -64,22 +63,24 @@ class SglangFleet:
         if not self.live:
             raise BackendFailed(f"none of {len(self.servers)} servers answers: {found[0]}")
 
-    async def generate(self, request: Request) -> Completion:
-        """Nothing was given to the caller before a server died, so another one begins anew."""
-        return await self._over(request, lambda server: server.generate(request))
-
-    async def stream(self, request: Request) -> AsyncIterator[TokenChunk]:
-        """Moves to another server only before the first chunk."""
-
-        async def begin(server: SglangBackend) -> tuple[TokenChunk, AsyncIterator[TokenChunk]]:
-            chunks = server.stream(request)
-            return await anext(chunks), chunks
-
-        first, rest = await self._over(request, begin)
-        async with aclosing(rest):  # type: ignore[type-var]
-            yield first
-            async for chunk in rest:
-                yield chunk
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
+        """Another server begins anew where one dies, unless the caller was given tokens already."""
+        given = None if on_tokens is None else _Given(on_tokens)
+        fault: ConnectionLost | StaleWeights | None = None
+        for server in self._preferred(request):
+            if server in self._down:
+                continue
+            if fault is not None:
+                self._counters["failovers"] += 1
+            try:
+                return await server.generate(request, given)
+            except (ConnectionLost, StaleWeights) as error:
+                fault = error
+                if not isinstance(error, NoRoom):
+                    self._leave_out(server, error)
+                if given is not None and given.any:
+                    raise
+        raise fault or BackendFailed(f"request {request.request_id}: none of {len(self.servers)} servers lives")
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         """On every server that lives. Raises ValueError where they do not fit, BackendFailed if none took them."""
@@ -176,22 +177,6 @@ class SglangFleet:
             task.cancel()
         await asyncio.gather(*(server.close() for server in self.servers))
 
-    async def _over(self, request: Request, ask: Callable[[SglangBackend], Awaitable[T]]) -> T:
-        """Asks the servers in the order that the request prefers, each once. Raises the last one's fault."""
-        fault: ConnectionLost | StaleWeights | None = None
-        for server in self._preferred(request):
-            if server in self._down:
-                continue
-            if fault is not None:
-                self._counters["failovers"] += 1
-            try:
-                return await ask(server)
-            except (ConnectionLost, StaleWeights) as error:
-                fault = error
-                if not isinstance(error, NoRoom):
-                    self._leave_out(server, error)
-        raise fault or BackendFailed(f"request {request.request_id}: none of {len(self.servers)} servers lives")
-
     def _preferred(self, request: Request) -> list[SglangBackend]:
         key = routing_key(request, self.servers[0].model.image_token_id)
         return sorted(self.servers, key=lambda server: hashlib.sha256(f"{key} {server.where}".encode()).digest())
@@ -229,3 +214,15 @@ class SglangFleet:
         task = self._down.pop(server)
         if task is not asyncio.current_task():
             task.cancel()
+
+
+class _Given:
+    """Hands tokens on, and knows whether there were any."""
+
+    def __init__(self, on_tokens: OnTokens) -> None:
+        self._on_tokens = on_tokens
+        self.any = False
+
+    def __call__(self, token_ids: Sequence[int]) -> None:
+        self.any = True
+        self._on_tokens(token_ids)

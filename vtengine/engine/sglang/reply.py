@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vtengine.engine.base import BackendFailed, Completion, Finish, RequestRejected, TokenChunk
+from vtengine.engine.base import BackendFailed, Completion, Finish, RequestRejected
 from vtengine.engine.sglang.transport import NoRoom, StaleWeights
 
 if TYPE_CHECKING:
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 UNAVAILABLE = (429, 503)
 NO_SUCH_CALL = (404, 405)
 FIRST_VERSION = "default"  # what SGLang calls weights that were never updated
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """New ids of an answer; the last chunk has its `completion`."""
+
+    token_ids: tuple[int, ...]
+    completion: Completion | None = None
 
 
 def version_number(version: object) -> int:
