@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import pytest
 from vtengine_training.rewards.base import RewardError
@@ -49,6 +50,14 @@ def test_a_bad_value_names_function_and_example(name):
 def test_a_bad_path_is_refused_at_once(path, says):
     with pytest.raises(ValueError, match=says):
         load_function(path)
+
+
+def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch):
+    (tmp_path / "reward_of_the_folder.py").write_text("def one(episode, example):\n    return 1.0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as of the installed script
+    assert load_function("reward_of_the_folder:one")(None, None) == 1.0
+    assert sys.path[0] != str(tmp_path)
 
 
 def test_through_the_config():

@@ -3,7 +3,8 @@
     def reward(episode: Episode, example: Example) -> float    # or `async def`
 
 returns the accuracy, 0 to 1. Format and penalty are added as for every other reward. It runs on the event loop that
-also feeds the engine: what takes long should be `async`.
+also feeds the engine: what takes long should be `async`. Modules are found as `python -m` finds them: in the current
+folder, and on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Awaitable, Callable
 
 from vtengine.rollout.episode import Episode
@@ -27,10 +30,16 @@ def load_function(path: str) -> Function:
         module_name, _, name = path.rpartition(".")
     if not module_name or not name:
         raise ValueError(f"reward.function = {path!r}: must look like package.module:name")
+    if os.getcwd() not in sys.path:  # the installed script's path begins with its own folder
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # it is the user's code
-        hint = "is it on PYTHONPATH?" if isinstance(error, ImportError) else f"{type(error).__name__} in its own code"
+        hint = (
+            "is it in this folder, or on PYTHONPATH?"
+            if isinstance(error, ImportError)
+            else f"{type(error).__name__} in its own code"
+        )
         raise ValueError(f"reward.function = {path!r}: cannot import {module_name}: {error}; {hint}") from error
     found = getattr(module, name, None)
     if found is None:

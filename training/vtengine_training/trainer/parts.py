@@ -66,6 +66,7 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     ranks = ranks or Ranks()
+    rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
     dataset, validation = ranks.one_before_others(lambda: _datasets(config))
     tokenizer = Tokenizer.load(folder)
     models = build_models(config, folder, device, tokenizer.banned_ids, ranks)
@@ -73,7 +74,6 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     learner = Learner(
         models.policy, models.reference, models.optimizer, config.loss, config.update, rollout.max_new_tokens, ranks
     )
-    rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
     setting = build_setting(config, folder, models.model, tokenizer, ranks)
     assert isinstance(setting.pipeline, ImagePipeline)
     sampler = Sampler(len(dataset), config.data.seed)
