@@ -35,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a value of the file"
         )
-        command.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+        command.add_argument(
+            "--dry-run", action="store_true", help=DRY_RUN.get(name, "print the resolved configuration, and stop")
+        )
         command.set_defaults(run=run)
     return parser
 
@@ -166,17 +168,25 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
 }
 
 
+DRY_RUN = {
+    "grpo": "print the resolved configuration, the plan, memory and cost, and what is missing; then stop",
+    "curate": "print the resolved configuration and the plan, and stop",
+    "sweep": "print the runs and their steps, and stop",
+}
+
+
 def _examples(*lines: str) -> str:
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def progress_bar() -> Any:
-    """A progress line on standard error."""
+    """A progress line on standard error, where that is a terminal; elsewhere nothing."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+    console = Console(stderr=True)
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_metrics_jsonl_is_always_written_and_cut_when_a_run_goes_on(tmp_path) ->
 
 def test_the_console_says_a_line_per_row(tmp_path, capsys) -> None:
     write(Config(str(tmp_path), ("console",)), 0, [row(1, 0.5)])
-    assert "step 1/9  reward 0.5" in capsys.readouterr().err
+    assert capsys.readouterr().err == "step 1/9  reward 0.5\n"
     write(Config(str(tmp_path), ("jsonl",)), 1, [row(2, 0.5)])
     assert capsys.readouterr().err == ""
 

@@ -238,3 +238,13 @@ def test_figures_as_json() -> None:
         "c": None,
         "d": None,
     }
+
+
+def test_a_dry_run_names_what_is_missing(command, tmp_path, capsys) -> None:
+    arguments = [*command("nothing", "no_such_module:name", 'data.files=["absent.jsonl"]'), "--dry-run"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "# MISSING: data.files: absent.jsonl: no such file" in said
+    assert "# MISSING: reward.function = 'no_such_module:name': cannot import" in said
+    assert main([*command("nothing", "tests.training.rewards.rewards_of_users:half"), "--dry-run"]) == 0
+    assert "MISSING" not in capsys.readouterr().out

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,10 @@ def note(figures: Mapping[str, Any]) -> str:
 
 
 def plan(config: GrpoConfig) -> list[str]:
-    """What the run would do, and what it would take. Reads only the model's config.json, where it is there."""
+    """What the run would do, what it would take, and what is missing here.
+
+    Reads only the model's config.json, where it is there, and the reward function's module.
+    """
     rollout, loss, objective = config.rollout, config.loss, config.loss.objective
     lines = [
         "",
@@ -105,7 +108,22 @@ def plan(config: GrpoConfig) -> list[str]:
         f"penalty: {_penalty(config.reward.penalty)}",
         f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, in {config.output}",
     ]
-    return lines + _estimate(config)
+    return lines + _estimate(config) + [f"MISSING: {what}" for what in _missing(config)]
+
+
+def _missing(config: GrpoConfig) -> Iterator[str]:
+    """What would end the run at its start, of what is seen without loading anything."""
+    from vtengine_training.rewards.user import load_function
+
+    held_out = config.validation.files if config.validation.every else ()
+    for field, files in (("data", config.data.files), ("validation", held_out)):
+        yield from (f"{field}.files: {name}: no such file or folder" for name in files if not Path(name).exists())
+    try:
+        check_loggers(config.loggers)
+        if config.reward.function:
+            load_function(config.reward.function)
+    except ValueError as error:
+        yield str(error)
 
 
 def _penalty(config: PenaltyConfig) -> str:
