@@ -30,6 +30,11 @@ def test_by_hand() -> None:
     assert found["groups/solve_all"] == 0.5 and found["groups/solve_none"] == 0.0
 
 
+def test_a_part_of_an_answer_is_not_solved() -> None:
+    found = rollout_metrics([[facts(accuracy=0.4), facts(accuracy=0.1)], [facts(accuracy=0.6), facts()]])
+    assert found["groups/solve_all"] == 0.5 and found["groups/solve_none"] == 0.5
+
+
 def test_nothing_makes_no_metrics() -> None:
     assert rollout_metrics([]) == {}
 

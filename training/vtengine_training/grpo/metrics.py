@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from vtengine_training.rewards.base import CORRECT_FROM
+
 Facts = Mapping[str, float]
 """One sample: reward, accuracy, format, penalty, upscaled, visual_tokens, visual_tokens_full, response_length, turns,
 answered, truncated; needs_high where the example is labelled."""
@@ -27,8 +29,12 @@ def rollout_metrics(groups: Sequence[Sequence[Facts]]) -> dict[str, float]:
         "upscale/ratio": _mean([facts["upscaled"] for facts in samples]),
         "visual_tokens/per_question": _mean([facts["visual_tokens"] for facts in samples]),
         "turns/mean": _mean([facts["turns"] for facts in samples]),
-        "groups/solve_all": _mean([float(all(facts["accuracy"] > 0 for facts in group)) for group in groups]),
-        "groups/solve_none": _mean([float(all(facts["accuracy"] <= 0 for facts in group)) for group in groups]),
+        "groups/solve_all": _mean(
+            [float(all(facts["accuracy"] >= CORRECT_FROM for facts in group)) for group in groups]
+        ),
+        "groups/solve_none": _mean(
+            [float(all(facts["accuracy"] < CORRECT_FROM for facts in group)) for group in groups]
+        ),
     }
     for name in ("accuracy", "format", "penalty"):
         found[f"reward/{name}"] = _mean([facts[name] for facts in samples])

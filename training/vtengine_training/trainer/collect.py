@@ -21,7 +21,7 @@ from vtengine_training.data.examples import Dataset, Example
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.grpo.advantage import TurnRewards, advantages, has_spread, turn_advantages
 from vtengine_training.grpo.config import LossConfig
-from vtengine_training.rewards.base import Score
+from vtengine_training.rewards.base import CORRECT_FROM, Score
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.trainer.config import RolloutConfig
 from vtengine_training.trainer.ranks import Ranks
@@ -265,7 +265,7 @@ def sample_row(
     """A record as `vtengine generate` writes them, with what training adds."""
     row = episode_row(episode, index)
     own: dict[str, Any] = {"question": example.question, "image": example.image, "expected": list(example.answers)}
-    own |= {"correct": facts["accuracy"] >= 0.5, "step": step, "draw": draw, "advantage": advantage}
+    own |= {"correct": facts["accuracy"] >= CORRECT_FROM, "step": step, "draw": draw, "advantage": advantage}
     own |= {name: facts[name] for name in ("reward", "accuracy", "format", "penalty")}
     if "://" not in example.image and not example.image.startswith("data:"):
         own["image_path"] = str((Path(example.root) / example.image).resolve())
