@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def test_an_older_file_is_kept(tmp_path: Path) -> None:
     written(path, {"id": 2})
     assert path.read_bytes() == b'{"id": 2}\n'
     assert (tmp_path / "o.jsonl.previous").read_bytes() == b'{"id": 1}\n'
+
+
+def test_a_reader_that_has_gone_is_no_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    output = OutputFile(path, SETTINGS)
+    os.close(reader)
+    with pytest.raises(CliError, match="reader has gone"):
+        output.append({"id": 1})
+    output.close(finished=False)
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:

@@ -144,8 +144,11 @@ def test_resume_refuses_other_settings(
 
 def test_an_older_output_is_kept(uninterrupted: Path, vtengine: Run, scripted: Run, tmp_path: Path) -> None:
     before = uninterrupted.read_bytes()
-    vtengine(*arguments(tmp_path, uninterrupted, scripted()))
+    done = vtengine(*arguments(tmp_path, uninterrupted, scripted()))
     assert (tmp_path / "whole.jsonl.previous").read_bytes() == before
+    assert "the older file is now" in done.err and "whole.jsonl.previous" in done.err
+    (tmp_path / "whole.jsonl.run").write_text("{}")
+    assert "--resume goes on" in vtengine(*arguments(tmp_path, uninterrupted, scripted())).err
 
 
 def limit_file_size() -> None:

@@ -68,6 +68,8 @@ def test_help_and_usage_errors_import_nothing_heavy() -> None:
         (["generate", "old.jsonl.previous", "-o", "old.jsonl"], ["old.jsonl.previous", "is the input"]),
         (["generate", "old.jsonl.run", "-o", "old.jsonl"], ["old.jsonl.run", "is the input"]),
         (["generate", "/dev/null", "-o", "o"], ["/dev/null", "regular file"]),
+        (["generate", "-", "-o", "o"], ["-", "regular file"]),
+        (["generate", "in.jsonl", "-o", "-"], ["-o -", "/dev/stdout"]),
         (["generate", "in.jsonl", "-o", "o", "--image-root", "absent"], ["--image-root", "absent"]),
         (["generate", "in.jsonl", "-o", "o", "--model", "absent"], ["--model", "absent"]),
         (["generate", "in.jsonl", "-o", "o", "--model", "./absent/folder"], ["--model", "no such folder"]),

@@ -18,7 +18,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 _EXIT_STATUSES = """exit status:
   0 every row was processed; 3 some were rejected or failed (each has a row with its code); 2 bad usage;
-  1 the run could not go on (disk full, engine broke); 130 Ctrl-C. After 1 and 130, --resume goes on."""
+  1 the run could not go on (disk full, engine broke); 130 Ctrl-C, 143 SIGTERM. After 1, 130 and 143, --resume goes on;
+  without it an older OUT.jsonl is kept as OUT.jsonl.previous."""
 
 _GENERATE = f"""examples:
   vtengine generate questions.jsonl -o answers.jsonl --model glance
@@ -133,7 +134,10 @@ def _add_generate(parser: Parser) -> None:
     _add_engine(parser)
     parser.add_argument("--n", type=_whole(1), default=1, metavar="N", help="samples per question (default: 1)")
     parser.add_argument(
-        "--image-root", type=Path, metavar="DIR", help="images outside it are rejected; default: IN's folder"
+        "--image-root",
+        type=Path,
+        metavar="DIR",
+        help="images outside it are rejected (default: IN's folder); relative paths start at IN's folder all the same",
     )
     parser.add_argument(
         "--concurrency", type=_whole(1), default=32, metavar="N", help="episodes at a time (default: 32)"

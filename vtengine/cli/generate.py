@@ -116,7 +116,14 @@ class _Task:
         check_free(self.arguments.output)  # the model took its time to load
         if self.kept:
             self.kept.save()
-        return OutputFile(self.arguments.output, sampling_settings(self.arguments), resume_at=self.resume_at)
+        target = self.arguments.output
+        replaces = self.resume_at is None and target.is_file() and target.stat().st_size > 0
+        unfinished = replaces and settings_path(target).exists()
+        output = OutputFile(target, sampling_settings(self.arguments), resume_at=self.resume_at)
+        if replaces and not self.arguments.quiet:
+            hint = " (of a run that was not finished; --resume goes on with one)" if unfinished else ""
+            print(f"{target}: the older file{hint} is now {previous_path(target)}", file=sys.stderr)
+        return output
 
     def close_output(self, output: OutputFile, *, finished: bool) -> None:
         """finished: every row was written; rows that failed leave something to resume."""
@@ -127,8 +134,10 @@ class _Task:
 
 def _check_files(source: Path, target: Path) -> None:
     """The input is read twice and must outlive the run: no pipe, and none of the files that a run writes."""
-    if source.exists() and not source.is_file() and not source.is_dir():
+    if str(source) == "-" or (source.exists() and not source.is_file() and not source.is_dir()):
         raise UsageError(f"{source}: is not a regular file; the input is read twice, so save it to a file first")
+    if str(target) == "-":
+        raise UsageError("-o -: name a file, or /dev/stdout")
     for path in (target, previous_path(target), settings_path(target), kept_path(target)):
         if path.exists() and source.exists() and path.samefile(source):
             written = "the input itself" if path == target else f"written together with {path}, which is the input"

@@ -95,6 +95,8 @@ class OutputFile:
     def _guarded(self, action: Any, argument: Any) -> None:
         try:
             action(argument)
+        except BrokenPipeError:
+            raise CliError(f"{self.path}: writing failed: the reader has gone") from None
         except OSError as error:
             hint = "free some space, then run the same command with --resume"
             raise CliError(f"{self.path}: writing failed: {error.strerror}; {hint}") from None
