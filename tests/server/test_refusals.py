@@ -150,12 +150,28 @@ def test_type_paths_and_methods(plain: Running) -> None:
     connection = http.client.HTTPConnection(plain.url.removeprefix("http://"), timeout=20)
     for method, path, status in (
         ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/chat/completions/", 405),
+        ("PUT", "/v1/models", 405),
         ("GET", "/v1/embeddings", 404),
         ("GET", "/docs", 404),
     ):
         connection.request(method, path)
         reply = connection.getresponse()
         assert reply.status == status and json.loads(reply.read())["error"]["type"] == "invalid_request_error"
+        assert reply.headers["x-request-id"] and (status != 405 or reply.headers["allow"])
+    assert plain.metrics()['vtengine_requests_total{route="/v1/chat/completions",status="405"}'] >= 1
+
+
+def test_a_fault_elsewhere_has_an_id_and_is_counted(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve([ANSWER])
+    monkeypatch.setattr(type(server.house.metrics), "render", lambda self: 1 / 0)
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=20)
+    connection.request("GET", "/metrics")
+    reply = connection.getresponse()
+    assert reply.status == 500 and json.loads(reply.read())["error"]["code"] == "internal_error"
+    assert reply.headers["x-request-id"]
+    monkeypatch.undo()
+    wait_for(lambda: server.metrics()['vtengine_requests_total{route="/metrics",status="500"}'] == 1)
 
 
 def test_body_limit(serve: Serve) -> None:

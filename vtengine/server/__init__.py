@@ -1,4 +1,4 @@
 """An OpenAI-compatible server over any backend: adaptive resolution happens inside, in the one episode loop.
 
-Needs the extra `serve`. `create_app(setting, limits, model)` is the application, `serve` runs it until a signal.
+Needs the extra `serve`. `create_app(house)` is the application, `serve` runs it until a signal.
 """

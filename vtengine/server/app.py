@@ -8,18 +8,17 @@ from collections.abc import Callable, Mapping
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vtengine.rollout.group import Setting
 from vtengine.server.admission import Gate
 from vtengine.server.chat import ChatExchange
 from vtengine.server.config import ServerLimits
 from vtengine.server.errors import BROKEN, ApiError
-from vtengine.server.frame import Frame
+from vtengine.server.frame import CHAT, Frame
 from vtengine.server.house import House
 from vtengine.server.keys import ApiKeys
 from vtengine.server.metrics import CONTENT_TYPE, Metrics
@@ -41,33 +40,31 @@ def create_house(
     return House(setting, limits, model, keys or ApiKeys(), gate, Metrics(gate, sources), int(time.time()))
 
 
-def create_app(house: House) -> Starlette:
+def create_app(house: House) -> ASGIApp:
     """The ASGI application. The setting's backend and pipeline stay the caller's, who closes them afterwards."""
     page = load_page()
 
     async def index(request: Request) -> Response:
         return HTMLResponse(page.html, headers=page.headers)
 
-    return Starlette(
-        routes=[
-            Route("/v1/chat/completions", _Chat(house), methods=["POST"]),
-            *_models(house),
-            *_state(house),
-            Route("/", index),
-        ],
-        middleware=[Middleware(Frame, metrics=house.metrics)],
+    others = Starlette(
+        routes=[*_models(house), *_state(house), Route("/", index)],
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_http_error, Exception: _answer_fault},
     )
+    return Frame(_ChatOr(others, house), house.metrics)
 
 
-class _Chat:
-    """An ASGI application of its own, so that nothing stands between a request and its exchange."""
+class _ChatOr:
+    """Nothing stands between a chat request and its exchange: each event of a stream would pay for it."""
 
-    def __init__(self, house: House) -> None:
-        self.house = house
+    def __init__(self, others: ASGIApp, house: House) -> None:
+        self.others, self.house = others, house
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await ChatExchange(self.house, scope, receive, send).run()
+        if scope["type"] == "http" and scope["path"].rstrip("/") == CHAT:
+            await ChatExchange(self.house, scope, receive, send).run()
+        else:
+            await self.others(scope, receive, send)
 
 
 def _models(house: House) -> list[Route]:

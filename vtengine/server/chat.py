@@ -71,6 +71,9 @@ class ChatExchange:
 
     async def _serve(self) -> None:
         house = self.house
+        if self.scope["method"] != "POST":
+            message = f"{self.scope['method']} is not possible on {self.scope['path']}"
+            raise ApiError(405, "method_not_allowed", message)
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in self.scope["headers"]}
         house.keys.check(headers.get("authorization"))
         with house.gate.enter() as visit:

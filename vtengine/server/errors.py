@@ -38,7 +38,7 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+        return headers | {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(self.status, {})
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:

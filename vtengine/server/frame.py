@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vtengine.server.metrics import Metrics
 
 log = logging.getLogger("vtengine.server.access")
-ROUTES = ("/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics", "/")
+CHAT = "/v1/chat/completions"
+ROUTES = (CHAT, "/v1/models", "/health", "/ready", "/metrics", "/")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SHOWN = 100  # characters of a path in the log
 
@@ -26,7 +27,7 @@ def request_id_of(scope: Scope) -> str:
 
 
 class Frame:
-    """ASGI middleware that neither buffers nor hides a disconnect."""
+    """Stands outermost, and neither buffers nor hides a disconnect."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
