@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -82,6 +83,13 @@ def test_paths_that_are_no_file(root: Path) -> None:
     for source in (".", "sub", "sub/"):
         assert code_of(source, root) == "image_is_directory", source
     assert code_of("empty.png", root) == "image_empty"
+
+
+def test_a_missing_file_is_said_to_be_missed_where_it_was_looked_for(root: Path) -> None:
+    with pytest.raises(
+        ImageError, match=re.escape(f"image 'sub/no.png': No such file or directory (relative to '{root}")
+    ):
+        read_image_source("sub/no.png", root)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -92,7 +92,8 @@ def _read_path(source: str, root: Path, limits: SourceLimits) -> bytes:
     except OSError as fault:
         if isinstance(fault, IsADirectoryError) or os.path.isdir(path):
             raise ImageError("image_is_directory", f"image {_short(source)} is a directory") from fault
-        raise ImageError("image_not_found", f"image {_short(source)}: {fault.strerror or fault}") from fault
+        place = "" if os.path.isabs(source) else f" (relative to {_short(str(root))})"
+        raise ImageError("image_not_found", f"image {_short(source)}: {fault.strerror or fault}{place}") from fault
     if len(data) > limits.max_bytes:
         raise _too_large(source, len(data), limits)
     return data
