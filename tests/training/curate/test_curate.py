@@ -117,6 +117,7 @@ def test_bad_rows(curate, tiny_data, tmp_path, capsys) -> None:
     assert [row["label"] for row in found] == ["low_is_enough", "rejected", "unscored"]
     assert "image" not in found[1] and found[1]["reason"].startswith("image_")
     assert "boom" in found[2]["reason"]
+    assert f"no label for 1: {found[1]['reason']}" in capsys.readouterr().err
     told = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert told["left_out"] == {"answer_missing": 1}
     config = DataConfig(files=(str(tmp_path / "a" / "curated.jsonl"),))

@@ -32,6 +32,8 @@ def run_curate(arguments: argparse.Namespace) -> int:
     except CliError as error:
         raise ValueError(str(error)) from None
     print("\n".join(f"{label}: {count}" for label, count in found["labels"].items()))
+    for reason, count in Counter(found["reasons"]).most_common(MOST_REASONS):
+        print(f"no label for {count}: {reason}", file=sys.stderr)
     print(f"{config.output}: the rows, their images and summary.json", file=sys.stderr)
     return 0
 
@@ -79,6 +81,8 @@ async def curate(config: CurateConfig) -> dict[str, Any]:
     return found
 
 
+MOST_REASONS = 5
+"""Said at the end; summary.json has all."""
 KEPT = ("label", "reason", "low_correct", "high_correct", "rollouts", "needs_high")
 """What the summary needs of a row; the rest is on the disk."""
 
