@@ -127,9 +127,9 @@ def test_bad_rows(curate, tiny_data, tmp_path, capsys) -> None:
 def test_settings_that_the_engine_refuses_label_nothing(curate, monkeypatch, capsys) -> None:
     generate = EmbeddedEngine.generate
 
-    async def refuse(self, request):
+    async def refuse(self, request, on_tokens=None):
         if not request.images:  # the first one, which asks whether the engine works
-            return await generate(self, request)
+            return await generate(self, request, on_tokens)
         raise RequestRejected("invalid_sampling", "here is why", "setup")
 
     monkeypatch.setattr(EmbeddedEngine, "generate", refuse)
