@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vtengine.engine.base import BackendFailed, Completion, Request
+from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request
 from vtengine.engine.scripted import ScriptedBackend
 
 Run = Callable[..., Any]
@@ -197,13 +197,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     state = SimpleNamespace(breaks=lambda _: False, asked=set())
     generate = ScriptedBackend.generate
 
-    async def maybe(self: ScriptedBackend, request: Request) -> Completion:
+    async def maybe(self: ScriptedBackend, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         if request.images:
             name = request.request_id.partition("#")[0]
             state.asked.add(name)
             if state.breaks(name):
                 raise BackendFailed("the server is down")
-        return await generate(self, request)
+        return await generate(self, request, on_tokens)
 
     monkeypatch.setattr(ScriptedBackend, "generate", maybe)
     return state

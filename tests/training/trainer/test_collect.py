@@ -123,11 +123,11 @@ def refuse(one, monkeypatch, rejection):
     generate = one.setting.backend.generate
     words = tuple(one.setting.tokenizer.encode_untrusted("1?"))
 
-    async def refusing(request):
+    async def refusing(request, on_tokens=None):
         ids = request.token_ids
         if any(ids[k : k + len(words)] == words for k in range(len(ids))):
             raise rejection
-        return await generate(request)
+        return await generate(request, on_tokens)
 
     monkeypatch.setattr(one.setting.backend, "generate", refusing)
 

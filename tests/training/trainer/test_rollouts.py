@@ -70,9 +70,9 @@ def test_rewards_are_asked_while_others_generate(run) -> None:
     engine = one.parts.engine
     generate = engine.generate
 
-    async def counted(request):
+    async def counted(request, on_tokens=None):
         begun.append(request.request_id)
-        return await generate(request)
+        return await generate(request, on_tokens)
 
     engine.generate = counted
     asyncio.run(one.parts.collector.collect(1))
