@@ -1,10 +1,11 @@
 """Decode steps on CUDA, captured once for each batch size and context, and replayed: one launch in place of hundreds.
 
-A graph reads and writes fixed memory, so a step's ids, positions, slots and page tables are copied into buffers that
-live as long as the engine. A batch is filled up to the next captured size with rows that write to a page of their own,
-which no sequence has. Tables are cut to the next captured width, because a kernel may start programs for all that they
-could hold. Where rows are to be attended to as siblings, what their kernel is to do is one more such buffer, and a
-graph is captured for each power of two of its items.
+A graph reads and writes fixed memory, which lives as long as the engine. What a step needs is one matrix with a row for
+each sequence (its id, its position, where to write, how long it is, its pages), sent in one copy that does not block. A
+batch is filled up to the next captured size with rows that write to a page of their own, which no sequence has. Tables
+are cut to the next captured width, because a kernel may start programs for all that they could hold. Where rows are to
+be attended to as siblings, what their kernel is to do is one more buffer, and a graph is captured for each power of two
+of its items.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXT_TOKENS = (1024, 2048, 4096, 8192, 16384)
 """What the tables of a graph can hold; longer sequences decode without one."""
+FIRST_PAGE = 6
+"""Columns of a step before a row's pages: token id, position (3), slot, length."""
 WARM_UPS = 2
 """Passes before a capture, which must neither compile a kernel nor set up a library."""
 _CAPTURING = threading.Lock()
@@ -43,12 +46,10 @@ class DecodeGraphs:
         self._model, self._cache, self._capture = model, cache, capture
         self._sizes = [*(size for size in BATCH_SIZES if size < max_rows), max_rows]
         self._widths = [-(-tokens // cache.page_size) for tokens in CONTEXT_TOKENS]
-        device, pages = model.device, self._widths[-1]
-        self._token_ids = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
-        self._slots = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self._lengths = torch.ones(max_rows, dtype=torch.int64, device=device)
-        self._tables = torch.zeros(max_rows, pages, dtype=torch.int64, device=device)
+        device, columns = model.device, FIRST_PAGE + self._widths[-1]
+        self._steps = torch.zeros(max_rows, columns, dtype=torch.int64, device=device)
+        self._sent = torch.zeros(max_rows * columns, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._work = torch.full((max_rows * -(-CONTEXT_TOKENS[-1] // SPAN), 1 + ROWS), -1, device=device)
         self._impl: Impl = capturable(cache.keys[0]) or "auto"
         self._replays: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
@@ -63,26 +64,35 @@ class DecodeGraphs:
 
     def takes(self, layout: RowLayout) -> bool:
         """Whether every row is one token, and no context is too long."""
-        return bool((layout.count == 1).all()) and layout.pages.shape[1] <= self._tables.shape[1]
+        return bool((layout.count == 1).all()) and layout.pages.shape[1] <= self._widths[-1]
 
     def run(
-        self, token_ids: Tensor, positions: Tensor, slots: Tensor, layout: RowLayout, siblings: Siblings | None
-    ) -> Tensor:
-        """token_ids, slots [N], positions [3, N] -> hidden [N, H], valid until the next call."""
-        count = len(token_ids)
+        self, token_ids: np.ndarray, positions: np.ndarray, slots: np.ndarray, layout: RowLayout,
+        siblings: Siblings | None,
+    ) -> Tensor:  # fmt: skip
+        """int64 token_ids, slots [N], positions [3, N] -> hidden [N, H], valid until the next call."""
+        count, pages = layout.pages.shape
         size = next(size for size in self._sizes if size >= count)
-        self._token_ids[:count].copy_(token_ids)
-        self._positions[:, :count].copy_(positions)
-        self._slots[:count].copy_(slots)
-        self._lengths[:count].copy_(_tensor(layout.length))
-        self._tables[:count, : layout.pages.shape[1]].copy_(_tensor(layout.pages))
-        spare = self._cache.spare_page
-        self._slots[count:size] = spare * self._cache.page_size
-        self._lengths[count:size] = 1
-        self._tables[count:size, 0] = spare
-        width = next(width for width in self._widths if width >= layout.pages.shape[1])
+        width = next(width for width in self._widths if width >= pages)
+        step = self._sent[: size * (FIRST_PAGE + width)].view(size, -1)
+        self._fill(step.numpy(), token_ids, positions, slots, layout)
+        self._steps[:size, : FIRST_PAGE + width].copy_(step, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         work = 0 if siblings is None else self._set_work(siblings, layout, size)
         return self._replay(size, width, work)()[:count]
+
+    def _fill(
+        self, step: np.ndarray, token_ids: np.ndarray, positions: np.ndarray, slots: np.ndarray, layout: RowLayout
+    ) -> None:
+        count, pages = layout.pages.shape
+        spare = self._cache.spare_page
+        if self._copied is not None:
+            self._copied.synchronize()  # the last step's copy read this memory
+        step[:count, 0], step[:count, 1:4] = token_ids, positions.T
+        step[:count, 4], step[:count, 5] = slots, layout.length
+        step[:count, FIRST_PAGE : FIRST_PAGE + pages] = layout.pages
+        step[count:, : FIRST_PAGE + 1] = (0, 0, 0, 0, spare * self._cache.page_size, 1, spare)
 
     def _set_work(self, siblings: Siblings, layout: RowLayout, size: int) -> int:
         """Fills the buffer; returns how much of it a graph is to go through. Rows that fill up a batch get no items."""
@@ -118,11 +128,10 @@ class DecodeGraphs:
 
     def _forward(self, size: int, width: int, work: int) -> Tensor:
         siblings = replace(Siblings.strangers(size), work=self._work[:work]) if work else None
-        attention = _InPlace(
-            self._cache, self._slots[:size], self._tables[:size, :width], self._lengths[:size], siblings, self._impl
-        )
-        embeds = self._model.embed(self._token_ids[:size])
-        return self._model.decode(embeds, self._positions[:, :size], attention)
+        token_ids, *positions, slots, lengths = self._steps[:size, :FIRST_PAGE].t().contiguous()
+        tables = self._steps[:size, FIRST_PAGE : FIRST_PAGE + width]
+        attention = _InPlace(self._cache, slots, tables, lengths, siblings, self._impl)
+        return self._model.decode(self._model.embed(token_ids), torch.stack(positions), attention)
 
 
 @dataclass(frozen=True)

@@ -43,15 +43,16 @@ class Runner:
     def run(self, rows: list[Row]) -> tuple[list[int], list[float]]:
         """Computes the rows; returns a sampled id and its logprob for each row that samples, in order."""
         layout = self._layout(rows)
-        slots = torch.from_numpy(gather_slots(layout, self.cache.page_size)).to(self.model.device)
+        slots = gather_slots(layout, self.cache.page_size)
         token_ids, positions = self._inputs(rows)
         features, sampled = self._features(rows), self._sampled_tokens(rows, layout)
         if self.graphs is not None and features is None and self.graphs.takes(layout):
             hidden = self.graphs.run(token_ids, positions, slots, layout, self._families.of(layout.held))
             hidden = hidden if sampled is None else hidden.index_select(0, sampled)
         else:
-            attention = PagedAttention(self.cache, layout, slots, self._scratch, self._families)
-            hidden = self.model.decode(self.model.embed(token_ids, features), positions, attention, sampled)
+            ids, places, slots_T = (torch.from_numpy(x).to(self.model.device) for x in (token_ids, positions, slots))
+            attention = PagedAttention(self.cache, layout, slots_T, self._scratch, self._families)
+            hidden = self.model.decode(self.model.embed(ids, features), places, attention, sampled)
         sequences = [row.sequence for row in rows if row.samples]
         return self._sample(sequences, hidden) if sequences else ([], [])
 
@@ -76,8 +77,8 @@ class Runner:
             self._synced[slot] = (pages, len(pages))
         return slot
 
-    def _inputs(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
-        """(token ids [T], positions [3, T])."""
+    def _inputs(self, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """int64 (token ids [T], positions [3, T])."""
         token_ids: list[int] = []
         pieces: list[np.ndarray] = []
         text: list[int] = []  # positions of consecutive one-token rows, the usual case in decoding
@@ -99,8 +100,7 @@ class Runner:
         if text:
             pieces.append(_text_positions(text))
         positions = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
-        device = self.model.device
-        return torch.tensor(token_ids, device=device), torch.from_numpy(np.ascontiguousarray(positions)).to(device)
+        return np.array(token_ids, dtype=np.int64), np.ascontiguousarray(positions)
 
     def _features(self, rows: list[Row]) -> Tensor | None:
         """The visual features of the image placeholders in the rows [V, H], in order; None if there are none."""
