@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -18,6 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402  (after the thread counts are set)
 
 REPO = Path(__file__).resolve().parent.parent
+# Without an __init__.py, a folder loses against an installed package of its name (pyarrow 17 brings a `benchmarks`).
+for _name in ("benchmarks", "tests"):
+    _folder = sys.modules[_name] = ModuleType(_name)
+    _folder.__path__ = [str(REPO / _name)]
 SEED = 20250713
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0")
 LONGEST_FIRST = (

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from suites.siblings import PAGE, SHAPES, crossover, tables_of
 from vtengine_kernels import flash_attn3, flashinfer_paged
 from vtengine_kernels.prefix_attention import Crossover, Siblings, prefix_attention
-
-from benchmarks.suites.siblings import PAGE, SHAPES, crossover, tables_of
 
 TESTS = ["-m", "gpu", "tests/kernels/test_prefix_attention_triton.py", "tests/kernels/test_installed_attention.py"]
 HEADS, KV_HEADS, SIZE = SHAPES["Qwen2.5-VL-7B"]
