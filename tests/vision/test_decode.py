@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import struct
 import tracemalloc
@@ -56,6 +57,15 @@ def code_of(data: bytes, limits: DecodeLimits = LIMITS) -> str:
     return caught.value.code
 
 
+def readable(data: bytes) -> bytes:
+    """A file that this Pillow reads again: before 11.3 its MPO of three frames is broken, before 13 its YCbCr TIFF."""
+    try:
+        Image.open(io.BytesIO(data)).load()
+    except OSError as fault:
+        pytest.skip(f"Pillow cannot read the file that it wrote: {fault}")
+    return data
+
+
 # Formats
 
 
@@ -77,7 +87,7 @@ def test_lossy_formats_are_close(photo, encode, kind: str, options: dict) -> Non
 def test_first_frame_of_several(photo, encode, kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     several = encode(photo, kind, save_all=True, append_images=[photo.rotate(180), photo.rotate(90)], **options)
-    pixels = decode_image(several, LIMITS)
+    pixels = decode_image(readable(several), LIMITS)
     assert pixels.shape == (64, 96, 3)
     assert np.abs(pixels.astype(int) - np.asarray(photo)).mean() < 6
 
@@ -132,7 +142,7 @@ def test_broken_exif_turns_nothing(photo, encode) -> None:
 def test_modes_become_rgb(photo, encode, kind: str, mode: str) -> None:
     picture = photo.convert("RGBA").convert(mode) if mode in ("LA", "PA") else photo.convert(mode)
     data = encode(picture, kind, **({"quality": 95} if kind == "JPEG" else {}))
-    pixels = decode_image(data, LIMITS)
+    pixels = decode_image(readable(data), LIMITS)
     expected = np.asarray(picture.convert("RGB")).astype(int)
     assert np.abs(pixels - expected).mean() < (3 if kind == "JPEG" else 0.01)
 
