@@ -154,8 +154,10 @@ def import_peft(config: LoraConfig) -> Any:
     """The library. Raises ValueError with the remedy."""
     try:
         import peft
-    except ImportError:
-        raise ValueError(f"lora.rank = {config.rank}: peft is missing; pip install 'vtengine[lora]'") from None
+    except ImportError as fault:  # peft is missing, or too old for the transformers beside it
+        raise ValueError(
+            f"lora.rank = {config.rank}: peft cannot be imported ({fault}); pip install --upgrade 'vtengine[lora]'"
+        ) from fault
     return peft
 
 
