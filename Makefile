@@ -5,6 +5,7 @@
 #                          (without it, PyPI's build is taken, which on Linux carries the CUDA libraries: 3 GB)
 # PYTEST_ARGS=tests/repo   what `make test` is to run;  JOBS=4  processes it uses
 # SUITES="patchify"        what `make bench` is to run; BENCH_ARGS=--quick
+# make test-oldest         the tests with the oldest versions that pyproject.toml allows, in an environment of its own
 # make bench-peers         the suites that compare with other projects, in an environment that has these (benchmarks/peers)
 VENV  := .venv
 PY    := $(VENV)/bin/python
@@ -21,9 +22,9 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 
 export PYTHON TORCH_INDEX
 
-.PHONY: help venv demo test check format bench bench-peers report gpu sglang-venv vllm-venv peers-venv gpu-sglang test-sglang clean
+.PHONY: help venv demo test check format bench bench-peers report gpu oldest-venv test-oldest sglang-venv vllm-venv peers-venv gpu-sglang test-sglang clean
 help:
-	@sed -n '1,9s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt .ci/venv $(SOURCES)
@@ -33,8 +34,18 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/venv $(SOURCES)
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
+TEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) $(TEST)
+
+OLDEST_VENV := .venv-oldest
+oldest-venv: $(OLDEST_VENV)/.installed
+$(OLDEST_VENV)/.installed: pyproject.toml setup.py tests/oldest.sh $(SOURCES)
+	@tests/oldest.sh $(OLDEST_VENV)
+	@touch $@
+
+test-oldest: oldest-venv
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python $(TEST)
 
 check: $(STAMP)
 	$(PY) -m ruff format --check $(wildcard $(PYTHON_CODE))
@@ -104,4 +115,4 @@ gpu-sglang:
 	$(or $(PYTHON),$(wildcard $(PY)),python3) benchmarks/gpu_sglang.py $(if $(CONFIG),--config $(CONFIG)) $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) $(VLLM_VENV) $(PEERS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) $(SGLANG_VENV) $(VLLM_VENV) $(PEERS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 PACKAGES = {"vtengine", "vtengine_kernels", "vtengine_training"}
-SKIPPED = {".git", ".venv", "build", "dist", "out", "runs", "__pycache__", "tests", "docs"}
+SKIPPED = {".git", "build", "dist", "out", "runs", "__pycache__", "tests", "docs"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def install(repo_root: Path, root: Path, **environment: str) -> Installed:
 
 
 def unwanted(names: list[str]) -> set[str]:
-    return {name for name in names if name.endswith((".so", ".egg-info", ".pyc")) or name.endswith("_cache")}
+    return {name for name in names if name.startswith(".venv") or name.endswith((".so", ".egg-info", ".pyc", "_cache"))}
 
 
 def test_wheel_holds_the_three_packages_and_nothing_else(installed: Installed) -> None:
