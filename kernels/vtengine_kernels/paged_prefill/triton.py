@@ -112,8 +112,8 @@ def blocks(group: int, size: int, itemsize: int, major: int) -> dict[str, int]:
 
 
 def warps(block_m: int) -> int:
-    """Of a program: 16 rows for each, the least that a tensor core takes."""
-    return max(4, block_m // 16)
+    """Of a program: 16 rows for each, a tensor core's least; float32 spills with fewer than 8 warps."""
+    return max(8, block_m // 16)
 
 
 def paged_prefill(
