@@ -162,6 +162,9 @@ def test_lines_of_the_plot(tmp_path) -> None:
         ("theta-0.1", "released", 2),
     ]
     assert drawn[-1].label == "bare" and drawn[-1].row is ANY
+    alone = lines(planned, PlotConfig(average="seed"))
+    found = [(line.label, len(line.runs)) for line in alone]
+    assert found == [("form-paper_theta-0.1", 2), ("form-released_theta-0.1", 2), ("off", 1), ("bare", 1)]
 
 
 def test_means_and_bands() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,18 @@ def lines(planned: Sequence[Planned], config: PlotConfig) -> list[Line]:
         if key and key not in keys:
             raise ValueError(f"plot.{name} = {key!r}: is not varied; varied are {', '.join(keys)}")
     grouped: dict[tuple[str, Any], list[list[Row]]] = defaultdict(list)
-    for one in planned:
-        shown = {key: value for key, value in one.settings.items() if key not in (config.rows, config.average)}
+    shown = [_without(one.settings, config.rows, config.average) for one in planned]
+    for one, settings in zip(planned, shown, strict=True):
         row = one.settings.get(config.rows, ANY)
-        label = name_of(shown, keys) if shown and row is not ANY else one.name
+        has_siblings = not config.rows and shown.count(settings) > 1
+        label = name_of(settings, keys) if settings and (row is not ANY or has_siblings) else one.name
         if rows := read_rows(one.folder):
             grouped[label, row].append(rows)
     return [Line(label, row, tuple(runs)) for (label, row), runs in grouped.items()]
+
+
+def _without(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
 
 
 def plot(planned: Sequence[Planned], config: PlotConfig, image: Path) -> None:
