@@ -12,18 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from suites.gpu_siblings import HEADS, INSTALLED, KV_HEADS, SIZE
+from suites.siblings import PAGE
 from torch import Tensor
 from torch.nn import functional as F
-from vtengine_kernels import flash_attn3, flashinfer_paged
 from vtengine_kernels.paged_prefill import paged_prefill
 
-from benchmarks.suites.siblings import PAGE, SHAPES
-
 TESTS = ["-m", "gpu", "tests/kernels/test_paged_cache_triton.py", "tests/kernels/test_installed_attention.py"]
-HEADS, KV_HEADS, SIZE = SHAPES["Qwen2.5-VL-7B"]
 CASES = ((1, 1100, 420), (16, 1100, 420), (1, 4200, 1200), (16, 4200, 1200), (64, 300, 200))
 """(rows, new tokens, cached tokens): turn 2 at about 1k and 4k visual tokens, and short rows."""
-INSTALLED = {"flash": flash_attn3, "flashinfer": flashinfer_paged}
 TABLES = {
     "gpu-paged-prefill": {
         "columns": {

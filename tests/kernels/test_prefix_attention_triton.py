@@ -95,15 +95,17 @@ def test_every_span_of_every_row_is_somebodys_work_once(monkeypatch, seed):
 
 
 @pytest.mark.skipif(kernel.interpreted(), reason="TRITON_INTERPRET is set")
-@pytest.mark.parametrize("rows", [1, split.ROWS], ids=["alone", "siblings"])
 @pytest.mark.parametrize(
-    ("dtype", "group", "size", "arch"),
+    ("rows", "dtype", "group", "size", "arch"),
     [
-        *(("bf16", 7, 128, arch) for arch in ARCHITECTURES),
-        ("bf16", 8, 128, 90),
-        ("fp16", 2, 64, 90),
-        ("fp32", 2, 64, 90),
-        ("bf16", 8, 80, 90),
+        *((rows, "bf16", 7, 128, arch) for rows in (1, split.ROWS) for arch in ARCHITECTURES),
+        *(
+            (rows, *case, 90)
+            for rows in (1, split.ROWS)
+            for case in (("bf16", 8, 128), ("fp16", 2, 64), ("fp32", 2, 64), ("bf16", 8, 80))
+        ),
+        (1, "fp16", 4, 64, 90),
+        (1, "bf16", 8, 256, 90),
     ],
 )
 def test_it_compiles_without_spills(tmp_path, record_property, rows, dtype, group, size, arch):
