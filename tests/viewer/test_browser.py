@@ -39,6 +39,10 @@ def test_rows_turns_and_views_are_shown(
         and '<div class="segment answer">' in plain
         and "segment action" in closer
     )
+    classes = [re.search(r'<article(?: class="([^"]*)")?', one)[1] or "" for one in (plain, closer, gone)]  # type: ignore[index]
+    assert ["right" in classes[0], "wrong" in classes[1], "right" in classes[2] or "wrong" in classes[2]] == [
+        True, True, False,
+    ]  # fmt: skip
     assert "32 from cache, 40 prefilled" in closer and "advantage -0.250" in closer and "reward 0.900" in closer
     assert ">wrong<" in closer and ">right<" in plain
     assert "image_not_found" in gone and "no such file" in gone

@@ -54,7 +54,8 @@ class Frame:
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         path = scope["path"]
-        route = path if path in ROUTES else "/v1/models" if path.startswith("/v1/models/") else "other"
+        plain = path.rstrip("/") or "/"
+        route = plain if plain in ROUTES else "/v1/models" if path.startswith("/v1/models/") else "other"
         self.metrics.note(route, status, seconds)
         shown = ascii(path)[1:-1][:_SHOWN]
         log.info("%s %s %s %d %.3fs", scope["vtengine.request_id"], scope["method"], shown, status, seconds)

@@ -132,7 +132,7 @@
       if (details.open && !details.querySelector("pre")) details.append(node("pre", "", JSON.stringify(Object.fromEntries(extra), null, 1)));
     });
     const views = items(row._views).map(figureNode);
-    const classes = [row.status === "rejected" || row.status === "failed" ? "bad" : "", row.correct === false ? "wrong" : "", views.length ? "" : "bare"];
+    const classes = [row.status === "rejected" || row.status === "failed" ? "bad" : "", { right: "right", wrong: "wrong", none: "" }[verdictOf(row)], views.length ? "" : "bare"];
     return node("article", classes.filter(Boolean).join(" "), topNode(row), views.length ? node("div", "views", ...views) : null,
       node("div", "story", node("p", "question", text(row.question)), facts.childElementCount ? facts : null, error,
         ...turns.map((turn, index) => turnNode(turn, index, longest)), extra.length ? details : null));
