@@ -76,13 +76,21 @@ bench-peers: peers-venv
 report: $(STAMP)
 	$(PY) benchmarks/report.py
 
-# what fails does not keep the rest from running: a suite's own tests decide whether its numbers are written
-gpu: $(STAMP)
+# Without a network too, where torch, Triton, pytest and hypothesis are installed. What fails does not keep the rest from
+# running: a suite's numbers are written if all tests passed, or else if its own do. GPU_TESTS= and GPU_SUITES= choose;
+# PYTEST_ARGS='-n 1' for a GPU with little memory.
+GPU_STAMP := $(VENV)/.installed-for-gpu
+$(GPU_STAMP): pyproject.toml setup.py .ci/venv $(SOURCES)
+	@.ci/venv $(VENV) gpu
+	@touch $@
+
+GPU_TESTS ?= $(shell grep -rl --include='test_*.py' '^@pytest.mark.gpu' tests)
+gpu: $(if $(wildcard $(STAMP)),$(STAMP),$(GPU_STAMP))
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	    failed=; $(PY) -m vtengine.cli doctor || failed="$$failed doctor"; \
-	    $(PY) -m pytest -m gpu $(PYTEST_ARGS) || failed="$$failed tests"; \
+	    failed=; gate=--no-gate; $(PY) -m vtengine.cli doctor || failed="$$failed doctor"; \
+	    $(PY) -m pytest -m gpu -n 4 --dist loadfile $(PYTEST_ARGS) $(GPU_TESTS) || { failed="$$failed tests"; gate=; }; \
 	    for suite in $(GPU_SUITES); do \
-	        $(PY) benchmarks/run.py --suite $$suite $(BENCH_ARGS) || failed="$$failed $$suite"; \
+	        $(PY) benchmarks/run.py --suite $$suite $$gate $(BENCH_ARGS) || failed="$$failed $$suite"; \
 	    done; \
 	    if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi; \
 	else \

@@ -37,23 +37,22 @@ class Problem:
     @staticmethod
     def make(rows: int, size: int, vocabulary: int, active: float, dtype: torch.dtype, device: str = "cpu") -> Problem:
         """Four sequences; two spans of each are generated, as in a two-turn episode, `active` of it all."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
         length = rows // 4
-        hidden = torch.randn(4, length, size, generator=generator)
-        weight = torch.empty(vocabulary, size)
+        hidden = torch.randn(4, length, size, generator=generator, device=device)
+        weight = torch.empty(vocabulary, size, device=device)
         weight.normal_(0.0, size**-0.5, generator=generator)
-        targets = torch.randint(vocabulary, (4, length), generator=generator)
-        mask = torch.zeros(4, length, dtype=torch.bool)
+        targets = torch.randint(vocabulary, (4, length), generator=generator, device=device)
+        mask = torch.zeros(4, length, dtype=torch.bool, device=device)
         span = max(1, round(active * length / 2))
         mask[:, length // 4 : length // 4 + span] = True
         mask[:, length - span :] = True
         if active >= 1:
             mask[:] = True
-        hidden, weight = hidden.to(device, dtype), weight.to(device, dtype)
-        flat, targets = hidden.view(rows, size), targets.to(device)
-        logprobs, _ = token_logprob(flat, Head(weight), targets.view(-1), mask=mask.to(device).view(-1))
-        tokens = _tokens_near(logprobs, mask.to(device).view(-1), length, generator)
-        return Problem(hidden.requires_grad_(), weight.requires_grad_(), targets, mask.to(device), tokens)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        logprobs, _ = token_logprob(hidden.view(rows, size), Head(weight), targets.view(-1), mask=mask.view(-1))
+        tokens = _tokens_near(logprobs, mask.view(-1), length, generator)
+        return Problem(hidden.requires_grad_(), weight.requires_grad_(), targets, mask, tokens)
 
     def in_float32(self) -> Problem:
         """The same numbers, wider."""
@@ -69,8 +68,11 @@ class Problem:
 
 
 def _tokens_near(logprobs: Tensor, mask: Tensor, length: int, generator: torch.Generator) -> Tokens:
-    old, ref = (logprobs + 0.1 * torch.randn(len(mask), generator=generator).to(mask.device) for _ in range(2))
-    advantages = torch.randn(len(mask) // length, generator=generator).repeat_interleave(length).to(mask.device)
+    def normal(count: int) -> Tensor:
+        return torch.randn(count, generator=generator, device=mask.device)
+
+    old, ref = (logprobs + 0.1 * normal(len(mask)) for _ in range(2))
+    advantages = normal(len(mask) // length).repeat_interleave(length)
     return Tokens(advantages, mask / mask.sum(), old, ref=ref)
 
 

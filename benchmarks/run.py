@@ -1,6 +1,6 @@
 """The one benchmark runner: `python benchmarks/run.py --suite NAME [--quick] [--json OUT]`.
 
-A suite is a file `benchmarks/suites/NAME.py` with `run(context) -> list[dict]` and, when wanted,
+A suite is a file `benchmarks/suites/NAME.py` with `run(context)`, which gives rows (dicts), and, when wanted,
 
     TESTS = ["tests/..."]     must pass first: no number is written for code whose tests are red
     TABLES = {"marker": {"columns": {"row key": "heading"}, "where": {"row key": value}}}     read by report.py
@@ -8,7 +8,8 @@ A suite is a file `benchmarks/suites/NAME.py` with `run(context) -> list[dict]` 
     def data(rows)            {a file of the product: what it is to hold}; written by report.py
 
 Results are `{"suite", "stamp": {commit, dirty, machine, versions, date}, "quick", "tables", "data", "rows"}`. A quick
-run shrinks the work, checks nothing and writes only where `--json` says, so that no published table comes from it.
+run shrinks the work, checks nothing and writes only where `--json` says, so that no published table comes from it. Rows
+of a suite that fails on the way are kept, if it yields them one by one: in `NAME.json.partial`, which nothing reads.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,15 +67,23 @@ def gate(tests: list[str]) -> bool:
 
 
 def run_suite(name: str, *, quick: bool = False, gated: bool = True) -> dict[str, Any]:
-    """Runs one suite and returns the result document. RuntimeError: its tests are red."""
+    """Runs one suite and returns the result document, with "failed" in it if that ended early. RuntimeError: its tests
+    are red. What the suite raises before its first row is passed on."""
     module = load_suite(name)
     if gated and not quick and not gate(list(getattr(module, "TESTS", []))):
         raise RuntimeError(f"suite {name}: its tests fail, so no number is written")
     before = stamp(ROOT)
-    rows = module.run(Context(quick=quick, results=RESULTS))
-    data = module.data(rows) if hasattr(module, "data") else {}
     found = {"suite": name, "stamp": before, "quick": quick, "tables": getattr(module, "TABLES", {})}
-    return found | {"data": data, "rows": rows}
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in module.run(Context(quick=quick, results=RESULTS)):
+            rows.append(row)
+    except Exception as error:
+        if not rows:
+            raise
+        traceback.print_exc()
+        return found | {"data": {}, "rows": rows, "failed": repr(error)}
+    return found | {"data": module.data(rows) if hasattr(module, "data") else {}, "rows": rows}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -117,6 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     show(result["rows"])
     target = args.json or (None if args.quick else RESULTS / f"{args.suite}.json")
+    if "failed" in result:
+        if target is not None:
+            write(result, target.with_name(f"{target.name}.partial"))
+        return 1
     if target is not None:
         write(result, target)
         plot = getattr(load_suite(args.suite), "plot", None)

@@ -1,21 +1,21 @@
 """The second turn's prefill on a GPU: rows of many new tokens over the cached pages of their first turn.
 
 One layer's attention in bfloat16, 28 query and 4 key heads of 128 (Qwen2.5-VL-7B), pages of 16 tokens in any order.
-`gathered` copies keys and values out of the pages and leaves the rest to torch's scaled_dot_product_attention; ours,
-flash-attn 3 and FlashInfer (where they are installed) read them in place.
+`gathered` copies keys and values out of the pages and leaves the rest to torch's variable-length flash kernel; ours,
+flash-attn 3 and FlashInfer (where they are installed) read them in place. Several layers in turn, in a CUDA graph (see
+`on_gpu`) but for FlashInfer.
 `tflops`: 4 * Hq * D operations for each pair of a query and a token that it sees.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from suites.gpu_siblings import HEADS, INSTALLED, KV_HEADS, SIZE
+from suites.gpu_siblings import HEADS, INSTALLED, SIZE, caches_of, microseconds
 from suites.siblings import PAGE
 from torch import Tensor
-from torch.nn import functional as F
 from vtengine_kernels.paged_prefill import paged_prefill
 
 TESTS = ["-m", "gpu", "tests/kernels/test_paged_cache_triton.py", "tests/kernels/test_installed_attention.py"]
@@ -38,39 +38,42 @@ TABLES = {
 }
 
 
-def run(context: Any) -> list[dict[str, Any]]:
+def run(context: Any) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
-    return [measured(context, *case) for case in (CASES[:1] if context.quick else CASES)]
+    for case in CASES[:1] if context.quick else CASES:
+        yield measured(context, *case)
 
 
 def measured(context: Any, rows: int, new: int, cached: int) -> dict[str, Any]:
     length = cached + new
     width = -(-length // PAGE)
-    shape = (rows * width, PAGE, KV_HEADS, SIZE)
-    keys, values = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    caches = caches_of(rows * width, PAGE)
     q = torch.randn(rows * new, HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
     tables = torch.randperm(rows * width, device="cuda").view(rows, width)
     lengths = torch.full((rows,), length, device="cuda")
     offsets = torch.arange(rows + 1, device="cuda") * new
 
     def in_place(impl: Any) -> Callable[[], object]:
-        return lambda: paged_prefill(q, keys, values, tables, lengths, offsets, new, impl=impl)
+        return lambda: [paged_prefill(q, *cache, tables, lengths, offsets, new, impl=impl) for cache in caches]
 
-    mask = torch.arange(length, device="cuda") <= torch.arange(cached, length, device="cuda")[:, None]
-    sides = {"triton": in_place("triton"), "gathered": lambda: gathered(q, keys, values, tables, length, mask)}
+    slots = (tables[:, :, None] * PAGE + torch.arange(PAGE, device="cuda")).flatten(1)[:, :length].flatten()
+    starts = [(torch.arange(rows + 1, device="cuda") * each).int() for each in (new, length)]
+    sides = {"triton": in_place("triton")}
+    sides["gathered"] = lambda: [gathered(q, *cache, slots, starts, new, length) for cache in caches]
     sides |= {name: in_place(name) for name, adapter in INSTALLED.items() if adapter.missing() is None}
-    found = context.compare(sides, rounds=9, min_round_s=0.01, warmup=3, after=torch.cuda.synchronize)
-    times = {f"{name}_us": 1e6 * one.median_s for name, one in found.items()}
+    times = microseconds(context, sides, len(caches), 1)
     pairs = rows * (new * cached + new * (new + 1) // 2)
     row = {"rows": rows, "new": new, "cached": cached, "flash_us": None, "flashinfer_us": None, **times}
     row["tflops"] = 4 * HEADS * SIZE * pairs / times["triton_us"] / 1e6
     return row | {"speedup": times["gathered_us"] / times["triton_us"]}
 
 
-def gathered(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, length: int, mask: Tensor) -> Tensor:
-    """Rows of equal length [rows * new, Hq, D], by what torch has."""
-    k, v = (
-        x[tables.flatten()].view(len(tables), -1, KV_HEADS, SIZE)[:, :length].transpose(1, 2) for x in (keys, values)
-    )
-    rows = q.view(len(tables), -1, HEADS, SIZE).transpose(1, 2)
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, enable_gqa=True)
+def gathered(
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, starts: list[Tensor], new: int, length: int
+) -> Tensor:
+    """Rows of equal length [rows * new, Hq, D]; causal, the last query seeing all. starts: of queries and of keys."""
+    k, v = (x.flatten(0, 1).index_select(0, slots) for x in (keys, values))
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, *starts, new, length, 0.0, True, False, scale=SIZE**-0.5
+    )[0]
+    return out

@@ -8,12 +8,13 @@ stands beside it. Every result is compared with the CPU's, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from on_gpu import captured, repeat
 from vtengine_kernels.patchify import Step, Target, patchify
 
 from vtengine.vision.plan import PixelLimits, plan_high, plan_low, plan_low_half_first
@@ -37,15 +38,13 @@ TABLES = {
 }
 
 
-def run(context: Any) -> list[dict[str, Any]]:
+def run(context: Any) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     rate = copy_rate(context)
-    rows = []
     for width, height in SIZES[:1] if context.quick else SIZES:
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         for views, targets in targets_of(width, height).items():
-            rows += measured(context, image, views, targets, rate)
-    return rows
+            yield from measured(context, image, views, targets, rate)
 
 
 def targets_of(width: int, height: int) -> dict[str, list[Target]]:
@@ -69,10 +68,10 @@ def measured(context: Any, image: np.ndarray, views: str, targets: list[Target],
     outs = [rows.clone() for rows in got]
     from_gpu = partial(patchify, on_gpu, targets, out=outs, **options)
     calls = {
-        "kernels": captured(from_gpu).replay,
-        "GPU": partial(repeat, from_gpu),
-        "main memory": partial(repeat, partial(patchify, on_cpu, targets, device="cuda", out=outs, **options)),
-        "CPU": partial(repeat, lambda: [rows.cuda() for rows in patchify(image, targets, **options)], 1),
+        "kernels": captured(from_gpu, CALLS),
+        "GPU": partial(repeat, from_gpu, CALLS),
+        "main memory": partial(repeat, partial(patchify, on_cpu, targets, device="cuda", out=outs, **options), CALLS),
+        "CPU": lambda: [rows.cuda() for rows in patchify(image, targets, **options)],
     }
     times = context.compare(calls, rounds=7, after=torch.cuda.synchronize)
     moved = image.nbytes + sum(rows.nbytes for rows in outs)
@@ -91,23 +90,10 @@ def measured(context: Any, image: np.ndarray, views: str, targets: list[Target],
     ]
 
 
-def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """CALLS calls, ready to be replayed; the call was made before, so nothing is compiled or uploaded in it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        repeat(call)
-    return graph
-
-
-def repeat(call: Callable[[], object], times: int = CALLS) -> None:
-    for _ in range(times):
-        call()
-
-
 def copy_rate(context: Any) -> float:
     """Bytes read and written per second by a copy of 256 MiB on the device."""
     source = torch.zeros(1 << 28, dtype=torch.uint8, device="cuda")
     to = torch.empty_like(source)
-    copies = {"copy": partial(repeat, lambda: to.copy_(source))}
+    copies = {"copy": partial(repeat, lambda: to.copy_(source), CALLS)}
     time = context.compare(copies, rounds=7, after=torch.cuda.synchronize)["copy"]
     return 2 * CALLS * source.nbytes / time.min_s

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,14 +47,15 @@ TABLES = {
 }
 
 
-def run(context: Any) -> list[dict[str, Any]]:
+def run(context: Any) -> Iterator[dict[str, Any]]:
     groups = GROUPS[:1] if context.quick else GROUPS
     torch.manual_seed(0)
     layer = text_layer()
-    prefix = [
-        part(context, *group) for group in groups for part in (attention_row, lambda c, *g: layer_row(c, layer, *g))
-    ]
-    return prefix + [scatter_row(context, *size) for size in ((2048, 8), (16384, 16))]
+    for group in groups:
+        yield attention_row(context, *group)
+        yield layer_row(context, layer, *group)
+    for size in ((2048, 8), (16384, 16)):
+        yield scatter_row(context, *size)
 
 
 def trees(n: int, prefix: int, reply: int) -> dict[str, PrefixTree]:

@@ -2,17 +2,22 @@
 
 One layer's decode attention in bfloat16, 28 query and 4 key heads of 128 (Qwen2.5-VL-7B), pages of 16 tokens, 256
 tokens of each row's own, in batches of groups. `plain` is our kernel for single rows, `alone` the split kernel that is
-told of no siblings, `split` the same with siblings; flash-attn 3 and FlashInfer where they are installed.
+told of no siblings, `split` the same with siblings; flash-attn 3 and FlashInfer where they are installed. The caches of
+several layers are gone through in turn, in a CUDA graph as in the engine (see `on_gpu`), but for FlashInfer, which the
+engine does not capture either.
 `data`: from how many shared tokens on split is faster than plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
+from on_gpu import captured, layers_of, repeat
 from suites.siblings import PAGE, SHAPES, crossover, tables_of
 from vtengine_kernels import flash_attn3, flashinfer_paged
 from vtengine_kernels.prefix_attention import Crossover, Siblings, prefix_attention
@@ -22,6 +27,7 @@ HEADS, KV_HEADS, SIZE = SHAPES["Qwen2.5-VL-7B"]
 OWN = 256
 BATCHES, GROUPS, PREFIXES = (8, 32, 64, 128, 256), (8, 16), (256, 1024, 4096)
 CROSSOVER = "kernels/vtengine_kernels/prefix_attention/crossover_triton.json"
+REPEATS = 4  # of all layers, so that little of the time is that of one launch
 INSTALLED = {"flash": flash_attn3, "flashinfer": flashinfer_paged}
 TABLES = {
     "gpu-siblings": {
@@ -40,11 +46,12 @@ TABLES = {
 }
 
 
-def run(context: Any) -> list[dict[str, Any]]:
+def run(context: Any) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     batches, prefixes = (BATCHES[:1], PREFIXES[:2]) if context.quick else (BATCHES, PREFIXES)
-    cases = [(batch, n, prefix) for batch in batches for n in GROUPS for prefix in prefixes if batch >= n]
-    return [measured(context, *case) for case in cases]
+    for batch, n, prefix in product(batches, GROUPS, prefixes):
+        if batch >= n:
+            yield measured(context, batch, n, prefix)
 
 
 def data(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def data(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def measured(context: Any, batch: int, n: int, prefix: int) -> dict[str, Any]:
     tables = tables_of(batch, n, prefix, OWN)
     num_pages = 1 + max(map(max, tables))
-    keys, values = (torch.randn(num_pages, PAGE, KV_HEADS, SIZE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    caches = caches_of(num_pages, PAGE)
     q = torch.randn(batch, HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
     lengths = np.full(batch, prefix + OWN)
     rest = (torch.tensor(tables, device="cuda"), torch.from_numpy(lengths).cuda())
@@ -64,12 +71,28 @@ def measured(context: Any, batch: int, n: int, prefix: int) -> dict[str, Any]:
     told = {"alone": Siblings.strangers(batch), "split": siblings}
 
     def side(impl: str, known: Siblings | None = None) -> Callable[[], object]:
-        return lambda: prefix_attention(q, keys, values, *rest, known, impl=impl)
+        return lambda: [prefix_attention(q, *cache, *rest, known, impl=impl) for cache in caches]
 
     sides = {"plain": side("triton")}
     sides |= {name: side("triton", known.with_work(lengths, q.device)) for name, known in told.items()}
     sides |= {name: side(name) for name, adapter in INSTALLED.items() if adapter.missing() is None}
-    found = context.compare(sides, rounds=9, min_round_s=0.01, warmup=3, after=torch.cuda.synchronize)
-    times = {f"{name}_us": 1e6 * one.median_s for name, one in found.items()}
+    times = microseconds(context, sides, len(caches), REPEATS)
     row = {"batch": batch, "n": n, "prefix": prefix, "flash_us": None, "flashinfer_us": None, **times}
     return row | {"speedup": times["plain_us"] / times["split_us"]}
+
+
+def caches_of(num_pages: int, page: int) -> list[list[torch.Tensor]]:
+    """[keys, values] of several layers."""
+    shape = (num_pages, page, KV_HEADS, SIZE)
+    layers = layers_of(2 * 2 * num_pages * page * KV_HEADS * SIZE)
+    return [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)] for _ in range(layers)]
+
+
+def microseconds(context: Any, sides: dict[str, Callable[[], object]], layers: int, repeats: int) -> dict[str, float]:
+    """NAME_us of a layer. sides: by name, what goes through all layers once; captured, unless it is FlashInfer's."""
+    calls = {
+        name: partial(repeat, side, repeats) if name == "flashinfer" else captured(side, repeats)
+        for name, side in sides.items()
+    }
+    found = context.compare(calls, rounds=9, min_round_s=0.01, warmup=3, after=torch.cuda.synchronize)
+    return {f"{name}_us": 1e6 * one.median_s / (layers * repeats) for name, one in found.items()}

@@ -10,9 +10,11 @@ import asyncio
 import importlib.util
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from on_gpu import captured, layers_of
 from vtengine_kernels.prefix_attention import prefix_attention
 
 from vtengine.engine.base import Completion, ImageInput, Request, SamplingParams
@@ -25,6 +27,7 @@ LOW_SIDE, HIGH_SIDE = 64, 128  # patches: 1,024 and 4,096 visual tokens
 TEXT_TOKENS, NEW_TOKENS = 64, 32
 PAD = 151655
 BATCHES, LENGTHS = (8, 16, 32, 64, 128, 256), (1024, 4096)
+REPEATS = 4
 _SMALL = {"hidden_size": 256, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 256}
 SHAPES = {
     "3B": {"hidden_size": 2048, "num_layers": 36, "num_heads": 16, "num_kv_heads": 2, "intermediate_size": 11008},
@@ -49,13 +52,13 @@ TABLES = {
 }
 
 
-def run(context: Any) -> list[dict[str, Any]]:
+def run(context: Any) -> Iterator[dict[str, Any]]:
     if not torch.cuda.is_available() and not context.quick:
         raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
-    rows = []
     for name, sizes in ({"small": _SMALL} if context.quick else SHAPES).items():
-        rows += _two_turn(name, _model(sizes), context.quick)
-    return rows + (_decode(context) if torch.cuda.is_available() else [])
+        yield from _two_turn(name, _model(sizes), context.quick)
+    if torch.cuda.is_available():
+        yield from _decode(context)
 
 
 def _model(sizes: dict[str, int]) -> Qwen2_5_VL:
@@ -86,29 +89,25 @@ class _NoText:
         return ""
 
 
-def _two_turn(name: str, model: Qwen2_5_VL, quick: bool) -> list[dict[str, Any]]:
+def _two_turn(name: str, model: Qwen2_5_VL, quick: bool) -> Iterator[dict[str, Any]]:
     rounds, siblings = (1, 2) if quick else (ROUNDS, SIBLINGS)
     sides = (8, 16) if quick else (LOW_SIDE, HIGH_SIDE)
-    rows = []
     for resume in (True, False):
         runs = asyncio.run(_rounds(model, resume, rounds, siblings, sides))
         later = [second.ttft_s for _, episodes in runs for _, second in episodes]
         last = [turn for episode in runs[-1][1] for turn in episode]
-        rows.append(
-            {
-                "part": "two_turn",
-                "model": name,
-                "resumption": "on" if resume else "off",
-                "episodes": PICTURES * siblings,
-                "rounds": rounds,
-                "episodes_per_s": PICTURES * siblings / statistics.median(wall_s for wall_s, _ in runs),
-                "ttft_turn2_ms": 1e3 * statistics.median(later),
-                "prompt_tokens": sum(turn.prompt_tokens for turn in last),
-                "prefill_tokens": sum(turn.prefill_tokens for turn in last),
-                "images_encoded": sum(sum(turn.images_encoded) for turn in last),
-            }
-        )
-    return rows
+        yield {
+            "part": "two_turn",
+            "model": name,
+            "resumption": "on" if resume else "off",
+            "episodes": PICTURES * siblings,
+            "rounds": rounds,
+            "episodes_per_s": PICTURES * siblings / statistics.median(wall_s for wall_s, _ in runs),
+            "ttft_turn2_ms": 1e3 * statistics.median(later),
+            "prompt_tokens": sum(turn.prompt_tokens for turn in last),
+            "prefill_tokens": sum(turn.prefill_tokens for turn in last),
+            "images_encoded": sum(sum(turn.images_encoded) for turn in last),
+        }
 
 
 async def _rounds(
@@ -125,9 +124,12 @@ async def _rounds(
     runs = []
     try:
         for number in range(rounds + 1):
-            jobs = [(number * PICTURES + p, s) for p in range(PICTURES) for s in range(siblings)]
+            pictures = range(number * PICTURES, (number + 1) * PICTURES)
+            views = {picture: [_image(picture, side, model) for side in sides] for picture in pictures}
             started_s = time.perf_counter()
-            done = await asyncio.gather(*(_episode(engine, picture, sibling, sides) for picture, sibling in jobs))
+            done = await asyncio.gather(
+                *(_episode(engine, picture, s, views[picture]) for picture in pictures for s in range(siblings))
+            )
             runs.append((time.perf_counter() - started_s, list(done)))
     finally:
         await engine.close()
@@ -135,9 +137,8 @@ async def _rounds(
 
 
 async def _episode(
-    engine: EmbeddedEngine, picture: int, sibling: int, sides: tuple[int, int]
+    engine: EmbeddedEngine, picture: int, sibling: int, images: list[ImageInput]
 ) -> tuple[Completion, Completion]:
-    images = [_image(picture, side, engine.model) for side in sides]
     text = [(31 * picture + index) % 1000 for index in range(TEXT_TOKENS)]
     ids = [*text, *[PAD] * images[0].visual_tokens]
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=1.0, seed=sibling)
@@ -153,38 +154,41 @@ def _image(picture: int, side: int, model: Qwen2_5_VL) -> ImageInput:
     return ImageInput(f"picture-{picture}-{side}", (1, side, side), pixels)
 
 
-def _decode(context: Any) -> list[dict[str, Any]]:
-    """One query per row, 28:4 heads of 128: our kernel on pages of 16, flash-attn, if installed, on pages of 256."""
-    rows = []
+def _decode(context: Any) -> Iterator[dict[str, Any]]:
+    """One query per row, 28:4 heads of 128: our kernel on pages of 16, flash-attn, if installed, on pages of 256.
+
+    Several layers in turn, in a CUDA graph, as in the engine's decode steps (see `on_gpu`).
+    """
     for length in LENGTHS[:1] if context.quick else LENGTHS:
+        layers = {batch: layers_of(2 * 2 * batch * length * 4 * 128) for batch in BATCHES}
         for batch in BATCHES[:2] if context.quick else BATCHES:
-            candidates = {"vtengine": _ours(batch, length)}
+            sides = {"vtengine": _ours(batch, length, layers[batch])}
             if importlib.util.find_spec("flash_attn") is not None:
-                candidates["flash-attn"] = _flash(batch, length)
-            timed = context.compare(candidates, min_round_s=0.05, warmup=3, after=torch.cuda.synchronize)
+                sides["flash-attn"] = _flash(batch, length, layers[batch])
+            calls = {name: captured(side, REPEATS) for name, side in sides.items()}
+            timed = context.compare(calls, min_round_s=0.05, warmup=3, after=torch.cuda.synchronize)
             for name, measured in timed.items():
                 row = {"part": "decode", "batch": batch, "length": length, "impl": name}
-                rows.append({**row, "us": 1e6 * measured.median_s})
-    return rows
+                yield {**row, "us": 1e6 * measured.median_s / (layers[batch] * REPEATS)}
 
 
-def _paged(batch: int, length: int, page: int) -> tuple[torch.Tensor, ...]:
-    """(q, keys, values, tables, lengths) on the GPU."""
+def _paged(batch: int, length: int, page: int, layers: int) -> tuple[Any, ...]:
+    """(q, [(keys, values) of each layer], tables, lengths) on the GPU."""
     per_row = length // page
     q = torch.randn(batch, 28, 128, device="cuda", dtype=torch.bfloat16)
-    keys, values = (torch.randn(batch * per_row, page, 4, 128, device="cuda", dtype=q.dtype) for _ in range(2))
+    caches = torch.randn(layers, 2, batch * per_row, page, 4, 128, device="cuda", dtype=q.dtype)
     tables = torch.randperm(batch * per_row, device="cuda").view(batch, per_row)
-    return q, keys, values, tables, torch.full((batch,), length, device="cuda")
+    return q, [tuple(cache) for cache in caches], tables, torch.full((batch,), length, device="cuda")
 
 
-def _ours(batch: int, length: int) -> Any:
-    q, keys, values, tables, lengths = _paged(batch, length, 16)
-    return lambda: prefix_attention(q, keys, values, tables, lengths, impl="triton")
+def _ours(batch: int, length: int, layers: int) -> Any:
+    q, caches, *rest = _paged(batch, length, 16, layers)
+    return lambda: [prefix_attention(q, *cache, *rest, impl="triton") for cache in caches]
 
 
-def _flash(batch: int, length: int) -> Any:
+def _flash(batch: int, length: int, layers: int) -> Any:
     from flash_attn import flash_attn_with_kvcache
 
-    q, keys, values, tables, lengths = _paged(batch, length, 256)
-    q, tables, lengths = q.unsqueeze(1), tables.int(), lengths.int()
-    return lambda: flash_attn_with_kvcache(q, keys, values, cache_seqlens=lengths, block_table=tables, causal=True)
+    q, caches, tables, lengths = _paged(batch, length, 256, layers)
+    kinds = {"cache_seqlens": lengths.int(), "block_table": tables.int(), "causal": True}
+    return lambda: [flash_attn_with_kvcache(q.unsqueeze(1), *cache, **kinds) for cache in caches]

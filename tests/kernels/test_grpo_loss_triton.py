@@ -84,15 +84,15 @@ def test_it_compiles_without_spills(tmp_path, spec, arch):
 def on_gpu(case, objective, impl, dtype, chunk):
     """(loss, gradients) as `run_loss` gives them, computed on the GPU."""
     hidden, head, targets = case.tensors(dtype)
-    tokens = make_tokens(token_logprob(hidden, head, targets, impl="ref")[0])
+    hidden, weight, targets = hidden.cuda().requires_grad_(), head.weight.cuda().requires_grad_(), targets.cuda()
+    banned = None if head.banned is None else head.banned.cuda()
+    head = type(head)(weight, head.temperature, head.soft_cap, banned)
+    tokens = make_tokens(token_logprob(hidden, head, targets, impl="ref")[0])  # on a CPU bfloat16 may take seconds
     moved = type(tokens)(
         *(getattr(tokens, name).cuda() for name in ("advantages", "weights", "old", "rollout", "ref", "sequences")),
         tokens.num_sequences,
     )
-    hidden, weight = hidden.cuda().requires_grad_(), head.weight.cuda().requires_grad_()
-    banned = None if head.banned is None else head.banned.cuda()
-    head = type(head)(weight, head.temperature, head.soft_cap, banned)
-    loss = grpo_loss(hidden, head, targets.cuda(), moved, objective, impl=impl, chunk=chunk)
+    loss = grpo_loss(hidden, head, targets, moved, objective, impl=impl, chunk=chunk)
     return loss, [x.double().cpu() for x in torch.autograd.grad(loss.total, [hidden, weight])]
 
 
@@ -110,6 +110,8 @@ def test_on_the_gpu(name, dtype):
 @pytest.mark.gpu
 def test_more_scores_than_32_bits_count():
     """2^31 scores and some more: the last row's are written where they belong."""
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("less than 12 GiB of the GPU's memory are free")
     rows, vocabulary = 16_400, 131_072
     hidden = torch.randn(rows, 8, device="cuda", dtype=torch.bfloat16)
     head = Case(1, 8, vocabulary).tensors(torch.bfloat16)[1]
@@ -117,8 +119,10 @@ def test_more_scores_than_32_bits_count():
     targets = torch.randint(vocabulary, (rows,), device="cuda")
     whole = token_logprob(hidden, head, targets, impl="triton", chunk=rows)
     pieces = token_logprob(hidden, head, targets, impl="triton", chunk=1024)
-    for one, other in zip(whole, pieces, strict=True):
-        torch.testing.assert_close(one, other)
+    for one, other in zip(
+        whole, pieces, strict=True
+    ):  # another product's rounding to bfloat16 moves a score by 1 in 256
+        torch.testing.assert_close(one, other, rtol=0, atol=0.1)
 
 
 @pytest.mark.gpu

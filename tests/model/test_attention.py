@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.kernels.flash_stand_in import stand_in
 from vtengine.model import PackedCausal, attention
 from vtengine.model.attention import PADDING_LIMIT, Runs, dense_attention
 
@@ -102,3 +104,51 @@ def test_flash_call(monkeypatch):
 
 def test_flash_is_not_for_cpu_tensors():
     assert attention._varlen(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) is None
+
+
+def test_torchs_own_flash_is_taken_where_there_is_no_package(monkeypatch):
+    """On Hopper scaled_dot_product_attention would build a cuDNN plan for every new length."""
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(5, 2, 64))
+    package = object()
+    monkeypatch.setattr(attention, "_flash_attn", lambda: package)
+    assert attention._varlen(on_gpu) is package
+    monkeypatch.setattr(attention, "_flash_attn", lambda: None)
+    monkeypatch.setattr(attention.flash, "missing", lambda: None)
+    assert attention._varlen(on_gpu) is attention._torchs_flash
+    for change in ({"dtype": torch.float32}, {"shape": (5, 2, 60)}, {"shape": (5, 2, 512)}, {"is_cuda": False}):
+        assert attention._varlen(SimpleNamespace(**{**vars(on_gpu), **change})) is None, change
+    monkeypatch.setattr(attention.flash, "missing", lambda: "too old a GPU")
+    assert attention._varlen(on_gpu) is None
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_torchs_own_flash_as_it_is_called(monkeypatch, lengths, causal):
+    stand_in(monkeypatch)
+    monkeypatch.setattr(attention, "_varlen", lambda q: attention._torchs_flash)
+    _, q, k, v = qkv(sum(lengths), 4, 2)
+    if causal:
+        out = PackedCausal([0, *itertools.accumulate(lengths)]).attend(0, q, k, v)
+    else:
+        out = dense_attention(q, k, v, Runs(tuple((length, 1) for length in lengths)))
+    torch.testing.assert_close(out.double(), plain(q, k, v, lengths, causal), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("size", [32, 80, 128])
+def test_flash_on_the_gpu_errs_no_more_than_rounding(lengths, size):
+    """Values and gradients of bfloat16, against float64 on the same numbers; the vision tower's heads have 80."""
+    q, k, v = (x.detach().bfloat16() for x in qkv(sum(lengths), 4, 2, size)[1:])
+    runs = Runs(tuple((length, 1) for length in lengths))
+    for causal in (True, False):
+        moved = [x.cuda().requires_grad_() for x in (q, k, v)]
+        assert attention._varlen(moved[0]) is not None
+        exact = [x.double().requires_grad_() for x in (q, k, v)]
+        out, true = dense_attention(*moved, runs, causal), plain(*exact, lengths, causal)
+        assert (out.double().cpu() - true).norm() <= 1e-2 * true.norm()
+        weight = torch.randn(true.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        found = torch.autograd.grad((out * weight.cuda()).sum(), moved)
+        wanted = torch.autograd.grad((true * weight.double()).sum(), exact)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours.double().cpu() - theirs).norm() <= 2e-2 * theirs.norm() + 1e-2

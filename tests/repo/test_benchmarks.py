@@ -141,3 +141,71 @@ def test_suites_have_a_run_function(repo_root: Path) -> None:
     for name in run.suites():
         text = (repo_root / "benchmarks" / "suites" / f"{name}.py").read_text(encoding="utf-8")
         assert "def run(context" in text, name
+
+
+FAILING = """
+def run(context):
+    yield {"case": 1}
+    yield {"case": 2}
+    raise MemoryError("the third case is too large")
+"""
+
+
+def test_rows_of_a_suite_that_fails_are_kept(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load(repo_root, "run")
+    (tmp_path / "failing.py").write_text(FAILING, encoding="utf-8")
+    monkeypatch.setattr(run, "SUITES", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    assert run.main(["--suite", "failing"]) == 1
+    assert "the third case is too large" in capsys.readouterr().err
+    (partial,) = (tmp_path / "results").iterdir()  # no name that report.py reads
+    assert partial.name == "failing.json.partial"
+    found = json.loads(partial.read_text(encoding="utf-8"))
+    assert found["rows"] == [{"case": 1}, {"case": 2}] and "MemoryError" in found["failed"]
+
+
+NEEDED = """
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is not among what make gpu installs")
+BLOCKED = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Blocked())
+import pytest
+assert pytest.main(["-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider", *sys.argv[2].split(",")]) == 0
+sys.path.insert(0, "benchmarks")
+import run
+for name in run.suites():
+    if name.startswith("gpu_"):
+        run.load_suite(name)
+"""
+
+
+def test_make_gpu_needs_no_more_than_it_installs(repo_root: Path) -> None:
+    """A CUDA machine may have no network, and an image with torch, Triton, pytest and hypothesis in it."""
+    others = (
+        "starlette",
+        "pydantic",
+        "uvicorn",
+        "openai",
+        "httpx",
+        "datasets",
+        "pyarrow",
+        "peft",
+        "wandb",
+        "transformers",
+    )
+    marked = [
+        str(path)
+        for path in (repo_root / "tests").rglob("test_*.py")
+        if "\n@pytest.mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    assert len(marked) > 5
+    done = subprocess.run(
+        [sys.executable, "-c", NEEDED, ",".join(others), ",".join(marked)],
+        cwd=repo_root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

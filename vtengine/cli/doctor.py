@@ -21,7 +21,7 @@ State = Literal["ok", "slower", "missing"]
 REQUIRED = ("torch", "numpy", "pillow", "safetensors", "tokenizers", "rich", "jinja2")
 OPTIONAL = (
     ("triton", "Triton kernels; comes with torch on CUDA machines"),
-    ("flash-attn", "attention on CUDA; without it torch's SDPA is used: pip install flash-attn"),
+    ("flash-attn", "attention on CUDA; without it torch's own flash kernels are used"),
     ("huggingface_hub", "--model with a Hugging Face id: pip install 'vtengine[hf]'"),
     ("transformers", "parity tests and comparisons only: pip install 'vtengine[hf]'"),
     ("uvicorn", "vtengine serve: pip install 'vtengine[serve]'"),

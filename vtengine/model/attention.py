@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vtengine_kernels.shared_prefix_attention import PrefixTree, shared_prefix_attention
+from vtengine_kernels.shared_prefix_attention import PrefixTree, flash, shared_prefix_attention
 
 # Sequences padded to a common length in one batch may waste at most this share of its slots.
 PADDING_LIMIT = 0.25
@@ -166,10 +166,10 @@ _Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
 
 
 def _varlen(q: Tensor) -> _Varlen | None:
-    """The variable-length flash kernel for these tensors, or None: needs CUDA, 16 bits and the flash-attn package."""
+    """A variable-length flash kernel for these tensors: flash-attn's, else torch's own; None: CUDA and 16 bits only."""
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
         return None
-    return _flash_attn()
+    return _flash_attn() or (_torchs_flash if flash.takes(q) and flash.missing() is None else None)
 
 
 @functools.cache
@@ -184,6 +184,15 @@ def _flash_attn() -> _Varlen | None:
         return out
 
     return call
+
+
+def _torchs_flash(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, causal: bool) -> Tensor:
+    """Any lengths by one kernel. On Hopper scaled_dot_product_attention prefers cuDNN (torch 2.11 and newer), which
+    spends tens of milliseconds on a plan for every shape that it has not seen, so on nearly every prompt and image."""
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, offsets, offsets, longest, longest, 0.0, causal, False, scale=q.shape[2] ** -0.5
+    )[0]
+    return out
 
 
 @functools.lru_cache(maxsize=256)

@@ -27,7 +27,7 @@ if missing() is None:
             return tl.load(at)
 
     # Suffixes: M pairs of a query and a head of the group, D head size, T tokens of a block.
-    @triton.jit
+    @triton.jit(do_not_specialize=["table_stride"])
     def _paged_prefill_kernel(
         q_ptr,
         keys_ptr,

@@ -65,7 +65,7 @@ if missing() is None:
         return tl.minimum(tl.maximum(total_RC >> BITS, 0), 255)
 
     # Levels to planes of levels.
-    @triton.jit
+    @triton.jit(do_not_specialize=["height", "taps", "tap_stride"])
     def _pass_kernel(
         source_ptr,
         first_ptr,
@@ -100,7 +100,7 @@ if missing() is None:
         tl.store(out_R[:, None] + column_C[None, :], level_RC.to(tl.uint8), mask=in_RC)
 
     # Levels to patches. One program makes 14 lines of one channel: the upper or lower half of some windows of a row.
-    @triton.jit
+    @triton.jit(do_not_specialize=["width", "taps", "tap_stride"])
     def _patches_kernel(
         source_ptr,
         first_ptr,

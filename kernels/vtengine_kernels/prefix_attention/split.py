@@ -28,7 +28,7 @@ if missing() is None:
     import triton.language as tl
 
     # Suffixes: M pairs of a row and a query head of the group, D head size, T tokens of a block.
-    @triton.jit
+    @triton.jit(do_not_specialize=["table_stride", "most_spans"])
     def _span_kernel(
         q_ptr,
         keys_ptr,
@@ -98,7 +98,7 @@ if missing() is None:
             tl.store(lse_ptr + part_M, highest_M + tl.log(total_M), mask=real_M)
 
     # Suffixes: S spans of a block, D head size. A program merges the parts of one row and one query head, in order.
-    @triton.jit
+    @triton.jit(do_not_specialize=["most_spans"])
     def _merge_spans_kernel(
         parts_ptr,
         lse_ptr,

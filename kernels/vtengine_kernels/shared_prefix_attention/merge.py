@@ -12,7 +12,7 @@ if missing() is None:
     import triton.language as tl
 
     # Suffixes: H heads of a block, D head size. Row n of the part belongs to row rows[n] (or first + n) of the whole.
-    @triton.jit
+    @triton.jit(do_not_specialize=["first", "num_tokens", "num_rows"])
     def _merge_kernel(
         out_ptr,
         lse_ptr,

@@ -220,6 +220,31 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on():
     assert_cold(after, ask)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_whose_device_is_lost():
+    """After an illegal access on a GPU every further call fails, that which empties the caches too."""
+
+    async def lose():
+        engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(page_size=4, num_pages=300))
+
+        def lost(*_):
+            raise RuntimeError("the device is lost")
+
+        engine.model.decode = engine.runner.cache.reset = lost
+        asks = (engine.generate(request(name, prompt(1, 9))) for name in "ab")
+        errors = await asyncio.wait_for(asyncio.gather(*asks, return_exceptions=True), 30)
+        with pytest.raises(BackendFailed, match="closed"):
+            await engine.generate(request("c", (1,)))
+        with pytest.raises(BackendFailed, match="closed"):
+            await engine.load_weights({}, 1)
+        await engine.close()
+        return errors
+
+    first, second = asyncio.run(lose())
+    assert isinstance(first, BackendFailed) and "the device is lost" in str(first)
+    assert isinstance(second, BackendFailed)  # or it came too late
+
+
 def test_closing_fails_what_is_left_and_refuses_more():
     async def close_midway():
         engine = EmbeddedEngine(MODEL, Letters(), EngineConfig(page_size=4, num_pages=300))

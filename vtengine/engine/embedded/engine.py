@@ -171,18 +171,28 @@ class EmbeddedEngine:
             torch.set_num_threads(self.config.num_threads)
         if self.model.device.type == "cuda":  # a new thread begins on the first GPU: graphs would be captured there
             torch.cuda.set_device(self.model.device)
-        while self._take_commands():
-            try:
-                self.step()
-            except Exception as error:
-                self._fail_all(error)
+        fault: Exception | None = None
+        try:
+            while self._take_commands():
+                try:
+                    self.step()
+                except Exception as error:
+                    fault = error
+                    self._fail_all(error)
+                    self._forget()
+                    fault = None
+                self._outbox.deliver()
+        finally:  # with a fault where a GPU is lost: its caches cannot even be emptied, but nobody waits for ever
+            with self._wake:
+                self._closed = True
+            self._take_commands()
+            self._fail_all(fault)
+            self._ahead.close()
+            for update in self._updates:
+                closed = BackendFailed("the engine was closed")
+                self._outbox.add(update.loop, partial(set_error, update.done, closed))
             self._outbox.deliver()
-        self._fail_all(None)
-        self._ahead.close()
-        for update in self._updates:
-            closed = BackendFailed("the engine was closed")
-            self._outbox.add(update.loop, partial(set_error, update.done, closed))
-        self._outbox.deliver()
+        self._forget()
 
     def _take_commands(self) -> bool:
         """Carries out what was posted, waiting if there is nothing to do; False once closed."""
@@ -276,7 +286,7 @@ class EmbeddedEngine:
             sequence.caller.finished(completion)
 
     def _fail_all(self, error: Exception | None) -> None:
-        """A pass failed (None: the engine was closed): every request fails, no page is trusted any more."""
+        """A pass failed (None: the engine was closed): every request fails; `_forget`: no page is trusted any more."""
         for sequence in self.scheduler.drop_all():
             sequence.finish = "error"
             sequence.features.clear()
@@ -284,6 +294,8 @@ class EmbeddedEngine:
                 failure = BackendFailed("the engine was closed" if error is None else f"a step failed: {error!r}")
                 failure.__cause__ = error
                 sequence.caller.failed(failure)
+
+    def _forget(self) -> None:
         self.runner.forget()
         self._ahead.forget()
 
