@@ -15,8 +15,8 @@ FORWARD, BACKWARD = 2, 4
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Parameters by part. `head`: the output projection (tied or not); embedding look-ups cost nothing. ends: all that is
-    neither in a decoder layer nor in a vision block."""
+    """Parameters by part. `head`: the output projection (tied or not); embedding look-ups cost nothing. ends: all that
+    is neither in a decoder layer nor in a vision block."""
 
     text: int
     vision: int
