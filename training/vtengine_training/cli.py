@@ -95,13 +95,11 @@ def _eval(arguments: argparse.Namespace) -> int:
         return 0
     from vtengine_training.eval.runner import evaluate, write_results
     from vtengine_training.files import check_place
+    from vtengine_training.progress import Progress
 
     check_place(Path(config.results))
-    with progress_bar() as progress:
-        tasks: dict[str, Any] = {
-            name: progress.add_task(name, total=config.count, note="") for name in config.resolutions
-        }
-        results = evaluate(config, lambda name, done: progress.update(tasks[name], completed=done))
+    with Progress({name: config.count for name in config.resolutions}) as progress:
+        results = evaluate(config, progress.update)
     write_results(results, Path(config.results))
     for name, found in results["results"].items():
         accuracy = found["accuracy"]

@@ -1,14 +1,36 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all; and a folder for one run at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtengine.cli.errors import UsageError
+from vtengine.cli.output import lock
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Makes the output folder; inside, no other run can have it. A run that was killed has it no more.
+
+    Raises ValueError where another one has it, OSError where it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("ab") as file:
+        try:
+            lock(file, f"output = {folder}: another run is writing there; wait for its end, or use another output")
+        except UsageError as taken:
+            raise ValueError(str(taken)) from None
+        yield
 
 
 def write_whole(path: Path, text: str) -> None:

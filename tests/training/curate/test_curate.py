@@ -57,9 +57,10 @@ def curate(tiny_folder, tiny_data, tmp_path, monkeypatch):
 LABELS = ["low_is_enough", "needs_high", "neither", "neither", "low_is_enough"]
 
 
-def test_labels_counts_and_files(curate, tmp_path) -> None:
+def test_labels_counts_and_files(curate, tmp_path, capsys) -> None:
     status, rows = curate("a")
     assert status == 0
+    assert "5/5  low_is_enough 2  needs_high 1\n" in capsys.readouterr().err
     assert [row["id"] for row in rows] == [f"q{k}" for k in range(5)]
     assert [row["label"] for row in rows] == LABELS
     assert (rows[1]["low_correct"], rows[1]["high_correct"], rows[1]["rollouts"]) == (0, 2, 2)

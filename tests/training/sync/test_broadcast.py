@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from datetime import timedelta
 
@@ -20,6 +21,7 @@ from tests.engine.sglang.scheduler import FROZEN, KILLED, schedulers
 from tests.engine.tiny import request, tiny_model
 from vtengine.engine.base import BackendFailed
 from vtengine.engine.sglang import SglangFleet, SglangHttpBackend, fleet_update
+from vtengine.engine.sglang.update import Update
 from vtengine.model import hf_tensors
 
 ASK = request("a", (1, 2, 3), max_new_tokens=4)
@@ -88,6 +90,25 @@ def test_one_that_dies_is_done_without(fault) -> None:
 
 def test_all_of_them_get_it() -> None:
     assert published(one_version, {}, {}, {}) == ([True, True, True], {1})
+
+
+@pytest.mark.parametrize("fault", [{}, {"update_weights_from_distributed": (1, KILLED)}], ids=["close", "abort"])
+def test_both_sides_end_the_group_at_the_same_time(fault, monkeypatch) -> None:
+    """On one machine NCCL's ends for nobody before all have been told to end it."""
+    told = threading.Event()
+    close, leave = group_module.Group.close, Update.leave
+
+    async def leaving(self, name):
+        told.set()
+        await leave(self, name)
+
+    def closing(self):
+        assert told.wait(5), "the servers were not asked to leave"
+        close(self)
+
+    monkeypatch.setattr(Update, "leave", leaving)
+    monkeypatch.setattr(group_module.Group, "close", closing)
+    assert published(one_version, {}, fault) == ([True, not fault], {1})
 
 
 def test_all_that_die_end_the_run_with_their_names() -> None:

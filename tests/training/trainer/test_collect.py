@@ -141,12 +141,13 @@ def refuse(one, monkeypatch, rejection):
     ],
 )
 def test_a_refusal_costs_an_example_its_place_only_if_it_is_to_blame(
-    collector, monkeypatch, code, blame, reason
+    collector, monkeypatch, caplog, code, blame, reason
 ) -> None:
     one = collector(rollout={"prompts": 5, "max_refill": 2.0})
     refuse(one, monkeypatch, RequestRejected(code, "no", blame))
     found = collect(one)
     assert found.counts[reason] >= 1
+    assert caplog.text.count("dropped, as are others like it: refused_by_server: no") == (reason == "failed")
     assert one.sampler.quarantined == ({1} if blame == "request" else set())
     assert {group.example for group in found.groups} == {0, 2, 3, 4}
 

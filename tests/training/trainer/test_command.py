@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from vtengine_training.cli import main
 from vtengine_training.loggers.jsonl import cut_metrics, rounded
 from vtengine_training.stopping import EXIT_STOPPED
@@ -130,6 +131,37 @@ def test_no_spread_ends_the_run_with_its_own_status(command, tmp_path, capsys, m
     assert main([*arguments, "--set", "update.max_skipped=2"]) == EXIT_DIVERGED
     said = capsys.readouterr().err
     assert "2 steps in a row had no group with spread" in said and "zero_spread" in said
+
+
+@pytest.mark.parametrize("settings", [("steps=2",), ("steps=9", "update.max_skipped=2")], ids=["end", "before"])
+def test_missing_images_end_the_run_and_export_nothing(command, tmp_path, capsys, monkeypatch, settings) -> None:
+    """More of them than are drawn. With the images in their place, the same command trains."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    rows = [{"id": f"m{k}", "image": f"images/{k}.png", "question": f"{k}?", "answer": "1"} for k in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = command("none", "toy_reward:low_bytes", f'data.files=["{folder / "rows.jsonl"}"]', *settings)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "data: all 16 (of 40) examples are in quarantine: none can be asked; the last one: " in said
+    assert "images/" in said.splitlines()[-1]
+    assert not (tmp_path / "none" / "model").exists() and find_latest(tmp_path / "none" / "checkpoints") is None
+    (folder / "images").mkdir()
+    for k in range(40):
+        Image.new("RGB", (56, 56), (k, 3 * k, 100)).save(folder / "images" / f"{k}.png")
+    assert main([*arguments, "--set", "steps=1"]) == 0
+    assert (tmp_path / "none" / "model").is_dir()
+
+
+def test_a_run_that_learned_nothing_exports_nothing(command, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    arguments = command("idle", "toy_reward:low_bytes", "reward.accuracy=rules", "reward.function=''", "steps=2")
+    for _ in range(2):
+        assert main(arguments) == EXIT_DIVERGED
+        said = capsys.readouterr().err
+        assert "stopped at step 2: none of 2 steps changed a weight" in said and "zero_spread" in said
+    assert not (tmp_path / "idle" / "model").exists()
 
 
 def test_a_finished_run_has_nothing_to_do(command, tmp_path, monkeypatch, capsys) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 
 import pytest
+from vtengine_training.cli import main
 from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
+from vtengine_training.trainer.ranks import Ranks
 
 from tests.engine.sglang.fake_server import FakeSglang
 from tests.training.trainer.toy import rewarder
-from vtengine.config import ConfigError
+from vtengine.config import ConfigError, to_toml
 from vtengine.engine.base import BackendFailed
 from vtengine.engine.embedded import EmbeddedEngine
 
@@ -39,6 +42,27 @@ def fakes(tiny_folder):
 def test_what_does_not_go_together(make_config, rollout, words) -> None:
     with pytest.raises(ConfigError, match=words):
         make_config(rollout=rollout)
+
+
+@pytest.mark.parametrize(
+    ("sync", "wanted"), [("distributed", {"CUMEM": "1", "NVLS": "0"}), ("disk", {"CUMEM": "1", "NVLS": None})]
+)
+def test_nccl_is_set_up_as_in_sglang_before_anybody_meets(make_config, tmp_path, monkeypatch, sync, wanted) -> None:
+    """Where both will be in one group; what the user has set stays."""
+    found = {}
+
+    def join(*_: object) -> None:
+        found.update({name: os.environ.get(f"NCCL_{name}_ENABLE") for name in wanted})
+        raise ValueError("seen")
+
+    monkeypatch.setattr(Ranks, "join", join)
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "")  # is put back at the end
+    monkeypatch.delenv("NCCL_NVLS_ENABLE")
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(make_config(rollout={"backend": "http://127.0.0.1:1", "sync": sync})))
+    assert main(["grpo", str(path)]) == 2
+    assert found == wanted
 
 
 def test_embedded_is_the_default(make_config) -> None:

@@ -25,10 +25,12 @@ def run_curate(arguments: argparse.Namespace) -> int:
         print("\n".join(f"# {line}" for line in plan(config)))
         return 0
     from vtengine.cli.errors import CliError
+    from vtengine_training.files import only_run_in
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     try:
-        found = asyncio.run(curate(config))
+        with only_run_in(Path(config.output)):
+            found = asyncio.run(curate(config))
     except CliError as error:
         raise ValueError(str(error)) from None
     print("\n".join(f"{label}: {count}" for label, count in found["labels"].items()))
@@ -41,12 +43,12 @@ def run_curate(arguments: argparse.Namespace) -> int:
 async def curate(config: CurateConfig) -> dict[str, Any]:
     """Labels what an earlier call has not labelled yet; returns the summary, which is also written."""
     from vtengine.cli.session import open_session
-    from vtengine_training.cli import progress_bar
     from vtengine_training.curate.output import Output
     from vtengine_training.curate.run import Curation
     from vtengine_training.curate.summary import summary
     from vtengine_training.data.images import ImageStore
     from vtengine_training.data.load import load_examples
+    from vtengine_training.progress import Progress
     from vtengine_training.rewards.rewarder import Rewarder
 
     output = Output(Path(config.output))
@@ -64,13 +66,12 @@ async def curate(config: CurateConfig) -> dict[str, Any]:
                 await rewarder.start()
                 curation = Curation(config, setting, rewarder, ImageStore(output.folder / "images"))
                 labels = Counter(row["label"] for row in rows)
-                with progress_bar() as progress:
-                    task = progress.add_task("", total=len(dataset), completed=len(rows), note="")
+                with Progress({"": len(dataset)}) as progress:
                     async for row in curation.rows(dataset.examples[len(rows) :]):
                         output.append(row)
                         rows.append({key: row[key] for key in KEPT if key in row})
                         labels[row["label"]] += 1
-                        progress.update(task, completed=len(rows), note=_note(labels))
+                        progress.update("", len(rows), _note(labels))
             finally:
                 await rewarder.close()
     found = summary(rows, dataset.rejected) | {"seconds": round(time.perf_counter() - began, 1)}

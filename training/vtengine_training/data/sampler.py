@@ -29,14 +29,21 @@ class Sampler:
     def draw(self) -> tuple[int, int]:
         """(number of the draw, example). Raises ValueError when every example is in quarantine."""
         if len(self.quarantined) >= self.size:
-            last = f"; the last one: {self.reason}" if self.reason else ""
-            raise ValueError(f"data: all {self.size} examples are in quarantine: none can be asked{last}")
+            self.check_drawn()
         while True:
             number = self.drawn
             self.drawn += 1
             example = int(self._permutation(number // self.size)[number % self.size])
             if example not in self.quarantined:
                 return number, example
+
+    def check_drawn(self) -> None:
+        """Raises ValueError when every example that was drawn so far is in quarantine."""
+        tried = min(self.drawn, self.size)
+        if len(self.quarantined) >= tried:
+            tried_of = f"all {tried}" if tried == self.size else f"all {tried} (of {self.size})"
+            last = f"; the last one: {self.reason}" if self.reason else ""
+            raise ValueError(f"data: {tried_of} examples are in quarantine: none can be asked{last}")
 
     def quarantine(self, example: int, reason: str = "") -> None:
         """Never draws this example again."""

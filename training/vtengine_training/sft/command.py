@@ -23,6 +23,13 @@ def run_sft(arguments: argparse.Namespace) -> int:
         print(to_toml(config), end="")
         return 0
     check_loggers(config.loggers)
+    from vtengine_training.files import only_run_in
+
+    with only_run_in(Path(config.output)):
+        return _train(config)
+
+
+def _train(config: SftConfig) -> int:
     from vtengine_training.sft.curves import plot_curves
     from vtengine_training.sft.trainer import Run
 
@@ -30,7 +37,6 @@ def run_sft(arguments: argparse.Namespace) -> int:
     if run.resume():
         print(f"{config.output}: going on from step {run.step}", file=sys.stderr)
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     with open_loggers(config, config.total_steps, run.step, _note) as report, stop_at_signal(run):
         run.train(report)

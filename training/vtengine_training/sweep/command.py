@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtengine.config import load_config, to_toml
+from vtengine_training.files import only_run_in
 from vtengine_training.stopping import EXIT_STOPPED
 from vtengine_training.sweep.config import SweepConfig
 from vtengine_training.sweep.plan import Planned, plan_runs
@@ -32,6 +33,11 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     from vtengine_training.sweep.plot import lines
 
     lines(planned, config.plot)  # a mistyped key of the plot is found before the runs, not after
+    with only_run_in(Path(config.output)):
+        return _run_all(config, planned)
+
+
+def _run_all(config: SweepConfig, planned: Sequence[Planned]) -> int:
     prepare(planned)
     try:
         ended = asyncio.run(_run(config, planned))

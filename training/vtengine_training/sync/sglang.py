@@ -131,13 +131,14 @@ class ByBroadcast:
             group = opening.result()
             yield group
         except BaseException:
+            ends = [update.leave(name)]
             if opening.done() and not opening.cancelled() and opening.exception() is None:
-                opening.result().abort()
+                ends.append(asyncio.to_thread(opening.result().abort))
             with suppress(BackendFailed, TimeoutError):
-                await asyncio.wait_for(update.leave(name), GRACE_S)
+                await asyncio.wait_for(together(ends), GRACE_S)
             raise
-        group.close()
-        await update.leave(name)
+        # At the same time: on one machine NCCL ends a group only when all of its processes end it.
+        await together([asyncio.to_thread(group.close), update.leave(name)], GRACE_S)
 
 
 def free_port() -> int:

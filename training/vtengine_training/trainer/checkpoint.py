@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8})")
 _BLOCK = 1 << 20
+HASHED_AT_ONCE = 8
 
 
 class CheckpointError(ValueError):
@@ -91,11 +93,12 @@ def check(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file of the manifest there, with its size and hash."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
-            path = folder / name
+        paths = [folder / name for name in files]
+        for path, facts in zip(paths, files.values(), strict=True):
             if path.stat().st_size != facts["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}"
-            if _hash(path) != facts["sha256"]:
+        for path, facts, digest in zip(paths, files.values(), _hashes(paths), strict=True):
+            if digest != facts["sha256"]:
                 return f"{path} is not what was written (its hash differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder}: {error!r}"
@@ -121,10 +124,10 @@ def _steps(root: Path) -> list[tuple[int, Path]]:
 
 
 def _write_manifest(folder: Path, step: int) -> None:
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files: dict[str, Any] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _hash(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _hashes(paths), strict=True)
     }
     text = json.dumps({"step": step, "files": files}, indent=1) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
@@ -146,6 +149,12 @@ def _write_latest(root: Path, name: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(root / LATEST)
     _sync_folder(root)
+
+
+def _hashes(paths: Sequence[Path]) -> list[str]:
+    """Several at a time: all ranks wait, and the checkpoint of a large model has a hundred gigabytes in many files."""
+    with ThreadPoolExecutor(min(HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_hash, paths))
 
 
 def _hash(path: Path) -> str:

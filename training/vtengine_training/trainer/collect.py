@@ -157,8 +157,9 @@ class Collector:
             self._scoring.clear()
         if faults := [one for one in self.ranks.gather(fault) if one is not None]:
             raise ValueError(f"no example can be asked: {faults[0]} (nothing is quarantined, checkpoints stay)")
-        for example in (one for part in self.ranks.gather(sorted(self.sampler.quarantined)) for one in part):
-            self.sampler.quarantine(example)
+        for examples, reason in self.ranks.gather([sorted(self.sampler.quarantined), self.sampler.reason]):
+            for example in examples:
+                self.sampler.quarantine(example, reason)
         return groups
 
     def _job(self, draw: int, example: int, index: int) -> Callable[[], Awaitable[Played]]:
@@ -222,6 +223,16 @@ class Collector:
         made = [from_episode(*one) for one in zip(episodes, values, facts, by_turn, strict=True)]
         return Group(first.draw, first.example, step, tuple(made))
 
+    def _complain_of_engine(self, episode: Episode) -> None:
+        """Of each kind of fault once: out of memory, for one, would else be seen in a count alone."""
+        code = "no reply" if episode.error is None else episode.error.code
+        if code not in self._complained:
+            self._complained.add(code)
+            words = "it has no turns" if episode.error is None else episode.error.message
+            log.warning(
+                "example %s: its group is dropped, as are others like it: %s: %s", episode.question.id, code, words
+            )
+
     def _fault(self, siblings: Sequence[Scored]) -> str | None:
         """Why the group cannot be used: quarantined, failed or reward_failed (no verdict, NaN, an exception)."""
         for one in siblings:
@@ -231,7 +242,11 @@ class Collector:
                     log.warning("example %s is quarantined: %s", one.episode.question.id, error.message)
                 self.sampler.quarantine(one.example, error.message)
                 return "quarantined"
-        if any(one.episode.status in ("failed", "rejected") or not one.episode.turns for one in siblings):
+        broken = [
+            one.episode for one in siblings if one.episode.status in ("failed", "rejected") or not one.episode.turns
+        ]
+        if broken:
+            self._complain_of_engine(broken[0])
             return "failed"
         if any(one.score is None or not one.score.is_usable for one in siblings):
             return "reward_failed"

@@ -9,19 +9,22 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.config import load_config, to_toml
+from vtengine_training.files import only_run_in
 from vtengine_training.loggers.open import check_loggers, open_loggers
 from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 from vtengine_training.trainer.config import GrpoConfig
 
 if TYPE_CHECKING:
+    from vtengine_training.trainer.cost import ModelCost
     from vtengine_training.trainer.loop import Run
+    from vtengine_training.trainer.ranks import Ranks
 
 EXIT_DIVERGED = 4
 NOTE = ("reward/mean", "reward/accuracy", "upscale/ratio", "kl", "entropy", "grad_norm")
@@ -36,17 +39,46 @@ def run_grpo(arguments: argparse.Namespace) -> int:
         return 0
     check_loggers(config.loggers)
     from vtengine.engine.base import BackendFailed
-    from vtengine_training.trainer.loop import Run
-    from vtengine_training.trainer.parts import export_whole, pick_device
+    from vtengine_training.trainer.parts import pick_device
     from vtengine_training.trainer.ranks import Ranks, RanksLost
+    from vtengine_training.trainer.rollout_engine import set_up_nccl
     from vtengine_training.trainer.step import TrainingDiverged
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stderr)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    set_up_nccl(config)
     ranks = Ranks.join(pick_device(config.device), config.rank_timeout_s)
     say = partial(print, file=sys.stderr) if ranks.is_first else _nothing
+    in_order = False
     try:
+        run = _run(config, ranks, say)
+        in_order = True
+    except TrainingDiverged as error:
+        in_order = True  # all ranks count alike
+        say(f"vtengine-train: {error}")
+        return EXIT_DIVERGED
+    except (BackendFailed, RanksLost) as error:
+        place = "" if ranks.is_alone else f" (rank {ranks.rank})"
+        print(f"vtengine-train{place}: stopped; run it again to go on from what was saved: {error}", file=sys.stderr)
+        return 1
+    finally:
+        ranks.leave(in_order)
+    if run.step < config.steps:
+        say(f"{output}: stopped and saved at step {run.step} of {config.steps}")
+        return EXIT_STOPPED
+    say(f"{output / 'model'}: the model; {output / 'metrics.jsonl'}: how it got there")
+    return 0
+
+
+def _run(config: GrpoConfig, ranks: Ranks, say: Callable[[str], None]) -> Run:
+    """Trains to the end, or to a signal; exports at the end."""
+    from vtengine_training.trainer.loop import Run
+    from vtengine_training.trainer.parts import export_whole
+    from vtengine_training.trainer.step import TrainingDiverged
+
+    output = Path(config.output)
+    with ExitStack() as stack:
+        ranks.from_first(lambda: stack.enter_context(only_run_in(output)))
         run = Run(config, ranks=ranks)
         if run.resume():
             say(f"{output}: going on from step {run.step}")
@@ -54,23 +86,13 @@ def run_grpo(arguments: argparse.Namespace) -> int:
             (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
         reporting = open_loggers(config, config.steps, run.step, note) if ranks.is_first else nullcontext(_nothing)
         with reporting as report, stop_at_signal(run):
-            asyncio.run(train(run, report))
+            try:
+                asyncio.run(train(run, report))
+            except TrainingDiverged as error:
+                raise TrainingDiverged(f"stopped at step {run.step}: {error}") from None
         if run.step == config.steps:
             export_whole(run.parts, output, ranks)
-    except TrainingDiverged as error:
-        say(f"vtengine-train: stopped at step {run.step}: {error}")
-        return EXIT_DIVERGED
-    except (BackendFailed, RanksLost) as error:
-        place = "" if ranks.is_alone else f" (rank {ranks.rank})"
-        print(f"vtengine-train{place}: stopped; run it again to go on from what was saved: {error}", file=sys.stderr)
-        return 1
-    finally:
-        ranks.leave()
-    if run.step < config.steps:
-        say(f"{output}: stopped and saved at step {run.step} of {config.steps}")
-        return EXIT_STOPPED
-    say(f"{output / 'model'}: the model; {output / 'metrics.jsonl'}: how it got there")
-    return 0
+    return run
 
 
 def _nothing(*_: Any) -> None:
@@ -155,17 +177,30 @@ def _estimate(config: GrpoConfig) -> list[str]:
     adapters = sum(target.parameters(config.lora.rank) for target in find_targets(model, config.lora))
     if config.lora.rank:
         weights = cost.adapter_bytes(element, adapters, ranks, own_engine)
+    frozen = bool(config.lora.rank)
     keys = f"{config.rollout.kv_mib} MiB for keys and values, " if own_engine else ""
+    gathered = cost.gathered_bytes(element, learns=not frozen) / MIB
+    pieces = f"{gathered:,.0f} MiB for what is whole during a pass, " if ranks > 1 else ""
     copies = 1 if update.logits == "fused" else 3
     logits = copies * 4 * update.logits_chunk * model.text.vocab_size
-    frozen = bool(config.lora.rank)
     token = cost.training_flops(1, 0, 0, frozen=frozen) / 1e9
     patch = cost.training_flops(0, 0, 1, config.trains_vision, frozen) / 1e9
     return [
         f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision"
         + (f"; {adapters:,} in adapters learn in their place" if frozen else ""),
         f"{memory}: about {weights / MIB:,.0f} MiB for weights, gradients, masters and moments, "
-        f"{keys}{logits / MIB:,.0f} MiB for logits; "
-        f"activations of {update.max_tokens} tokens on top",
+        f"{keys}{pieces}{logits / MIB:,.0f} MiB for logits",
+        _activations(config, cost, element),
         f"compute: {token:.3g} GFLOP per packed token, {patch:.3g} GFLOP per image patch, forward and backward",
     ]
+
+
+def _activations(config: GrpoConfig, cost: ModelCost, element: int) -> str:
+    from vtengine_training.trainer.cost import MIB
+
+    update = config.update
+    kept = cost.activation_bytes(update.max_tokens, element, update.recompute) / MIB
+    tower = cost.tower_bytes(4000, element, update.recompute) / MIB
+    vision = f"; {tower:,.0f} MiB more for every 1,000 visual tokens in it" if config.trains_vision else ""
+    hint = "" if update.recompute else " (update.recompute = true: much less)"
+    return f"activations: about {kept:,.0f} MiB for a micro-batch of {update.max_tokens} tokens{vision}{hint}"

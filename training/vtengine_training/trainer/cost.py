@@ -15,12 +15,15 @@ FORWARD, BACKWARD = 2, 4
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Parameters by part. `head`: the output projection (tied or not); embedding look-ups cost nothing."""
+    """Parameters by part. `head`: the output projection (tied or not); embedding look-ups cost nothing. ends: all that
+    is neither in a decoder layer nor in a vision block."""
 
     text: int
     vision: int
     head: int
+    ends: int
     total: int
+    config: ModelConfig
 
     @staticmethod
     def of(config: ModelConfig) -> ModelCost:
@@ -30,7 +33,9 @@ class ModelCost:
         total = sum(p.numel() for p in model.parameters())
         vision = sum(p.numel() for p in model.visual.parameters())
         text = sum(p.numel() for layer in model.layers for p in layer.parameters())
-        return ModelCost(text, vision, config.text.vocab_size * config.text.hidden_size, total)
+        blocks = sum(p.numel() for block in model.visual.blocks for p in block.parameters())
+        head = config.text.vocab_size * config.text.hidden_size
+        return ModelCost(text, vision, head, total - text - blocks, total, config)
 
     def training_flops(
         self, tokens: float, trained: float, patches: float, train_vision: bool = True, frozen: bool = False
@@ -43,6 +48,28 @@ class ModelCost:
         both = FORWARD + (FORWARD if frozen else BACKWARD)
         vision = (both if train_vision else FORWARD) * self.vision * patches
         return both * (self.text * tokens + self.head * trained) + vision
+
+    def activation_bytes(self, tokens: int, element_bytes: int, recompute: bool) -> int:
+        """What the decoder layers keep of `tokens` packed tokens. recompute: their inputs, and what one layer keeps.
+
+        A layer keeps the inputs of both norms and what comes of them, q, k and v before and after rotation, what
+        attention gives, gate and up, the gate's activation, and what goes into `down`.
+        """
+        text = self.config.text
+        kept = 7 * text.hidden_size + 3 * text.kv_size + 4 * text.intermediate_size
+        return element_bytes * tokens * _all_layers(text.num_layers, kept, text.hidden_size, recompute)
+
+    def tower_bytes(self, patches: int, element_bytes: int, recompute: bool) -> int:
+        """The same of the vision tower, where it learns."""
+        tower = self.config.vision
+        kept = 10 * tower.hidden_size + 4 * tower.intermediate_size
+        return element_bytes * patches * _all_layers(tower.depth, kept, tower.hidden_size, recompute)
+
+    def gathered_bytes(self, element_bytes: int, learns: bool) -> int:
+        """What one of several ranks has whole for a pass: the ends, two layers, and where they learn the gradients of
+        both in the working dtype and in float32, to be summed over the ranks."""
+        layer = self.text // self.config.text.num_layers
+        return element_bytes * (self.ends + 2 * layer) + (element_bytes + 4) * (self.ends + layer) * learns
 
     def adapter_bytes(self, element_bytes: int, adapters: int, ranks: int = 1, engine_copy: bool = True) -> int:
         """The same as `training_bytes` where `adapters` parameters learn in place of the weights. No reference: it is
@@ -66,3 +93,7 @@ class ModelCost:
         live = self.total * element_bytes * (2 if reference else 1)
         masters = 0 if element_bytes == 4 else 4  # float32 parameters are their own
         return live + trained * (masters + 12)
+
+
+def _all_layers(layers: int, kept: int, inputs: int, recompute: bool) -> int:
+    return layers * inputs + kept if recompute else layers * kept

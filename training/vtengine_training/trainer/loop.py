@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from vtengine.rollout.records import Row, RowWriter
 from vtengine_training.fingerprint import weights_fingerprint
@@ -52,6 +53,7 @@ class Run:
         self.cost = ModelCost.of(self.parts.model.config)
         self.step = 0
         self.empty_steps = 0
+        self.counts: dict[str, int] = {}
         self.seconds_saving = 0.0
         self.stop_requested = False
 
@@ -62,7 +64,8 @@ class Run:
     async def train(self, report: Report) -> None:
         """From where the run is to config.steps, or until stop_requested; saved at the end either way.
 
-        Raises TrainingDiverged when updates or rollouts keep failing, ValueError when the judge is down at the start.
+        Raises TrainingDiverged when updates or rollouts keep failing, or when nothing was learned to the end;
+        ValueError when the judge is down at the start, or no example can be asked.
         """
         saved = self.step
         await self.parts.rewarder.start()
@@ -75,9 +78,11 @@ class Run:
             report(figures)  # before the save: a kill in between must not lose the row of a saved step
             for alarm in self.alarms.check(figures) if self.ranks.is_first else ():
                 log.warning("step %d: %s", self.step, alarm)
-            if self.step % self.config.checkpoint.every == 0:
+            if self.step % self.config.checkpoint.every == 0 and self.has_learned:
                 self.save()
                 saved = self.step
+        if self.step == self.config.steps and not self.has_learned:
+            self._give_up(f"none of {self.step} steps changed a weight, so there is nothing to export")
         if saved != self.step:
             self.save()
 
@@ -126,6 +131,11 @@ class Run:
         await self.parts.publisher.publish(self.parts.learner.version)  # what it cached must not depend on validation
         return found | {"time/validate": time.perf_counter() - began}
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether the weights are not those any more that the run began with: one update was made, and not skipped."""
+        return self.parts.learner.version > self.parts.learner.skipped
+
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""
         return learning_rate(self.config.update, step, self.config.steps)
@@ -148,12 +158,17 @@ class Run:
 
     def _count_empty(self, collected: Collected) -> None:
         self.empty_steps = 0 if collected.counts["used"] else self.empty_steps + 1
+        self.counts = {name: count for name, count in collected.counts.items() if count}
         if self.empty_steps >= self.config.update.max_skipped:
-            counts = {name: count for name, count in collected.counts.items() if count}
-            raise TrainingDiverged(
-                f"{self.empty_steps} steps in a row had no group with spread in its rewards (last one: {counts}); "
-                "raise rollout.n, rollout.temperature or rollout.max_refill, or look at the reward"
-            )
+            self._give_up(f"{self.empty_steps} steps in a row had no group with spread in its rewards")
+
+    def _give_up(self, what: str) -> NoReturn:
+        """Raises ValueError where the data are to blame, else TrainingDiverged."""
+        self.parts.collector.sampler.check_drawn()
+        raise TrainingDiverged(
+            f"{what} (last one: {self.counts}); "
+            "raise rollout.n, rollout.temperature or rollout.max_refill, or look at the reward"
+        )
 
     def _group_metrics(self, collected: Collected) -> Figures:
         found = {f"groups/{name}": float(collected.counts[name]) for name in COUNTED}

@@ -154,8 +154,11 @@ def export_whole(parts: Parts, output: Path, ranks: Ranks) -> None:
     adapters = parts.adapters
     tensors = None if adapters is None else adapters.tensors()
     model = parts.models.whole(ranks, parts.folder)
-    if not ranks.is_first or model is None:
-        return
-    if adapters is not None and tensors is not None:
-        save_adapter(tensors, adapters, parts.folder, output / "adapter")
-    export_model(model, parts.folder, output / "model")
+
+    def write() -> None:
+        if adapters is not None and tensors is not None:
+            save_adapter(tensors, adapters, parts.folder, output / "adapter")
+        assert model is not None
+        export_model(model, parts.folder, output / "model")
+
+    ranks.from_first(write)  # the others wait for it: processes end their groups together

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from vtengine_training.trainer.watch import Watch, open_watch
 
 T = TypeVar("T")
 
@@ -32,6 +34,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    watch: Watch | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def join(device: torch.device, wait_s: float = 7200) -> Ranks:
@@ -52,7 +55,8 @@ class Ranks:
             torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=wait_s))
-        return Ranks(dist.get_rank(), size)
+        ranks = Ranks(dist.get_rank(), size)
+        return replace(ranks, watch=open_watch(ranks))
 
     @property
     def is_first(self) -> bool:
@@ -155,10 +159,18 @@ class Ranks:
             raise ValueError(failure)
         return make()
 
-    def leave(self) -> None:
-        """The end of the meetings."""
-        if not self.is_alone and dist.is_initialized():
-            dist.destroy_process_group()
+    def leave(self, in_order: bool = True) -> None:
+        """The end of the meetings. in_order: for all ranks alike; otherwise the others are told to end, and nothing is
+        waited for: NCCL would wait for collectives that the others never join."""
+        if self.is_alone or not dist.is_initialized():
+            return
+        if not in_order:
+            if self.watch is not None:
+                self.watch.give_up()
+            return
+        if self.watch is not None:
+            self.watch.leave()
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -18,6 +18,17 @@ from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB
 from vtengine_training.trainer.ranks import Ranks
 
+NCCL_OF_SGLANG = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
+"""What SGLang sets in its own processes, unless they were started with something else."""
+
+
+def set_up_nccl(config: GrpoConfig) -> None:
+    """To be called before NCCL is first used. Processes that differ in these cannot be in one group: it fails or hangs,
+    and `sync = "distributed"` puts trainer and servers into one. What the environment says already stays."""
+    if config.rollout.sync == "distributed":
+        for name, value in NCCL_OF_SGLANG.items():
+            os.environ.setdefault(name, value)
+
 
 def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer, ranks: Ranks) -> Backend:
     """The embedded one shares the model's parameters; servers are the same for all ranks. Raises ValueError."""
