@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
+_CODE = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)README.md")
+
 
 def stamp(folder: Path) -> dict[str, Any]:
     """The stamp of a run whose code lies in the git checkout `folder` belongs to; without one, the commit is None."""
     commit = _git(folder, "rev-parse", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", *_CODE)
     return {
         "commit": commit,
-        "dirty": bool(_git(folder, "status", "--porcelain", "--untracked-files=no")) if commit else True,
+        "dirty": bool(changed) if commit else True,
         "machine": {
             "cpu": _cpu(),
             "cores": os.cpu_count(),
