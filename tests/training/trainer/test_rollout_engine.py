@@ -26,6 +26,7 @@ def fakes(tiny_folder):
     servers = [FakeSglang(internal_states=[{"vtengine_hooks": ["flush"]}]) for _ in range(2)]
     for fake in servers:
         fake.vocab, fake.image_token = config["vocab_size"], config["image_token_id"]
+        fake.seeded = True  # replies differ, and so do their rewards
     yield servers
     for fake in servers:
         fake.close()
