@@ -14,7 +14,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -176,9 +176,14 @@ def _convert_scalar(value: Any, kind: Any, where: str) -> Any:
     raise ConfigError(f"{where} = {value!r}: must be {_name(kind)}")
 
 
+def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """The known word that is nearest to this one, as a question; empty where none is near. likeness: 0 to 1."""
+    near = difflib.get_close_matches(word, list(known), 1, likeness)
+    return f"did you mean {near[0]}?" if near else ""
+
+
 def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1, 0.5)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+    return did_you_mean(word, known, 0.5) or f"known: {', '.join(known) or 'none'}"
 
 
 def _name(kind: Any) -> str:

@@ -17,6 +17,7 @@ from suites.gpu_siblings import HEADS, INSTALLED, SIZE, caches_of, microseconds
 from suites.siblings import PAGE
 from torch import Tensor
 from vtengine_kernels.paged_prefill import paged_prefill
+from vtengine_kernels.shared_prefix_attention import flash
 
 TESTS = ["-m", "gpu", "tests/kernels/test_paged_cache_triton.py", "tests/kernels/test_installed_attention.py"]
 CASES = ((1, 1100, 420), (16, 1100, 420), (1, 4200, 1200), (16, 4200, 1200), (64, 300, 200))
@@ -73,7 +74,4 @@ def gathered(
 ) -> Tensor:
     """Rows of equal length [rows * new, Hq, D]; causal, the last query seeing all. starts: of queries and of keys."""
     k, v = (x.flatten(0, 1).index_select(0, slots) for x in (keys, values))
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, *starts, new, length, 0.0, True, False, scale=SIZE**-0.5
-    )[0]
-    return out
+    return flash.attend(q, k, v, *starts, new, length, True)[0]

@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from vtengine.cli.errors import UsageError
 
@@ -175,16 +174,6 @@ DRY_RUN = {
 
 def _examples(*lines: str) -> str:
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def progress_bar() -> Any:
-    """A progress line on standard error, where that is a terminal; elsewhere nothing."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtengine.cli.errors import UsageError
 from vtengine.cli.output import lock
 
 if TYPE_CHECKING:
@@ -26,10 +25,10 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("ab") as file:
-        try:
-            lock(file, f"output = {folder}: another run is writing there; wait for its end, or use another output")
-        except UsageError as taken:
-            raise ValueError(str(taken)) from None
+        if not lock(file):
+            raise ValueError(
+                f"output = {folder}: another run is writing there; wait for its end, or use another output"
+            )
         yield
 
 

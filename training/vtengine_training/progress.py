@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import Any
 
 from vtengine.cli.progress import LINE_SECONDS
-from vtengine_training.cli import progress_bar
 
 
 class Progress:
@@ -35,3 +35,13 @@ class Progress:
         self._said_s = now
         words = (name, f"{done}/{self._totals[name]}", note)
         print("  ".join(word for word in words if word), file=sys.stderr, flush=True)
+
+
+def progress_bar() -> Any:
+    """A progress line on standard error, where that is a terminal; elsewhere nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.metadata
 import math
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vtengine.cli.errors import USAGE
+from vtengine.config import did_you_mean
 
 RESOLUTIONS = ("adaptive", "low", "high")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -78,13 +78,10 @@ class Parser(argparse.ArgumentParser):
         """A command answers for its own arguments: the parser above it does not know its flags."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown)}")
+            given = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+            hint = did_you_mean(given, self._option_string_actions)
+            self.error("; ".join(filter(None, (f"unrecognized arguments: {' '.join(unknown)}", hint))))
         return known, unknown
-
-    def _nearest(self, unknown: Sequence[str]) -> str:
-        given = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
-        near = difflib.get_close_matches(given, self._option_string_actions, n=1)
-        return f"; did you mean {near[0]}?" if near else ""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)

@@ -58,7 +58,7 @@ class OutputFile:
                     kept_path(path).replace(kept_path(previous_path(path)))
             self._file = path.open("ab", buffering=0)
             if self._regular:
-                lock(self._file, _taken(path))
+                _lock(self._file, path)
                 if resume_at is not None:
                     self._file.truncate(resume_at)
                 self._marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
@@ -111,21 +111,23 @@ def check_free(path: Path) -> None:
     except OSError:
         return
     with file:
-        lock(file, _taken(path))
+        _lock(file, path)
 
 
-def lock(file: IO[bytes], taken: str) -> None:
-    """Until the file is closed, or this process ends, however. Raises UsageError(taken) where another run has it."""
+def _lock(file: IO[bytes], path: Path) -> None:
+    if not lock(file):
+        raise UsageError(f"-o {path}: another run is writing it; wait for its end, or name another file")
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Until the file is closed, or this process ends, however. False: another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UsageError(taken) from None
+        return False
     except OSError:
-        return  # a file system without locks
-
-
-def _taken(path: Path) -> str:
-    return f"-o {path}: another run is writing it; wait for its end, or name another file"
+        pass  # a file system without locks
+    return True
 
 
 def previous_path(path: Path) -> Path:

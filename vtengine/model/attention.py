@@ -189,10 +189,7 @@ def _flash_attn() -> _Varlen | None:
 def _torchs_flash(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, causal: bool) -> Tensor:
     """Any lengths by one kernel. On Hopper scaled_dot_product_attention prefers cuDNN (torch 2.11 and newer), which
     spends tens of milliseconds on a plan for every shape that it has not seen, so on nearly every prompt and image."""
-    out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, offsets, offsets, longest, longest, 0.0, causal, False, scale=q.shape[2] ** -0.5
-    )[0]
-    return out
+    return flash.attend(q, k, v, offsets, offsets, longest, longest, causal)[0]
 
 
 @functools.lru_cache(maxsize=256)

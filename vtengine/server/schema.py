@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from vtengine.config import did_you_mean
 from vtengine.protocol.messages import Resolution
 from vtengine.server.errors import ApiError, invalid
 
@@ -148,7 +148,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         if first["type"] == "json_invalid":
             raise ApiError(400, "invalid_json", f"the body is not JSON: {message}") from None
         if first["type"] == "extra_forbidden" and first["loc"][:1] == ("vtengine",):
-            message = "unknown field" + _nearest(str(first["loc"][-1]), Extension.model_fields)
+            message = _unknown("field", str(first["loc"][-1]), Extension.model_fields)
         raise invalid(param or "body", message, f"{first['type']}") from None
     for name, value in (chat.model_extra or {}).items():
         if name in IGNORED or value is None:
@@ -156,15 +156,14 @@ def parse_chat(body: bytes) -> ChatRequest:
         shown = ascii(name)[1:-1][:64]
         if name not in NEUTRAL:
             known = (*ChatRequest.model_fields, *IGNORED)
-            raise invalid(shown, "unknown parameter" + _nearest(shown, known), "unknown_parameter")
+            raise invalid(shown, _unknown("parameter", shown, known), "unknown_parameter")
         if not any((value == neutral and type(value) is not bool) or value is neutral for neutral in NEUTRAL[name]):
             raise invalid(shown, "is not supported by this server", "unsupported_parameter")
     return chat
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _unknown(what: str, name: str, known: Iterable[str]) -> str:
+    return "; ".join(filter(None, (f"unknown {what}", did_you_mean(name, known))))
 
 
 _UNION_TAGS = frozenset(("user", "system", "developer", "assistant", "text", "image_url"))

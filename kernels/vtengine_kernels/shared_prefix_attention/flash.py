@@ -76,10 +76,24 @@ def backward(
 
 
 def _ask(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+    return attend(
         q[call.queries], k[call.keys], v[call.keys], call.query_offsets, call.key_offsets,
-        call.max_queries, call.max_keys, 0.0, call.causal, False, scale=q.shape[2] ** -0.5,
+        call.max_queries, call.max_keys, call.causal,
     )  # fmt: skip
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, query_offsets: Tensor, key_offsets: Tensor,
+    max_queries: int, max_keys: int, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Sequences of any lengths by one kernel; causal: the last query of each sees all its keys.
+
+    q [Tq, Hq, D], k and v [Tk, Hkv, D]; offsets int32 [n + 1] -> the output [Tq, Hq, D], its log-sum-exp [Hq, Tq] and
+    two state tensors.
+    """
+    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, query_offsets, key_offsets, max_queries, max_keys, 0.0, causal, False, scale=q.shape[2] ** -0.5
+    )
     return out, lse, state, unused
 
 

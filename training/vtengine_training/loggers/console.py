@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from vtengine_training.cli import progress_bar
 from vtengine_training.loggers.base import Row
+from vtengine_training.progress import progress_bar
 
 
 class Console:

@@ -57,7 +57,7 @@ def _run_all(config: SweepConfig, planned: Sequence[Planned]) -> int:
 
 async def _run(config: SweepConfig, planned: Sequence[Planned]) -> list[Ended]:
     """All runs under a progress line; SIGTERM cancels."""
-    from vtengine_training.cli import progress_bar
+    from vtengine_training.progress import progress_bar
 
     task = asyncio.current_task()
     assert task is not None
