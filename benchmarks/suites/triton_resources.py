@@ -42,7 +42,7 @@ TABLES = {
 
 
 STRIDES = ("q_stride", "out_stride", "page_stride", "token_stride")
-HEAD = ("row_stride", "vocabulary")  # 151,936 and 152,064 are multiples of 16
+HEAD = ("row_stride", "into_stride", "vocabulary")  # 151,936 and 152,064 are multiples of 16
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,14 @@ class Spec:
         return f"{self.op}-{self.kernel}-{self.variant}".replace(" ", "-")
 
 
-def _scores(dtype: str, *floats: str, **constants: Any) -> tuple[dict[str, str], dict[str, Any]]:
-    """Types and constants of a kernel on rows of scores."""
+def _scores(dtype: str | None, *floats: str, **constants: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types and constants of a kernel on rows of scores. dtype: of their gradients, None where it makes none."""
     columns = ("advantages", "weights", "old", "rollout", "ref", "logprobs", "entropies", "log_sums")
     pointers = (*columns, "to_logprob", "to_entropy")
-    types = {"scores_ptr": f"*{dtype}", "targets_ptr": "*i64", **{f"{name}_ptr": "*fp32" for name in pointers}}
+    types = {"targets_ptr": "*i64", **{f"{name}_ptr": "*fp32" for name in ("scores", *pointers)}}
     types |= dict.fromkeys(("cold", "cap", *floats), "fp32")
+    if dtype is not None:
+        types["into_ptr"], constants["NARROW"] = f"*{dtype}", dtype != "fp32"
     return types, {"CAPPED": False, "BLOCK": token_logprob.MAX_BLOCK, **constants}
 
 
@@ -133,8 +135,12 @@ SPECS = (
             token_logprob.NUM_WARPS,
             HEAD,
         )
-        for kernel in ("_statistics_kernel", "_gradients_kernel")
-        for variant, dtype, capped in (("bf16", "bf16", False), ("capped, fp32", "fp32", True))
+        for kernel, variant, dtype, capped in (
+            ("_statistics_kernel", "plain", None, False),
+            ("_statistics_kernel", "capped", None, True),
+            ("_gradients_kernel", "bf16", "bf16", False),
+            ("_gradients_kernel", "capped, fp32", "fp32", True),
+        )
     ),
     _loss("bf16", "clip"),
     _loss("bf16", "everything", DUAL=True, KL=3, CORRECTED=True, CAPPED=True),

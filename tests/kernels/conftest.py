@@ -10,6 +10,7 @@ import torch
 from vtengine_kernels import library
 from vtengine_kernels.patchify import Target, native, ref
 from vtengine_kernels.patchify.contract import checked_plan
+from vtengine_kernels.token_logprob import products
 
 Run = Callable[..., list[torch.Tensor]]
 IMPLEMENTATIONS = ("ref", "scalar", "avx2", "avx512")
@@ -55,3 +56,12 @@ def picture() -> Callable[[int, int], np.ndarray]:
         return image
 
     return make
+
+
+@pytest.fixture(params=["widened", "bfloat16"])
+def products_of_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way in which the CPU multiplies bfloat16 weights, in turn."""
+    if request.param == "bfloat16" and not products.multiplies_bfloat16():
+        pytest.skip("this processor does not multiply bfloat16")
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: request.param == "bfloat16")
+    return str(request.param)

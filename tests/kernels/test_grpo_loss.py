@@ -120,11 +120,13 @@ def test_micro_batches_add_up(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_bfloat16_against_float32(impl):
-    """The same inputs in both: the sums must not be bfloat16's. Gradients are only as fine as their dtype."""
-    case, objective = Case(64, 64, 4003, num_banned=2), OBJECTIVES["clip"]
-    narrow, wide = (run(case, objective, impl, dtype, chunk=24) for dtype in (torch.bfloat16, torch.float32))
-    agree(narrow, wide, loss=1e-4, gradient=4e-3)
+@pytest.mark.parametrize("name", ["clip", "clip, k1, entropy", "sequence-clip, everything"])
+@pytest.mark.parametrize("chunk", [24, 1024])
+def test_bfloat16_against_float64(name, impl, chunk, products_of_bfloat16):
+    """The same inputs in both: no score may be rounded to bfloat16. Gradients are only as fine as their dtype."""
+    case, objective = Case(64, 64, 4003, num_banned=2), OBJECTIVES[name]
+    exact = run(case, objective, "ref", torch.float64)
+    agree(run(case, objective, impl, torch.bfloat16, chunk=chunk), exact, loss=5e-6, gradient=4e-3)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -48,6 +48,9 @@ for bad, clean in zip(
 ):
     assert not bad[3].isfinite(), bad
     assert torch.allclose(bad[4:], clean[4:], atol=1e-5)
+# bfloat16 inputs: the interpreter cuts a number to bfloat16 where a GPU rounds it
+narrow = loss.run(small, OBJECTIVES["clip, k1, entropy"], "triton", torch.bfloat16, chunk=5)
+loss.agree(narrow, loss.run(small, OBJECTIVES["clip, k1, entropy"], "ref", torch.float64), loss=5e-6, gradient=1e-2)
 # rows further apart than the vocabulary: gaps are left alone
 from vtengine_kernels.token_logprob import eager, triton
 wide = torch.full((9, 1100), float("nan"))
@@ -64,6 +67,23 @@ for strided, plainly in zip(
     loss.token_logprob(hidden, head, column, impl="triton"), loss.token_logprob(hidden, head, targets, impl="triton")
 ):
     assert torch.equal(strided.nan_to_num(), plainly.nan_to_num())
+# gradients of half the size, over the first halves of the rows (float16: the interpreter rounds it)
+from vtengine_kernels.grpo_loss import objective as objectives, triton as loss_triton
+from vtengine_kernels.token_logprob import products
+products.operand_dtype = lambda weight: torch.float16
+hidden, head, targets = Case(9, 16, 9001, soft_cap=8.0).tensors()
+scores, tokens, objective = 3 * torch.randn(9, 9001), loss.make_tokens(torch.full((9,), -9.0)), OBJECTIVES["clip, k2"]
+made = []
+for module in (triton, eager):
+    mine = scores.clone()
+    logprobs, entropies, sums = module.statistics(mine, targets, head)
+    slopes = objectives.losses_and_slopes(logprobs, entropies, tokens, objective)[1:]
+    made.append(module.gradients_(mine, targets, sums, entropies, slopes, head))
+    assert made[-1].dtype == torch.float16 and made[-1].data_ptr() == mine.data_ptr()
+made.append(loss_triton.gradients_(scores, targets, head, tokens, objective)[2])
+assert made[0].abs().max() > 0.01
+for one in made[1:]:
+    assert torch.allclose(made[0].float(), one.float(), rtol=1e-3, atol=1e-7)
 print(json.dumps("done"))
 """
 
@@ -79,6 +99,14 @@ def test_it_compiles_without_spills(tmp_path, spec, arch):
     assert needs.spill_bytes == 0
     assert needs.registers <= 128  # so that two programs of eight warps share a multiprocessor
     assert needs.shared_bytes <= 48 * 1024
+
+
+@pytest.mark.parametrize("arch", triton_resources.ARCHITECTURES)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.constants.get("NARROW")], ids=lambda spec: spec.label)
+def test_a_block_is_read_by_all_threads_before_its_gradients_are_written_over_it(tmp_path, spec, arch):
+    triton_resources.needs(spec, arch, tmp_path)
+    before = (tmp_path / "kernel.ptx").read_text().split("st.global.v4.b32")[0]
+    assert "bar.sync" in before[before.rindex("ld.global") :]
 
 
 def on_gpu(case, objective, impl, dtype, chunk):
@@ -103,7 +131,7 @@ def test_on_the_gpu(name, dtype):
     case = Case(300, 256, 4099, temperature=0.9, num_banned=3)
     true = run_loss(case, OBJECTIVES[name], "ref", torch.float64)
     for impl in ("triton", "torch"):
-        loss, gradient = (2e-6, 2e-5) if dtype == torch.float32 else (2e-3, 1e-2)
+        loss, gradient = (2e-6, 2e-5) if dtype == torch.float32 else (1e-5, 5e-3)
         agree(on_gpu(case, OBJECTIVES[name], impl, dtype, chunk=128), true, loss, gradient)
 
 
@@ -119,10 +147,8 @@ def test_more_scores_than_32_bits_count():
     targets = torch.randint(vocabulary, (rows,), device="cuda")
     whole = token_logprob(hidden, head, targets, impl="triton", chunk=rows)
     pieces = token_logprob(hidden, head, targets, impl="triton", chunk=1024)
-    for one, other in zip(
-        whole, pieces, strict=True
-    ):  # another product's rounding to bfloat16 moves a score by 1 in 256
-        torch.testing.assert_close(one, other, rtol=0, atol=0.1)
+    for one, other in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -93,13 +93,15 @@ def test_threads_change_nothing():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_bfloat16_weights_give_the_numbers_of_float32(impl):
+def test_bfloat16_weights_give_the_numbers_of_float32(impl, products_of_bfloat16):
+    """Gradients are only as fine as their dtype, but finer than torch's in it."""
     case = Case(40, 64, 2003, num_banned=2, rank=2)
-    narrow, wide = run(case, impl, torch.bfloat16, chunk=16), run(case, "ref", torch.float64)
-    for found, true in zip(narrow[:2], wide[:2], strict=True):
-        assert distance(found, true) <= 1e-5 * float(true.norm())
-    for found, true in zip(narrow[2:], wide[2:], strict=True):
-        assert distance(found, true) <= 4e-3 * float(true.norm())
+    narrow, torchs = run(case, impl, torch.bfloat16, chunk=16), run(case, "ref", torch.bfloat16)
+    exact = run(case, "ref", torch.float64)
+    for found, true in zip(narrow[:2], exact[:2], strict=True):
+        assert distance(found, true) <= 5e-6 * float(true.norm())
+    for found, plain, true in zip(narrow[2:], torchs[2:], exact[2:], strict=True):
+        assert distance(found, true) <= min(0.5 * distance(plain, true), 5e-3 * float(true.norm()))
 
 
 @pytest.mark.parametrize("impl", [*IMPLS, "ref"])

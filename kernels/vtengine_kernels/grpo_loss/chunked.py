@@ -74,12 +74,12 @@ def _by_token(
         scores = scores_into(room[: part.stop - part.start], hidden[part], head)
         own, mine = targets[part], tokens.pick(part)
         if rows is token_triton:
-            logprobs[part], entropies[part] = triton.gradients_(scores, own, head, mine, objective)
+            logprobs[part], entropies[part], of_scores = triton.gradients_(scores, own, head, mine, objective)
         else:
             logprobs[part], entropies[part], totals = rows.statistics(scores, own, head)
             slopes = losses_and_slopes(logprobs[part], entropies[part], mine, objective)[1:]
-            rows.gradients_(scores, own, totals, entropies[part], slopes, head)
-        gradients.add(part, hidden[part], scores)
+            of_scores = rows.gradients_(scores, own, totals, entropies[part], slopes, head)
+        gradients.add(part, hidden[part], of_scores)
     return logprobs, entropies
 
 
@@ -95,6 +95,6 @@ def _by_sequence(
         if part is not pieces[-1]:
             scores = scores_into(room[: part.stop - part.start], hidden[part], head)
         slopes = (to_logprob[part], to_entropy[part])
-        rows.gradients_(scores, targets[part], totals[part], entropies[part], slopes, head)
-        gradients.add(part, hidden[part], scores)
+        of_scores = rows.gradients_(scores, targets[part], totals[part], entropies[part], slopes, head)
+        gradients.add(part, hidden[part], of_scores)
     return logprobs, entropies

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vtengine_kernels.grpo_loss.objective import KLS, MAX_LOG_RATIO, Objective, Tokens
 from vtengine_kernels.token_logprob.head import Head
+from vtengine_kernels.token_logprob.products import over
 from vtengine_kernels.token_logprob.triton import constants, scalars
 from vtengine_kernels.triton_runtime import launch, missing
 
@@ -59,11 +60,11 @@ if missing() is None:
 
     @triton.jit
     def _loss_gradients_kernel(
-        scores_ptr, targets_ptr, advantages_ptr, weights_ptr, old_ptr, rollout_ptr, ref_ptr,
-        logprobs_ptr, entropies_ptr, row_stride, vocabulary, cold, cap,
+        scores_ptr, into_ptr, targets_ptr, advantages_ptr, weights_ptr, old_ptr, rollout_ptr, ref_ptr,
+        logprobs_ptr, entropies_ptr, row_stride, into_stride, vocabulary, cold, cap,
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap, most,
         POLICY: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr, HAS_OLD: tl.constexpr,
-        CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+        NARROW: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         row_ptr = scores_ptr + row * row_stride
@@ -84,8 +85,8 @@ if missing() is None:
         if KL != 0:
             slope += kl_coef * _kl_slope(logprob, tl.load(ref_ptr + row), most, KL)
         row_gradients_(
-            row_ptr, target, vocabulary, log_sum, entropy, slope * weight, -entropy_coef * weight, cold, cap,
-            CAPPED, BLOCK,
+            row_ptr, into_ptr + row * into_stride, target, vocabulary, log_sum, entropy,
+            slope * weight, -entropy_coef * weight, cold, cap, NARROW, CAPPED, BLOCK,
         )  # fmt: skip
 
 
@@ -102,8 +103,9 @@ def switches(objective: Objective, tokens: Tokens) -> dict[str, int | bool]:
 
 def gradients_(
     scores: Tensor, targets: Tensor, head: Head, tokens: Tokens, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    """scores [C, V] become the gradients of the loss; returns logprobs and entropies, float32 [C]. No sequence-clip."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scores [C, V] -> (logprobs, entropies, float32 [C]; the loss's gradients, over the scores). No sequence-clip."""
+    into = over(scores, head.weight)
     logprobs, entropies = torch.empty((2, len(scores)), device=scores.device)
     unused = tokens.weights
     per_token = (tokens.advantages, tokens.weights, tokens.old, tokens.rollout, tokens.ref)
@@ -112,10 +114,13 @@ def gradients_(
             _loss_gradients_kernel,
             (len(scores),),
             scores,
+            into,
             targets.contiguous(),
             *((unused if x is None else x).contiguous() for x in per_token),
             logprobs,
             entropies,
+            scores.stride(0),
+            into.stride(0),
             *scalars(scores, head),
             objective.clip_low,
             objective.clip_high,
@@ -124,7 +129,8 @@ def gradients_(
             objective.entropy_coef,
             objective.importance_cap or 0.0,
             MAX_LOG_RATIO,
+            NARROW=into.dtype != scores.dtype,
             **switches(objective, tokens),
             **constants(head),
         )
-    return logprobs, entropies
+    return logprobs, entropies, into

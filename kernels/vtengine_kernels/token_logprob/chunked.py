@@ -73,6 +73,6 @@ class _TokenLogprob(torch.autograd.Function):
         for part in pieces:
             scores = scores_into(room[: part.stop - part.start], hidden[part], head)
             slopes = (to_logprobs[part].contiguous(), to_entropies[part].contiguous())
-            rows.gradients_(scores, targets[part], totals[part], entropies[part], slopes, head)
-            gradients.add(part, hidden[part], scores)
+            of_scores = rows.gradients_(scores, targets[part], totals[part], entropies[part], slopes, head)
+            gradients.add(part, hidden[part], of_scores)
         return *gradients.tensors(), None, None, None, None

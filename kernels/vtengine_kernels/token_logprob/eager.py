@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtengine_kernels.token_logprob.head import BANNED, Head
+from vtengine_kernels.token_logprob.products import over
 
 BLOCK_BYTES = {"cpu": 1 << 21}
 OTHER_BLOCK_BYTES = 1 << 28
@@ -36,9 +37,10 @@ def statistics(scores: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Ten
 
 def gradients_(
     scores: Tensor, targets: Tensor, totals: Tensor, entropies: Tensor, slopes: tuple[Tensor, Tensor], head: Head
-) -> None:
-    """Scores become their own gradients. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
+) -> Tensor:
+    """The gradients of scores, over them. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
     to_logprob, to_entropy = slopes
+    into = over(scores, head.weight)
     for rows in _blocks(scores):
         x, bend = _bounded(scores[rows], head)
         x -= totals[rows, None]
@@ -46,7 +48,8 @@ def gradients_(
         x.add_(entropies[rows, None]).mul_(to_entropy[rows, None]).add_(to_logprob[rows, None]).mul_(p).neg_()
         x.scatter_add_(1, targets[rows, None], to_logprob[rows, None])
         x *= bend / head.temperature
-        scores[rows] = x
+        into[rows] = x
+    return into
 
 
 def _bounded(scores: Tensor, head: Head) -> tuple[Tensor, Tensor | float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtengine_kernels import library
 from vtengine_kernels.token_logprob.head import Head
-from vtengine_kernels.token_logprob.products import working_dtype
+from vtengine_kernels.token_logprob.products import over
 
 
 class _Args(ctypes.Structure):
@@ -31,7 +31,7 @@ def missing() -> str | None:
 
 def takes(hidden: Tensor) -> bool:
     """Whether scores of such hidden states are float32 on the CPU."""
-    return hidden.device.type == "cpu" and hidden.dtype != torch.float64 and working_dtype(hidden) == torch.float32
+    return hidden.device.type == "cpu" and hidden.dtype != torch.float64
 
 
 def statistics(scores: Tensor, targets: Tensor, head: Head, isa: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
@@ -49,9 +49,14 @@ def gradients_(
     slopes: tuple[Tensor, Tensor],
     head: Head,
     isa: str = "auto",
-) -> None:
-    """Scores become their own gradients. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
+) -> Tensor:
+    """The gradients of scores, over them. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
     _call("vt_token_gradients", scores, targets, (None, entropies, log_sums), slopes, head, isa)
+    into = over(scores, head.weight)
+    if into.dtype != scores.dtype:
+        for narrow, row in zip(into, scores, strict=True):
+            narrow.copy_(row.to(into.dtype))
+    return into
 
 
 def _call(

@@ -1,8 +1,9 @@
 """The matrix products of a head, a chunk of rows at a time: scores, and what their gradients mean for the inputs.
 
-On CUDA, cuBLAS in the dtype of the weight. On the CPU float32 runs as it is, by MKL or oneDNN; 16-bit weights are
-widened a slice of the vocabulary at a time, unless the processor multiplies bfloat16 itself.
-Gradients of the weight add up in float32 over the chunks.
+Scores are float32 whatever the weight: rounded to bfloat16 they would move a loss by some 1e-3. Their gradients are
+rounded to the dtype of the weight, where products run in it. On CUDA cuBLAS takes 16-bit operands and gives float32. On
+the CPU float32 runs as it is, by MKL or oneDNN; a 16-bit weight is widened a slice of the vocabulary at a time, unless
+the processor multiplies bfloat16 itself. Gradients of the weight add up in float32 over the chunks.
 """
 
 from __future__ import annotations
@@ -22,36 +23,62 @@ SLICE_ELEMENTS = 1 << 23
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has bfloat16 products in hardware."""
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+    """Whether this processor has bfloat16 products in hardware, and torch's add up to more than they round to."""
+    if not any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")):
+        return False
+    left, right = torch.ones(2, 64, 257, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        return bool((_product_of_16_bits(left, right) == 257).all())  # as bfloat16: 256
 
 
-def working_dtype(weight: Tensor) -> torch.dtype:
-    """Of the scores, and of both operands of the products."""
+def operand_dtype(weight: Tensor) -> torch.dtype:
+    """Of both operands of the products."""
     native = weight.device.type != "cpu" or (weight.dtype == torch.bfloat16 and multiplies_bfloat16())
     return weight.dtype if native else torch.float32
 
 
 def empty_scores(rows: int, weight: Tensor) -> Tensor:
-    """Room for the scores of a chunk, [rows, V]."""
-    return torch.empty((rows, len(weight)), dtype=working_dtype(weight), device=weight.device)
+    """Room for the scores of a chunk, float32 [rows, V]."""
+    return torch.empty((rows, len(weight)), device=weight.device)
+
+
+def over(scores: Tensor, weight: Tensor) -> Tensor:
+    """Where the gradients of scores go: over them, in the dtype of the products. 16-bit ones take the first half of
+    the memory of their row, so a row must be read before what is written reaches it."""
+    dtype = operand_dtype(weight)
+    return scores if dtype == scores.dtype else scores.view(dtype)[:, : scores.shape[1]]
 
 
 def scores_into(room: Tensor, hidden: Tensor, head: Head) -> Tensor:
-    """hidden [C, H] -> [C, V]: hidden @ weight.T with the low-rank term and the bans; no cap, no temperature.
+    """hidden [C, H] -> float32 [C, V]: hidden @ weight.T with the low-rank term and the bans; no cap, no temperature.
 
     The result is `room`, or newer memory where the library gives no choice.
     """
-    hidden = hidden.to(room.dtype)
-    if _by_onednn(room):
-        room = product(hidden, head.weight)
+    weight, states = head.weight, hidden.to(operand_dtype(head.weight))
+    if weight.dtype != room.dtype and weight.is_cuda:
+        torch.mm(states, weight.t(), out_dtype=room.dtype, out=room)
+    elif weight.dtype != states.dtype:
+        for part in _slices(weight):
+            torch.mm(states, weight[part].to(states.dtype).t(), out=room[:, part])
+    elif weight.dtype != room.dtype:
+        for part in _slices(weight):
+            room[:, part] = _product_of_16_bits(states, weight[part])
+    elif _by_onednn(states):
+        room = product(states, weight)
     else:
-        for part, weight in _slices(head.weight):
-            torch.mm(hidden, weight.t(), out=room[:, part])
+        torch.mm(states, weight.t(), out=room)
     if head.low_rank is not None:
         a, b = head.low_rank.a.to(room.dtype), head.low_rank.b.to(room.dtype)
-        room.addmm_(hidden @ a.t(), b.t(), alpha=head.low_rank.scale)
+        room.addmm_(hidden.to(room.dtype) @ a.t(), b.t(), alpha=head.low_rank.scale)
     return room if head.banned is None else room.index_fill_(1, head.banned, BANNED)
+
+
+def _product_of_16_bits(left: Tensor, right: Tensor) -> Tensor:
+    """left [A, C] @ right [B, C].T, 16 bits each, to about 18, though torch gives 8 on the CPU: once more less the
+    rounded product, the sum in float32 leaves what the rounding dropped."""
+    rounded = left @ right.t()
+    dropped = torch.addmm(rounded, left, right.t(), beta=-1)
+    return rounded.float().add_(dropped)
 
 
 class Gradients:
@@ -59,7 +86,7 @@ class Gradients:
 
     def __init__(self, hidden: Tensor, head: Head, wanted: tuple[bool, bool, bool, bool], chunks: int) -> None:
         self.head = head
-        self.dtype = working_dtype(head.weight)
+        self.dtype = operand_dtype(head.weight)
         inputs = (hidden, *head.tensors)
         totals: list[Tensor | None] = [None] * 4
         for index, (tensor, want) in enumerate(zip(inputs, wanted, strict=True)):
@@ -73,15 +100,15 @@ class Gradients:
         self.first = True
 
     def add(self, rows: slice, hidden: Tensor, scores: Tensor) -> None:
-        """scores [C, V]: gradients of the scores of hidden[rows] [C, H], in the working dtype; those of banned ids
-        become 0 in place."""
+        """scores [C, V]: gradients of the scores of hidden[rows] [C, H], in the dtype of the products; those of banned
+        ids become 0 in place."""
         if self.head.banned is not None:
             scores.index_fill_(1, self.head.banned, 0.0)
         hidden = hidden.to(self.dtype)
         if self.hidden is not None:
             self.hidden[rows] = _times_weight(scores, self.head.weight)
         if self.weight is not None:
-            for part in _parts(self.head.weight, sliced=_by_onednn(scores) and not self.first):
+            for part in (slice(None),) if self.weight.is_cuda else _slices(self.weight):
                 self._outer(self.weight[part], scores[:, part], hidden)
         if self.head.low_rank is not None:
             self._add_low_rank(rows, hidden, scores)
@@ -138,24 +165,17 @@ def _by_onednn(operand: Tensor) -> bool:
 
 
 def _times_weight(scores: Tensor, weight: Tensor) -> Tensor:
-    if _by_onednn(scores) and weight.dtype == torch.float32:
-        return product(scores, weight.t())
-    total: Tensor | None = None
-    for part, rows in _slices(weight):
-        total = scores[:, part] @ rows if total is None else total.addmm_(scores[:, part], rows)
-    assert total is not None
+    if scores.dtype == weight.dtype:
+        return product(scores, weight.t()) if _by_onednn(scores) else scores @ weight
+    total = scores.new_zeros(len(scores), weight.shape[1])
+    for part in _slices(weight):
+        total.addmm_(scores[:, part], weight[part].to(scores.dtype))
     return total
 
 
-def _slices(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in the working dtype: whole if that is its own, else slice by slice."""
-    dtype = working_dtype(weight)
-    for part in _parts(weight, sliced=dtype != weight.dtype):
-        yield part, weight[part].to(dtype)
-
-
-def _parts(weight: Tensor, *, sliced: bool) -> Iterator[slice]:
-    vocabulary = len(weight)
-    step = max(1, SLICE_ELEMENTS // weight.shape[1]) if sliced or working_dtype(weight) != weight.dtype else vocabulary
+def _slices(weight: Tensor) -> Iterator[slice]:
+    """The vocabulary in parts of which a copy is small."""
+    vocabulary, size = weight.shape
+    step = max(1, SLICE_ELEMENTS // size)
     for start in range(0, vocabulary, step):
         yield slice(start, min(start + step, vocabulary))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtengine_kernels.token_logprob.head import Head
+from vtengine_kernels.token_logprob.products import over
 from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
 MAX_BLOCK = 4096
@@ -54,10 +55,11 @@ if missing() is None:
 
     @triton.jit
     def row_gradients_(
-        row_ptr, target, vocabulary, log_sum, entropy, to_logprob, to_entropy, cold, cap,
-        CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+        row_ptr, into_ptr, target, vocabulary, log_sum, entropy, to_logprob, to_entropy, cold, cap,
+        NARROW: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Scores of one row become their gradients."""
+        """The gradients of one row's scores, over them. NARROW: they have half the size, and overtake no block but the
+        one that was read last."""
         v = tl.arange(0, BLOCK)
         for first in range(0, vocabulary, BLOCK):
             in_V = first + v < vocabulary
@@ -67,7 +69,9 @@ if missing() is None:
             p_V = tl.exp(logp_V)
             slope_V = -p_V * (to_logprob + to_entropy * (logp_V + entropy))
             slope_V += tl.where(first + v == target, to_logprob, 0.0)
-            tl.store(row_ptr + first + v, (slope_V * bend_V).to(row_ptr.dtype.element_ty), mask=in_V)
+            if NARROW:
+                tl.debug_barrier()  # all threads have read the block
+            tl.store(into_ptr + first + v, (slope_V * bend_V).to(into_ptr.dtype.element_ty), mask=in_V)
 
     @triton.jit
     def _statistics_kernel(
@@ -84,14 +88,15 @@ if missing() is None:
 
     @triton.jit
     def _gradients_kernel(
-        scores_ptr, targets_ptr, log_sums_ptr, entropies_ptr, to_logprob_ptr, to_entropy_ptr,
-        row_stride, vocabulary, cold, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+        scores_ptr, into_ptr, targets_ptr, log_sums_ptr, entropies_ptr, to_logprob_ptr, to_entropy_ptr,
+        row_stride, into_stride, vocabulary, cold, cap,
+        NARROW: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         row_gradients_(
-            scores_ptr + row * row_stride, tl.load(targets_ptr + row), vocabulary,
+            scores_ptr + row * row_stride, into_ptr + row * into_stride, tl.load(targets_ptr + row), vocabulary,
             tl.load(log_sums_ptr + row), tl.load(entropies_ptr + row),
-            tl.load(to_logprob_ptr + row), tl.load(to_entropy_ptr + row), cold, cap, CAPPED, BLOCK,
+            tl.load(to_logprob_ptr + row), tl.load(to_entropy_ptr + row), cold, cap, NARROW, CAPPED, BLOCK,
         )  # fmt: skip
 
 
@@ -105,9 +110,9 @@ def constants(head: Head) -> dict[str, int | bool]:
     return {"CAPPED": head.soft_cap is not None, "BLOCK": block, "num_warps": NUM_WARPS if block == MAX_BLOCK else 4}
 
 
-def scalars(scores: Tensor, head: Head) -> tuple[int, int, float, float]:
-    """Row stride, vocabulary, 1 / temperature, cap."""
-    return scores.stride(0), scores.shape[1], 1.0 / head.temperature, head.soft_cap or 1.0
+def scalars(scores: Tensor, head: Head) -> tuple[int, float, float]:
+    """Vocabulary, 1 / temperature, cap."""
+    return scores.shape[1], 1.0 / head.temperature, head.soft_cap or 1.0
 
 
 def statistics(scores: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,14 +120,20 @@ def statistics(scores: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Ten
     out = torch.empty((3, len(scores)), device=scores.device)
     if len(scores):
         tensors = (scores, targets.contiguous(), *out)
-        launch(_statistics_kernel, (len(scores),), *tensors, *scalars(scores, head), **constants(head))
+        launch(
+            _statistics_kernel, (len(scores),), *tensors, scores.stride(0), *scalars(scores, head), **constants(head)
+        )
     return out[0], out[1], out[2]
 
 
 def gradients_(
     scores: Tensor, targets: Tensor, totals: Tensor, entropies: Tensor, slopes: tuple[Tensor, Tensor], head: Head
-) -> None:
-    """Scores become their own gradients. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
+) -> Tensor:
+    """The gradients of scores, over them. slopes: of the loss in logprobs and in entropies, float32 [C] each."""
+    into = over(scores, head.weight)
     if len(scores):
-        tensors = (scores, targets.contiguous(), totals, entropies, *slopes)
-        launch(_gradients_kernel, (len(scores),), *tensors, *scalars(scores, head), **constants(head))
+        tensors = (scores, into, targets.contiguous(), totals, entropies, *slopes)
+        numbers = (scores.stride(0), into.stride(0), *scalars(scores, head))
+        narrow = into.dtype != scores.dtype
+        launch(_gradients_kernel, (len(scores),), *tensors, *numbers, NARROW=narrow, **constants(head))
+    return into
