@@ -47,6 +47,7 @@ def report() -> list[Availability]:
         _flash("shared_prefix_attention"),
         Availability("shared_prefix_attention", "tiles", True, "torch, matrix products over tiles"),
         Availability("shared_prefix_attention", "ref", True, "torch"),
+        _gate("layer_ops"),
         _native("layer_ops", "norms, gates and rotary embeddings of inference make three to five passes over memory"),
         Availability("layer_ops", "torch", True, "torch"),
         _triton("visual_scatter"),
@@ -107,6 +108,13 @@ def _installed(op: str) -> list[Availability]:
     modules = {"flash": (flash_attn3, "flash-attn 3"), "flashinfer": (flashinfer_paged, "FlashInfer")}
     found = {name: (module.missing(), f"{says}, float16, bfloat16") for name, (module, says) in modules.items()}
     return [Availability(op, name, reason is None, reason or says) for name, (reason, says) in found.items()]
+
+
+def _gate(op: str) -> Availability:
+    from vtengine_kernels.layer_ops import flashinfer
+
+    reason = flashinfer.missing()
+    return Availability(op, "flashinfer", reason is None, reason or "FlashInfer, the gate in inference, 16 bits")
 
 
 def _rows(op: str) -> list[Availability]:

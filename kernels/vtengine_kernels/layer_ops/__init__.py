@@ -1,7 +1,8 @@
 """layer_ops: what a transformer layer does between its matrix products: norm, gate, rotary embedding.
 
 Suffixes: N rows, H numbers of a row, I half of them, D head size. A row's result depends on nothing but the row.
-"torch": any device and dtype, differentiable. "cpu": float32 on the CPU, in inference mode.
+"torch": any device and dtype, differentiable. "cpu": float32 on the CPU, in inference mode. "flashinfer": `swiglu` in
+16 bits on CUDA, in inference mode.
 ValueError: shapes or devices that do not fit, no such `impl`, or it does not take these tensors.
 RuntimeError: `impl` is not available here.
 """
@@ -14,11 +15,12 @@ from typing import Literal
 from torch import Tensor
 
 from vtengine_kernels.dispatch import select
-from vtengine_kernels.layer_ops import native, plain
+from vtengine_kernels.layer_ops import flashinfer, native, plain
 
-Impl = Literal["auto", "cpu", "torch"]
+Impl = Literal["auto", "flashinfer", "cpu", "torch"]
 
 _IMPLS: dict[str, ModuleType] = {"cpu": native, "torch": plain}
+_GATES = {"flashinfer": flashinfer, **_IMPLS}
 
 __all__ = ["Impl", "rms_norm", "rotary", "swiglu"]
 
@@ -35,7 +37,7 @@ def swiglu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
     """x [N, 2 I], the gate before what it gates -> silu(gate) * up [N, I]."""
     if x.ndim != 2 or x.shape[1] % 2:
         raise _misfit("swiglu", "x [N, 2 I]", x)
-    out: Tensor = select("layer_ops", impl, _IMPLS, x).swiglu(x)
+    out: Tensor = select("layer_ops", impl, _GATES, x).swiglu(x)
     return out
 
 

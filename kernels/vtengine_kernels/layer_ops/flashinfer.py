@@ -1,0 +1,33 @@
+"""FlashInfer's gate, where it is installed: float16 and bfloat16 on CUDA, in inference mode, one pass over memory.
+
+Its input is ours, gate and up in one tensor. API: `silu_and_mul` of flashinfer/activation.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vtengine_kernels.flashinfer_paged import missing
+
+__all__ = ["missing", "swiglu", "takes"]
+
+
+def takes(x: Tensor) -> bool:
+    """Whether tensors of this kind are implemented, and nobody will ask for gradients."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and torch.is_inference_mode_enabled()
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """Contract: the package's docstring."""
+    return _silu_and_mul()(x.contiguous()) if len(x) else x[:, : x.shape[1] // 2]
+
+
+@functools.cache
+def _silu_and_mul() -> Callable[[Tensor], Tensor]:
+    function: Callable[[Tensor], Tensor] = importlib.import_module("flashinfer").silu_and_mul
+    return function
