@@ -29,8 +29,9 @@ class FakeSglang:
     """`faults`: names, each used up by the request it strikes; a name in `always` strikes every one.
 
     dies: the connection ends before the first token · dies_later: after it · silent: never answers · queue_full ·
-    refused · slow: 50 ms per token · garbage; always only: html · miscounts · wrong_ids · no_logprobs · dead: every
-    connection is cut. The name of one of CONTROLS: that call says no. `calls`: what came on those, in order.
+    refused · slow: 50 ms per token · garbage; always only: html · miscounts · wrong_ids · no_logprobs · sick: /health
+    says 503 · frozen: like silent, and /health is silent too · dead: every connection is cut. The name of one of
+    CONTROLS: that call says no. `calls`: what came on those, in order.
     seeded: replies are drawn from prompt and seed, one of its own for each. reads: `loaded` are the tensors of the last
     update from a folder.
     scheduler: a process of `scheduler.start` that takes part in broadcasts; the server dies with it.
@@ -43,7 +44,7 @@ class FakeSglang:
         self.seeded, self.reads, self.loaded = False, False, {}
         self.scheduler, self.asking = None, threading.Lock()
         self.workers = None  # a list makes it an sglang-router that is asked for them
-        self.faults, self.always, self.flush_refusals = [], set(), 0
+        self.faults, self.always, self.flush_refusals, self.health_checks = [], set(), 0, 0
         self.requests, self.aborted, self.flushes, self.calls, self.headers = [], [], 0, [], []
         self.offers = {call for call in CONTROLS if not call.endswith("_weight_update")}  # as 0.5.17 does
         self.lock, self.prefixes, self.stop = threading.Lock(), [], threading.Event()
@@ -109,6 +110,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.drop()
         if "html" in fake.always:
             return self.reply(b"<html>hello</html>")
+        if self.path == "/health":
+            fake.health_checks += 1
+            if "frozen" in fake.always:
+                return self.fall_silent()
+            if "sick" in fake.always:
+                return self.reply({}, 503)
         pages = {"/model_info": fake.model, "/get_model_info": fake.model, "/server_info": fake.info, "/health": {}}
         pages |= {"/workers": {"workers": fake.workers}} if fake.workers is not None else {}
         return self.reply(pages[self.path]) if self.path in pages else self.reply({"detail": "Not Found"}, 404)
@@ -167,9 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         is_probe = "rid" not in body
         if not is_probe:
             fake.requests.append(body)
-            if fake.strikes("silent"):
-                fake.stop.wait(20)
-                return self.drop()
+            if fake.strikes("silent") or "frozen" in fake.always:
+                return self.fall_silent()
             if fake.strikes("queue_full"):
                 return self.reply({"error": {"message": "The request queue is full."}}, 503)
             if fake.strikes("refused"):
@@ -267,6 +273,10 @@ class _Handler(BaseHTTPRequestHandler):
     def piece(self, data):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
         self.wfile.flush()
+
+    def fall_silent(self):
+        self.fake.stop.wait(20)
+        return self.drop()
 
     def drop(self):
         self.close_connection = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from importlib import metadata
 
 import pytest
@@ -146,8 +147,32 @@ def test_a_silent_server_runs_into_the_deadline_and_is_told():
     assert server.aborted == [server.requests[0]["rid"]]
 
 
-def test_a_silent_server_runs_into_the_read_limit():
-    assert "no answer in time" in str(failure(BackendFailed, always={"silent"}, read_s=0.2, attempts=1))
+@pytest.mark.parametrize("faults", [{"frozen"}, {"silent", "sick"}])
+def test_a_frozen_server_is_lost_after_the_limit(faults):
+    began_s = time.monotonic()
+    assert "no answer in time" in str(failure(BackendFailed, always=faults, read_s=0.3, attempts=1))
+    assert 0.3 <= time.monotonic() - began_s < 5
+
+
+def test_a_server_that_generates_for_longer_than_the_limit_is_waited_for():
+    """Its answer comes in two pieces, the first token and the rest, 2 s apart."""
+    asks = [request(str(k), (1, 2, k), max_new_tokens=41) for k in range(8)]
+
+    async def ask(backend, _):
+        await backend.check()
+        return await asyncio.gather(*(backend.generate(one) for one in asks))
+
+    server = fake(always={"slow"})
+    done = serve(ask, server, read_s=0.6, attempts=1)
+    assert [len(completion.token_ids) for completion in done] == [41] * 8
+    assert 1 <= server.health_checks <= 12  # every 0.2 s, not for each request
+
+
+def test_a_healthy_server_that_does_not_answer_runs_into_the_deadline():
+    server = fake(always={"silent"})
+    with pytest.raises(BackendFailed, match=r"not done after 1 s"):
+        serve(lambda backend, _: backend.generate(ASK), server, read_s=0.3, deadline_s=1)
+    assert len(server.requests) == 1
 
 
 def test_a_deadline_counts_for_slow_tokens_too():

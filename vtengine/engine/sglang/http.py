@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.sglang.checks import wrong_model
 from vtengine.engine.sglang.hooks import STATE
 from vtengine.engine.sglang.reply import NO_SUCH_CALL, raise_for_status
+from vtengine.engine.sglang.silence import Patience
 from vtengine.engine.sglang.transport import ADDRESS, NOT_OFFERED, ConnectionLost, ServerFacts, ServerUnsuitable
 
 if TYPE_CHECKING:
@@ -19,13 +21,16 @@ if TYPE_CHECKING:
 FLUSH_WAIT_S = 2.0
 FACTS_S = 60.0
 """Longest silence where a server is asked what it is: its scheduler answers between two batches."""
+HEALTH_S = 30.0
+"""Longest time that /health may take: SGLang says no after 20 s in which its scheduler was silent."""
 CONTROL_S = 1800.0
 """Longest time that an update of the weights, or a release of memory, may take."""
 IMAGE_PAD = "<|image_pad|>"
 
 
 class HttpTransport:
-    """connect_s: limit for the connection; read_s: longest silence between two pieces of an answer."""
+    """connect_s: limit for the connection; read_s: longest silence of the server, which is asked for its health while
+    an answer takes its time."""
 
     takes_tensors = False
     is_child = False
@@ -40,6 +45,9 @@ class HttpTransport:
             raise ValueError(f"backend {url}: is no http:// or https:// address")
         self._httpx = httpx
         self._facts_timeout = httpx.Timeout(min(read_s, FACTS_S), connect=connect_s, pool=None)
+        self._answer_timeout = httpx.Timeout(read_s, connect=connect_s, read=None, pool=None)
+        self._health_timeout = httpx.Timeout(min(read_s, HEALTH_S), connect=connect_s, pool=None)
+        self._patience = Patience(self._is_healthy, read_s)
         self.where = url
         self._client = httpx.AsyncClient(
             base_url=url,
@@ -80,22 +88,33 @@ class HttpTransport:
         return True
 
     async def send(self, payload: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        request = self._client.build_request("POST", "/generate", json=payload, timeout=self._answer_timeout)
+        heard = self._patience.wait_for
         try:
-            async with self._client.stream("POST", "/generate", json=payload) as response:
+            async with aclosing(await heard(self._client.send(request, stream=True))) as response:
                 if response.status_code != 200:
-                    body = (await response.aread()).decode("utf-8", "replace")
+                    body = (await heard(response.aread())).decode("utf-8", "replace")
                     raise_for_status(self.where, response.status_code, _message(body))
-                async for line in response.aiter_lines():
+                lines = response.aiter_lines()
+                while (line := await heard(anext(lines, None))) is not None:
                     if not line:
                         continue
                     if line.removeprefix("data:").strip() == "[DONE]":
                         return
                     yield self._chunk(line)
-        except self._httpx.TimeoutException as error:
+        except (TimeoutError, self._httpx.TimeoutException) as error:
             raise ConnectionLost(f"{self.where}: no answer in time ({type(error).__name__})") from None
         except self._httpx.TransportError as error:
             raise ConnectionLost(f"{self.where}: connection lost: {str(error) or type(error).__name__}") from None
         raise ConnectionLost(f"{self.where}: the answer broke off")
+
+    async def _is_healthy(self) -> bool:
+        """SGLang answers once its scheduler said anything, to whomever; an idle one generates a token for it."""
+        try:
+            response = await self._client.get("/health", timeout=self._health_timeout)
+        except self._httpx.HTTPError:
+            return False
+        return bool(response.status_code == 200)
 
     async def abort(self, rid: str) -> None:
         try:
