@@ -98,8 +98,8 @@ gpu: $(if $(wildcard $(STAMP)),$(STAMP),$(GPU_STAMP))
 	fi
 
 # a real SGLang on the CPU in an environment of its own (2.7 GB), and the tests that need it;
-# SGLANG_MARKS='sglang and not slow' leaves out the long ones
-SGLANG_VENV := .venv-sglang
+# SGLANG_MARKS='sglang and not slow' leaves out the long ones; SGLANG_VERSION=0.5.23 takes another one than the pin
+SGLANG_VENV := .venv-sglang$(addprefix -,$(SGLANG_VERSION))
 SGLANG_MARKS ?= sglang
 sglang-venv: $(SGLANG_VENV)/.installed
 $(SGLANG_VENV)/.installed: $(wildcard tests/sglang_env/*) pyproject.toml
@@ -123,4 +123,4 @@ gpu-sglang:
 	$(or $(PYTHON),$(wildcard $(PY)),python3) benchmarks/gpu_sglang.py $(if $(CONFIG),--config $(CONFIG)) $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(SGLANG_VENV) $(VLLM_VENV) $(PEERS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST_VENV) .venv-sglang* $(VLLM_VENV) $(PEERS_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
