@@ -234,6 +234,13 @@ def _add_engine(parser: Parser, seed: int | None = 0) -> None:
         metavar="GB",
         help="memory for keys and values (default: by device)",
     )
+    add(
+        "--engine-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of SGLang's engine, with --backend sglang: tp_size=2; may be given several times",
+    )
     add("--allow-http", action="store_true", help="fetch images from http(s) addresses in the input")
 
 

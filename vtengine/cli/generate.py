@@ -44,7 +44,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=//)|data:", re.IGNORECASE)
 def run(arguments: argparse.Namespace) -> int:
     """The whole command. Raises CliError for what ends it early."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-    check_backend(arguments.backend)
+    check_backend(arguments)
     task = _Task.prepare(arguments)
     started_s = time.monotonic()
     if task.rows_done < task.rows_total:

@@ -26,7 +26,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal; status 0 after a clean stop."""
-    check_backend(arguments.backend)
+    check_backend(arguments)
     if arguments.port > MAX_PORT:
         raise UsageError(f"--port {arguments.port}: must be at most {MAX_PORT}")
     try:

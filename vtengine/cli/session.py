@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtengine.cli.errors import CliError, UsageError, one_line
 from vtengine.cli.models import context_tokens, find_model, pixel_limits
+from vtengine.config import read_data
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Text, View, ViewSize
 from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile
@@ -55,7 +56,7 @@ async def open_session(
 
     decode_limits: of one image, where the defaults are not wanted. max_chunks_per_s: of all streams together.
     """
-    check_backend(arguments.backend)
+    check_backend(arguments)
     folder = find_model(arguments.model)
     try:
         setting = _build(arguments, folder, concurrency, decode_limits, max_chunks_per_s)
@@ -72,8 +73,11 @@ async def open_session(
         setting.pipeline.close()  # type: ignore[attr-defined]
 
 
-def check_backend(name: str) -> None:
-    """Raises UsageError for a backend that is not there."""
+def check_backend(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for a backend that is not there, and for engine arguments that it cannot take."""
+    name = arguments.backend
+    if arguments.engine_arg and name != "sglang":
+        raise UsageError(f"--engine-arg {arguments.engine_arg[0]}: is for --backend sglang, the backend is {name}")
     if name == "embedded" or name.startswith(SCRIPTED):
         return
     if name == "sglang":
@@ -157,7 +161,7 @@ def _backend(
     if arguments.backend.startswith(SCRIPTED):
         return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
     if arguments.backend != "embedded":
-        return _sglang(arguments.backend, folder, device, dtype, max_chunks_per_s)
+        return _sglang(arguments, folder, device, dtype, max_chunks_per_s)
     from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
     from vtengine.model import load_model
 
@@ -177,16 +181,22 @@ def _backend(
 
 
 def _sglang(
-    name: str, folder: Path, device: torch.device, dtype: torch.dtype, max_chunks_per_s: float | None
+    arguments: argparse.Namespace,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_chunks_per_s: float | None,
 ) -> Backend:
     from vtengine.engine.sglang import SglangEngineBackend, connect_servers
 
-    key = os.environ.get(API_KEY)
+    name, key = arguments.backend, os.environ.get(API_KEY)
     try:
         if name != "sglang":
             return connect_servers(name, folder, api_key=key, max_chunks_per_s=max_chunks_per_s)
-        kind = str(dtype).removeprefix("torch.")
-        return SglangEngineBackend(folder, device=str(device), dtype=kind, max_chunks_per_s=max_chunks_per_s)
+        kind, extra = str(dtype).removeprefix("torch."), read_data(overrides=arguments.engine_arg)
+        return SglangEngineBackend(
+            folder, device=str(device), dtype=kind, arguments=extra, max_chunks_per_s=max_chunks_per_s
+        )
     except ValueError as error:
         raise UsageError(f"--backend {name}: {one_line(error)}") from None
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 from vtengine_training.cli import main
 from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.rollout_engine import build_engine
 
 from tests.engine.sglang.fake_server import FakeSglang
 from tests.training.trainer.toy import rewarder
@@ -38,6 +41,7 @@ def fakes(tiny_folder):
         ({"backend": "magic"}, "backend = 'magic'.*http://host:port"),
         ({"sync": "disk"}, "shares the learner's weights"),
         ({"release_memory": True}, "shares the learner's weights"),
+        ({"engine_args": {"tp_size": 2}}, "engine_args: is for backend = \"sglang\".*'embedded'"),
     ],
 )
 def test_what_does_not_go_together(make_config, rollout, words) -> None:
@@ -70,6 +74,23 @@ def test_embedded_is_the_default(make_config) -> None:
     one = Run(make_config(), rewarder())
     assert isinstance(one.parts.engine, EmbeddedEngine) and isinstance(one.parts.publisher, SharedParameters)
     asyncio.run(one.close())
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "wanted"),
+    [
+        ("cpu", {}, {}),
+        ("cuda:0", {}, {"mem_fraction_static": 0.5, "enable_memory_saver": True}),
+        ("cuda:0", {"mem-fraction-static": 0.3, "tp_size": 2}, {"mem_fraction_static": 0.3, "tp_size": 2}),
+    ],
+)
+def test_an_engine_beside_a_learner_leaves_memory_to_it(make_config, monkeypatch, device, given, wanted):
+    made = {}
+    monkeypatch.setattr("vtengine.engine.sglang.SglangEngineBackend", lambda folder, **options: made.update(options))
+    config = make_config(rollout={"backend": "sglang", "release_memory": True, "engine_args": given})
+    model = SimpleNamespace(device=torch.device(device))
+    build_engine(config, None, model, None, Ranks())
+    assert made["arguments"].items() >= wanted.items() and made["device"] == device
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vtengine_training.checks import at_least, positive_or_none
 from vtengine_training.data.config import DataConfig, SourceConfig
@@ -47,6 +47,8 @@ class RolloutConfig:
     Over addresses several ranks share the servers: `concurrency` is that of all ranks together, and the first rank
     sends the weights (sync_folder, sync_address: of its machine).
     release_memory: SGLang gives its memory back while the learner works (it needs --enable-memory-saver).
+    engine_args: of SGLang's engine by name, with backend = "sglang". On a GPU mem_fraction_static is 0.5 unless given:
+    of the memory that is free when the engine starts; the rest is for gradients, moments and activations.
     dump_every: every so many steps the episodes are written to rollouts/, for `vtengine view`; 0 = never.
     """
 
@@ -70,6 +72,7 @@ class RolloutConfig:
     sync_folder: str = ""
     sync_address: str = "127.0.0.1"
     release_memory: bool = False
+    engine_args: dict[str, Any] = field(default_factory=dict)
     dump_every: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +90,8 @@ class RolloutConfig:
             raise ValueError(f"backend = {self.backend!r}: must be embedded, sglang or http://host:port[,http://...]")
         if self.backend == "embedded" and (self.sync != "auto" or self.release_memory):
             raise ValueError("sync, release_memory: the embedded engine shares the learner's weights; leave them out")
+        if self.engine_args and self.backend != "sglang":
+            raise ValueError(f'engine_args: is for backend = "sglang", the backend is {self.backend!r}; leave it out')
         at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
         at_least(self, 1, "kv_mib")
         at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,11 @@ from vtengine_training.trainer.ranks import Ranks
 
 NCCL_OF_SGLANG = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 """What SGLang sets in its own processes, unless they were started with something else."""
+
+
+COLOCATED_SHARE = 0.5
+"""Of the memory that is free when SGLang starts beside a learner: for its weights, keys and values. By itself SGLang
+takes nearly all of it, and gradients and moments find none."""
 
 
 def set_up_nccl(config: GrpoConfig) -> None:
@@ -44,7 +50,10 @@ def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer:
     from vtengine.engine.sglang import SglangEngineBackend, connect_servers, resolve
 
     if rollout.backend == "sglang":
-        arguments = {"enable_memory_saver": True} if rollout.release_memory and model.device.type == "cuda" else {}
+        arguments: dict[str, Any] = {}
+        if model.device.type == "cuda":
+            arguments = {"mem_fraction_static": COLOCATED_SHARE, "enable_memory_saver": rollout.release_memory}
+        arguments |= {name.replace("-", "_"): value for name, value in rollout.engine_args.items()}
         return SglangEngineBackend(
             folder, device=str(model.device), dtype=config.dtype, updatable=True, arguments=arguments
         )

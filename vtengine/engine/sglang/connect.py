@@ -61,7 +61,8 @@ def connect_servers(
 class SglangHttpBackend(SglangBackend):
     """A running SGLang server. model: what it serves, as `ServedModel` or the folder of the checkpoint.
 
-    connect_s: limit for the connection, read_s: longest silence of the server. Other options: `SglangBackend`.
+    connect_s: limit for the connection, read_s: longest silence of the server, its /health included. Other options:
+    `SglangBackend`.
     """
 
     def __init__(
@@ -83,8 +84,8 @@ class SglangHttpBackend(SglangBackend):
 class SglangEngineBackend(SglangBackend):
     """SGLang in this process (its scheduler is a process of its own, and takes this one down when it dies).
 
-    arguments: of `sglang.Engine`, over those that we set. updatable: new weights will be loaded, so SGLang's feature
-    cache is off. Other options: `SglangBackend`.
+    arguments: of `sglang.Engine` by name, over those that we set; raises ValueError for others. updatable: new weights
+    will be loaded, so SGLang's feature cache is off. Other options: `SglangBackend`.
     """
 
     def __init__(

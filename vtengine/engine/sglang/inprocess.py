@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 from collections.abc import AsyncGenerator
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.engine.base import BackendFailed, RequestRejected
+from vtengine.engine.sglang.arguments import checked
 from vtengine.engine.sglang.checks import PINNED, check_version, wrong_model
 from vtengine.engine.sglang.hooks import PLUGIN, PLUGINS, VARIABLE, chosen_hooks
 from vtengine.engine.sglang.http import hooks_of
@@ -79,10 +81,15 @@ class EngineTransport:
         settings = {"model_path": str(folder), "device": kind, "dtype": dtype} | OURS
         if ":" in device:
             settings["base_gpu_id"] = int(device.split(":")[1])
-        settings |= (ON_CPU if kind == "cpu" else {}) | arguments
         import sglang
 
-        self._engine = sglang.Engine(**settings)
+        known = inspect.signature(sglang.Engine.server_args_class).parameters
+        settings |= (ON_CPU if kind == "cpu" else {}) | checked(arguments, known, self._version)
+        try:
+            self._engine = sglang.Engine(**settings)
+        except (TypeError, ValueError, AssertionError) as error:  # an argument that it does not take
+            message = f"backend sglang: SGLang does not start: {type(error).__name__}: {error}"
+            raise ValueError(f"{message}; engine arguments were {arguments or 'none'}") from error
         self._settings = settings
 
     async def facts(self) -> ServerFacts:
