@@ -68,9 +68,11 @@ async def siblings_meet(backend):
 
 
 async def one_is_killed(backend, victim):
-    """All requests at once, SIGKILL for one server once some are running."""
+    """All requests at once, SIGKILL for one server once some are running there."""
     tasks = [asyncio.create_task(backend.generate(one)) for one in asks(0, PROMPTS, 60)]
-    await asyncio.sleep(0.5)
+    while not backend.servers[0].stats()["running"]:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
     os.killpg(victim.pid, signal.SIGKILL)
     done = await asyncio.gather(*tasks)
     return Counter(completion.request_id for completion in done), Counter(len(one.token_ids) for one in done)

@@ -143,7 +143,13 @@ class EngineTransport:
         return bool(ok), str(message)
 
     async def set_version(self, version: str) -> None:
-        self._manager.record_config_updates("vtengine", weight_version=version)
+        if not hasattr(self._manager, "update_weight_version"):  # before 0.5.19
+            self._manager.record_config_updates("vtengine", weight_version=version)
+            return
+        from sglang.srt.managers.io_struct import UpdateWeightVersionReqInput
+
+        named = UpdateWeightVersionReqInput(new_version=version, abort_all_requests=False)
+        await self._manager.update_weight_version(named)
 
     async def close(self) -> None:
         """Ends the scheduler's process; blocks for its seconds."""
