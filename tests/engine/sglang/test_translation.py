@@ -162,12 +162,18 @@ def test_the_served_model_is_read_from_its_folder(tmp_path):
         ("unknown", False),
     ],
 )
-def test_versions(version, good):
+def test_versions(version, good, caplog):
     if good:
         checks.check_version(version, "here")
+        assert not caplog.records
     else:
-        with pytest.raises(ServerUnsuitable, match=f"SGLang {version};.*0.5.17"):
+        with pytest.raises(ServerUnsuitable, match=rf"SGLang {version};.*0\.5\.17 to 0\.5\.23: pip install"):
             checks.check_version(version, "here")
+
+
+def test_a_version_that_was_never_run_is_taken_with_a_warning(caplog):
+    checks.check_version("0.5.99", "here")
+    assert "here: is SGLang 0.5.99, newer than any" in caplog.text
 
 
 @pytest.mark.parametrize(

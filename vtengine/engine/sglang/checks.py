@@ -11,21 +11,27 @@ from vtengine.engine.sglang.transport import ServerFacts, ServerUnsuitable
 if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
 
-OLDEST, TOO_NEW = (0, 5, 17), (0, 6)
-PINNED = "0.5.17"
+PINNED, NEWEST = "0.5.17", "0.5.23"
+"""The versions that the tests with a real SGLang were run with: docs/versions.md."""
+TOO_NEW = (0, 6)
 MODEL_TYPE = "qwen2_5_vl"
 
 log = logging.getLogger(__name__)
 
 
 def check_version(version: str, where: str) -> None:
-    """Raises ServerUnsuitable outside of 0.5.17 <= version < 0.6."""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
-    if not OLDEST <= numbers < TOO_NEW:
+    """Raises ServerUnsuitable outside of PINNED <= version < 0.6; warns of one that is newer than any that was run."""
+    found = _numbers(version)
+    if not _numbers(PINNED) <= found < TOO_NEW:
         raise ServerUnsuitable(
-            f"{where}: is SGLang {version}; this version works with {PINNED} (tested) and newer ones below 0.6: "
-            f"pip install sglang=={PINNED}"
+            f"{where}: is SGLang {version}; vtengine works with {PINNED} to {NEWEST}: pip install sglang=={PINNED}"
         )
+    if found > _numbers(NEWEST):
+        log.warning("%s: is SGLang %s, newer than any that vtengine was run with (%s)", where, version, NEWEST)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
 def check_facts(facts: ServerFacts, model: ServedModel, where: str, takes_tensors: bool) -> None:
