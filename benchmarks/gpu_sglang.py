@@ -60,6 +60,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 TINY_VISION = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
 TINY_VISION |= {"fullatt_block_indexes": [1]}
+COMPILING_S = 1800.0  # the first requests wait for kernels that are compiled on the spot
 TEXT_TOKENS = 128  # before the image, and about as many after it
 
 
@@ -93,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompts", type=int, default=8, help="images; each has n siblings (default: 8)")
     made.add_argument("--n", type=int, default=16, help="siblings of each prompt (default: 16)")
     made.add_argument("--new-tokens", type=int, default=64, help="of each turn (default: 64)")
-    made.add_argument("--attention-backend", default="triton", help="of SGLang: triton (default), fa3, flashinfer")
+    made.add_argument("--attention-backend", help="of SGLang: triton, fa3, flashinfer (default: its own choice)")
     made.add_argument("--cuda-graph", action="store_true", help="capture decode graphs (longer start)")
     made.add_argument(
         "--mem-fraction", type=float, default=0.8, help="of the GPU, for weights and cache (default: 0.8)"
@@ -152,8 +153,9 @@ def engine_arguments(args: argparse.Namespace, on_gpu: bool) -> dict[str, Any]:
     made: dict[str, Any] = {"load_format": "dummy", "disable_radix_cache": args.side == "off"}
     if not on_gpu:
         return made | {"max_total_tokens": 8192}
-    attention = args.attention_backend
-    made |= {"attention_backend": attention, "mm_attention_backend": attention if attention == "fa3" else "sdpa"}
+    if attention := args.attention_backend:
+        # never sdpa: it masks all patches of a batch against each other, 4 GB for four large images
+        made |= {"attention_backend": attention, "mm_attention_backend": "fa3" if attention == "fa3" else "triton_attn"}
     made |= {"sampling_backend": "pytorch", "grammar_backend": "none", "chunked_prefill_size": 8192}
     return made | {"disable_cuda_graph": not args.cuda_graph, "mem_fraction_static": args.mem_fraction}
 
@@ -168,10 +170,12 @@ async def measure(args: argparse.Namespace) -> int:
     device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
     if not on_gpu:  # compiling for a CPU takes minutes, and the engine's processes inherit this
         os.environ |= {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    os.environ.setdefault("SGLANG_VLM_CACHE_SIZE_MB", "2048")  # by itself 100, which siblings' large views overflow
     began_s = time.perf_counter()
-    backend = SglangEngineBackend(args.model, device=device, dtype=dtype, arguments=engine_arguments(args, on_gpu))
+    arguments = engine_arguments(args, on_gpu)
+    backend = SglangEngineBackend(args.model, device=device, dtype=dtype, arguments=arguments, deadline_s=COMPILING_S)
     row: dict[str, Any] = {"resumption": args.side, "startup_s": time.perf_counter() - began_s}
-    load = Load(backend, json.loads((args.model / "config.json").read_text(encoding="utf-8")), args)
+    load = Load(backend, json.loads((args.model / "config.json").read_text(encoding="utf-8")), args, dtype)
     await load.two_turns(10_000, 1)  # kernels are compiled at their first use
     first, second, seconds = await load.two_turns(0, load.prompts)
     await backend.close()
@@ -188,10 +192,12 @@ async def measure(args: argparse.Namespace) -> int:
 
 
 class Load:
-    """What is asked. low, high: visual tokens per side of the square views."""
+    """What is asked. low, high: visual tokens per side of the square views. dtype: of the pixel values."""
 
-    def __init__(self, backend: Backend, config: dict[str, Any], args: argparse.Namespace) -> None:
-        self.backend, self.config = backend, config
+    def __init__(
+        self, backend: Backend, config: dict[str, Any], args: argparse.Namespace, dtype: str = "float32"
+    ) -> None:
+        self.backend, self.config, self.dtype = backend, config, dtype
         sizes = (1, 2, 4, 4, 8) if args.dry_run else (args.prompts, args.n, args.new_tokens, 32, 64)
         self.prompts, self.n, self.new_tokens, self.low, self.high = sizes
         never = ("image_token_id", "video_token_id", "eos_token_id")
@@ -224,7 +230,7 @@ class Load:
 
         seed = torch.Generator().manual_seed(prompt * 100 + side)
         pixels = torch.randint(-128, 128, (4 * side * side, 1176), generator=seed).float() / 64
-        return ImageInput(f"{prompt}-{side}", (1, 2 * side, 2 * side), pixels)
+        return ImageInput(f"{prompt}-{side}", (1, 2 * side, 2 * side), pixels.to(getattr(torch, self.dtype)))
 
     def shown(self, picture: ImageInput, text: int) -> tuple[int, ...]:
         """Words, the picture's placeholders, words; other ones for each `text`."""

@@ -120,6 +120,12 @@ def test_the_gpu_script_writes_a_model_that_can_be_read(tiny: bool, tmp_path: Pa
     assert served.vocab_size == (512 if tiny else 152064)
 
 
+def test_the_gpu_script_leaves_the_kernels_to_sglang_unless_one_is_named() -> None:
+    for named, wanted in (([], None), (["triton"], "triton_attn"), (["fa3"], "fa3")):
+        args = gpu_sglang.parser().parse_args(["--side", "on", *(["--attention-backend", *named] if named else [])])
+        assert gpu_sglang.engine_arguments(args, True).get("mm_attention_backend") == wanted
+
+
 def test_the_gpu_script_asks_two_turns_of_siblings(tmp_path: Path) -> None:
     gpu_sglang.write_model(tmp_path, None, True)
     config = json.loads((tmp_path / "config.json").read_text())
