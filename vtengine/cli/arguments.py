@@ -225,6 +225,13 @@ def _add_engine(parser: Parser, seed: int | None = 0) -> None:
     add("--top-k", type=_whole(0), default=0, metavar="K", help="sample among the K best (default: 0, off)")
     stated = "another for each request" if seed is None else seed
     add("--seed", type=_whole(0), default=seed, metavar="S", help=f"same seed, same samples (default: {stated})")
+    _add_machine(parser)
+    add("--allow-http", action="store_true", help="fetch images from http(s) addresses in the input")
+
+
+def _add_machine(parser: Parser) -> None:
+    """Where the model runs, and with which memory."""
+    add = parser.add_argument
     add("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1")
     add("--image-device", choices=("auto", "cpu"), default="auto", help="makes pixel values (auto: where the model is)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
@@ -241,7 +248,6 @@ def _add_engine(parser: Parser, seed: int | None = 0) -> None:
         metavar="NAME=VALUE",
         help="of SGLang's engine, with --backend sglang: tp_size=2; may be given several times",
     )
-    add("--allow-http", action="store_true", help="fetch images from http(s) addresses in the input")
 
 
 def _add_view(parser: Parser) -> None:

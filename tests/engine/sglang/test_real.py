@@ -10,19 +10,26 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.sglang.real import ENVIRONMENT
+
 REPO = Path(__file__).resolve().parents[3]
 LIMIT_S = 900
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(LIMIT_S)]
 
 
-def child(*arguments, **environment):
-    """Runs Python in a process group of its own, which is gone afterwards, and returns its output."""
+def run(*arguments, **environment):
+    """Runs Python in a process group of its own."""
     paths = os.pathsep.join(str(REPO / part) for part in ("", "kernels", "training"))
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, *arguments], cwd=REPO, env=os.environ | {"PYTHONPATH": paths} | environment,
         capture_output=True, text=True, timeout=LIMIT_S, start_new_session=True,
     )  # fmt: skip
+
+
+def child(*arguments, **environment):
+    """Its output, once it ended well."""
+    done = run(*arguments, **environment)
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -106,6 +113,16 @@ def test_our_patchify_inside_sglang():
     report = last_line("tests.engine.sglang.patchified")
     assert report["hooks"] == ["flush", "patchify"] and report["processed"] == 0
     assert report["ids"][0] == report["ids"][1] and report["logprobs"] < 1e-5
+
+
+def test_the_command_line_gives_the_engine_its_arguments():
+    """Those that SGLang has; one that it has not is refused before anything starts."""
+    picture = "examples/glance/images/test-0-00001.png"
+    line = ["-m", "vtengine.cli", "ask", picture, "What is there?", "--max-new-tokens", "4", "--backend", "sglang"]
+    refused = run(*line, "--engine-arg", "mem_fraction_statc=0.2", **ENVIRONMENT)
+    assert refused.returncode == 2 and "did you mean mem_fraction_static?" in refused.stderr, refused.stderr
+    arguments = ["--engine-arg", "mem-fraction-static=0.2", "--engine-arg", "max_total_tokens=4096"]
+    assert child(*line, *arguments, **ENVIRONMENT).strip()
 
 
 def test_two_servers_and_one_is_killed():
