@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,27 +139,28 @@ def start_ranks(tmp_path):
     kill(started)
 
 
-class Pair:
-    """Two ranks that have met, and do one case after the other: to start them takes longer than most cases."""
+class Meeting:
+    """Ranks that have met, and do one case after the other: to start them takes longer than most cases."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, size: int = 2) -> None:
+        self.folder, self.size = folder, size
         self.processes: list[subprocess.Popen[str]] = []
 
     def do(self, *case: str) -> None:
-        """Returns when both have done it. After a fault they end, and the next case gets another pair."""
+        """Returns when all have done it. After a fault they end, and the next case gets others."""
         if not self.processes:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self.processes = launch(self.folder, str(Path(__file__).with_name("ranks_worker.py")), **pipes)
+            worker = str(Path(__file__).with_name("ranks_worker.py"))
+            self.processes = launch(self.folder, worker, size=self.size, **pipes)
         for process in self.processes:
             with suppress(BrokenPipeError):  # it has no answer either
                 print(json.dumps(case), file=process.stdin, flush=True)
         until = time.monotonic() + 240
         said = [self._answer(process, until) for process in self.processes]
-        if said != ["done\n"] * 2:
+        if said != ["done\n"] * self.size:
             kill(self.processes)
             self.processes = []
-            logs = [(self.folder / f"rank-{rank}.err").read_text() for rank in range(2)]
+            logs = [(self.folder / f"rank-{rank}.err").read_text() for rank in range(self.size)]
             raise AssertionError("\n".join(logs))
 
     def _answer(self, process: subprocess.Popen[str], until: float) -> str:
@@ -172,24 +174,47 @@ class Pair:
         assert [process.wait(timeout=60) for process in self.processes] == [0] * len(self.processes)
 
 
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    two = Pair(tmp_path_factory.mktemp("pair"))
-    yield two
+@contextmanager
+def meeting(folder: Path, size: int) -> Iterator[Meeting]:
+    met = Meeting(folder, size)
+    yield met
     try:
-        two.leave()
+        met.leave()
     finally:
-        kill(two.processes)
+        kill(met.processes)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Meeting]:
+    with meeting(tmp_path_factory.mktemp("pair"), 2) as two:
+        yield two
+
+
+@pytest.fixture(scope="module")
+def quartet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Meeting]:
+    with meeting(tmp_path_factory.mktemp("quartet"), 4) as four:
+        yield four
+
+
+def asked(met: Meeting, folder: Path) -> Callable[[GrpoConfig, str], Any]:
+    """run(config, what): what the first rank found."""
+
+    def run(config: GrpoConfig, what: str) -> Any:
+        path, out = folder / "ranks.toml", folder / f"{what}.out"
+        path.write_text(to_toml(config))
+        met.do(str(path), str(out), what)
+        return load_file(out) if what.startswith("gradients") else json.loads(out.read_text())
+
+    return run
 
 
 @pytest.fixture
 def ranks(pair, tmp_path):
     """ranks(config, what): what the first of two ranks found."""
+    return asked(pair, tmp_path)
 
-    def run(config, what: str):
-        path, out = tmp_path / "ranks.toml", tmp_path / f"{what}.out"
-        path.write_text(to_toml(config))
-        pair.do(str(path), str(out), what)
-        return load_file(out) if what.startswith("gradients") else json.loads(out.read_text())
 
-    return run
+@pytest.fixture
+def four_ranks(quartet, tmp_path):
+    """four_ranks(config, what): what the first of four ranks found."""
+    return asked(quartet, tmp_path)

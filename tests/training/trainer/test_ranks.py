@@ -111,6 +111,31 @@ def test_sixteen_bits_with_adapters_in_float32(make_config, ranks) -> None:
     assert {x.dtype for x in load_file(folder / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("lora", [{}, {"rank": 3, "vision": True}], ids=["whole", "adapters"])
+def test_two_copies_in_two_pieces_each(make_config, four_ranks, tmp_path, lora) -> None:
+    """Four ranks as two nodes of two: the same loss and gradients, and a run that one process or four go on with."""
+    update = {"shard_ranks": 2, "learning_rate": 1e-3, "max_tokens": 200}
+    settings = {"lora": lora, "loss": {"kl_coef": 0.1}, "rollout": {"prompts": 3, **ALONE}, "update": update, "steps": 3}
+    config = make_config(**settings, output=str(tmp_path / "one"))
+    expected = ranks_worker.gradients(Run(config, rewarder()), (1, 200, 10**6))
+    found = four_ranks(config, "gradients")
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (found[name] - wanted).abs().max() <= 1e-6, name
+    rows = ranks_worker.curve(Run(config, rewarder()), 99)
+    several = make_config(**settings, output=str(tmp_path / "several"))
+    close_rows(four_ranks(several, "curve-1"), rows[:1], 1e-3)
+    close_rows(ranks_worker.curve(Run(several, rewarder()), 2), rows[1:2], 1e-3)
+    close_rows(four_ranks(several, "curve-99"), rows[2:], 1e-3)
+
+
+def test_copies_must_come_out_even() -> None:
+    with pytest.raises(ValueError, match=r"shard_ranks = 2: must divide the number of ranks \(3\)"):
+        Ranks(0, 3).mesh(torch.device("cpu"), 2)
+    with pytest.raises(ValueError, match=r"shard_ranks = 4: must divide the number of ranks \(2\)"):
+        Ranks(0, 2).mesh(torch.device("cpu"), 4)
+
+
 @pytest.mark.parametrize("lora", [{}, {"rank": 3}], ids=["whole", "adapters"])
 def test_same_run_and_goes_on_with_any_number_of_ranks(make_config, ranks, tmp_path, lora) -> None:
     settings = {

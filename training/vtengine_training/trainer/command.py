@@ -173,14 +173,15 @@ def _estimate(config: GrpoConfig) -> list[str]:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     memory = "memory" if ranks == 1 else f"memory of each of {ranks} processes"
     own_engine = config.rollout.backend == "embedded"
-    weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, ranks, own_engine)
+    pieces = min(ranks, update.shard_ranks or ranks)
+    weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, pieces, own_engine)
     adapters = sum(target.parameters(config.lora.rank) for target in find_targets(model, config.lora))
     if config.lora.rank:
-        weights = cost.adapter_bytes(element, adapters, ranks, own_engine)
+        weights = cost.adapter_bytes(element, adapters, pieces, own_engine)
     frozen = bool(config.lora.rank)
     keys = f"{config.rollout.kv_mib} MiB for keys and values, " if own_engine else ""
     gathered = cost.gathered_bytes(element, learns=not frozen) / MIB
-    pieces = f"{gathered:,.0f} MiB for what is whole during a pass, " if ranks > 1 else ""
+    whole = f"{gathered:,.0f} MiB for what is whole during a pass, " if ranks > 1 else ""
     copies = 1 if update.logits == "fused" else 3
     logits = copies * 4 * update.logits_chunk * model.text.vocab_size
     token = cost.training_flops(1, 0, 0, frozen=frozen) / 1e9
@@ -189,7 +190,7 @@ def _estimate(config: GrpoConfig) -> list[str]:
         f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision"
         + (f"; {adapters:,} in adapters learn in their place" if frozen else ""),
         f"{memory}: about {weights / MIB:,.0f} MiB for weights, gradients, masters and moments, "
-        f"{keys}{pieces}{logits / MIB:,.0f} MiB for logits",
+        f"{keys}{whole}{logits / MIB:,.0f} MiB for logits",
         _activations(config, cost, element),
         f"compute: {token:.3g} GFLOP per packed token, {patch:.3g} GFLOP per image patch, forward and backward",
     ]

@@ -109,6 +109,8 @@ class UpdateConfig:
     max_skipped: updates in a row without finite gradients, or steps in a row without any group, before the run stops.
     train_vision: with [lora], the adapters' own `vision` and `merger` say it.
     recompute: layers keep only their inputs and run again in the backward pass: less memory, a third more work.
+    shard_ranks: of several ranks, so many neighbours (the GPUs of a node) hold the weights together, and the next ones
+    hold them again: layers are gathered within a node, gradients summed over all. None: one copy in pieces on all.
     warmup: steps in which the rate rises to learning_rate; schedule: how it then goes to final_rate, by the last step.
     """
 
@@ -125,6 +127,7 @@ class UpdateConfig:
     share_prefix: bool = True
     train_vision: bool = True
     recompute: bool = False
+    shard_ranks: int | None = None
     constant_length: int | None = None
     max_skipped: int = 5
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(weight_decay=0.0, beta2=0.999))
@@ -138,6 +141,8 @@ class UpdateConfig:
             raise ValueError(f'final_rate = {self.final_rate}: needs schedule = "linear" or "cosine"')
         at_least(self, 1, "epochs", "max_tokens", "logits_chunk", "max_skipped")
         at_least(self, 0, "warmup")
+        if self.shard_ranks is not None and self.shard_ranks < 2:
+            raise ValueError(f"shard_ranks = {self.shard_ranks}: must be 2 or more; leave it out to use all ranks")
         for name in ("minibatch_prompts", "constant_length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} = {value}: must be 1 or more")

@@ -110,7 +110,8 @@ def build_models(
         policy = policy_of(generating, train_vision=config.trains_vision)
     else:  # in pieces: float32 that learns, frozen weights in the model's own dtype
         checkpoint = ranks.together(lambda: Checkpoint.open(folder))
-        pieces = shard(checkpoint, dtype, device, ranks, config.trains_vision, lora=lora, seed=config.seed)
+        cut = partial(shard, checkpoint, dtype, device, ranks, shard_ranks=update.shard_ranks)
+        pieces = cut(config.trains_vision, lora=lora, seed=config.seed)
         policy, adapters = policy_of(pieces.model, train_vision=config.trains_vision, enter=pieces), pieces.adapters
     reference = None
     if config.loss.kl_coef:
@@ -120,7 +121,7 @@ def build_models(
             frozen = load_model(folder, device, dtype).requires_grad_(False)
             reference = policy_of(frozen, train_vision=False)
         else:
-            pieces = shard(checkpoint, dtype, device, ranks, frozen=True)
+            pieces = cut(frozen=True)
             reference = policy_of(pieces.model, train_vision=False, enter=pieces)
     named = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
     if update.recompute:

@@ -71,9 +71,13 @@ class Ranks:
         """Whether the number-th of many equal tasks is this rank's."""
         return number % self.size == self.rank
 
-    def mesh(self, device: torch.device) -> DeviceMesh:
-        """All ranks in one row."""
-        return init_device_mesh(device.type, (self.size,))
+    def mesh(self, device: torch.device, row: int | None = None) -> DeviceMesh:
+        """All ranks in one row; or in rows of `row` neighbours. Raises ValueError where that does not come out even."""
+        if row is None or row == self.size:
+            return init_device_mesh(device.type, (self.size,))
+        if row > self.size or self.size % row:
+            raise ValueError(f"update.shard_ranks = {row}: must divide the number of ranks ({self.size})")
+        return init_device_mesh(device.type, (self.size // row, row), mesh_dim_names=("copies", "pieces"))
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in their order, on every rank."""

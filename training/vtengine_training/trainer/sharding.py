@@ -57,6 +57,7 @@ def shard(
     frozen: bool = False,
     lora: LoraConfig | None = None,
     seed: int = 0,
+    shard_ranks: int | None = None,
 ) -> Sharded:
     """The checkpoint's model in pieces, in float32 (the optimiser's masters), or, frozen, in `dtype`.
 
@@ -65,6 +66,8 @@ def shard(
 
     Each decoder layer and vision block is gathered before it runs and freed after; the rest (embedding, head, norms,
     patch embedding, merger) stays gathered for a whole pass. Gradients are summed over the ranks, in float32.
+    shard_ranks: so many neighbours hold a whole model together, the next ones another copy, so that what is gathered
+    for each layer stays among them (HSDP); None: all ranks hold one.
     Raises ModelLoadError, or ValueError, on all ranks, where one of them meets NaN or a damaged file.
     """
     with torch.device("meta"):
@@ -74,7 +77,7 @@ def shard(
     model.to(dtype if frozen else torch.float32).requires_grad_(not frozen)
     model.visual.requires_grad_(train_vision and not frozen)
     adapters = Adapters.put_into(model, lora) if lora is not None and adapted else None
-    whole = _cut(model, dtype, ranks.mesh(device))
+    whole = _cut(model, dtype, ranks.mesh(device, shard_ranks))
     model.to_empty(device=device)
     ranks.together(lambda: load_rows(model, checkpoint, dtype, own_rows))
     with torch.no_grad():
@@ -102,7 +105,8 @@ def own_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """(this rank's rows of a DTensor that is cut as `Tensor.chunk` cuts, the number of the first)."""
     assert isinstance(parameter, DTensor)
     mesh, total = parameter.device_mesh, len(parameter)
-    rows = -(-total // mesh.size())
-    here, first = parameter.to_local(), min(mesh.get_local_rank() * rows, total)
+    pieces = mesh.ndim - 1  # its last dimension; a first one would count copies
+    rows = -(-total // mesh.size(pieces))
+    here, first = parameter.to_local(), min(mesh.get_local_rank(pieces) * rows, total)
     assert len(here) == min(rows, total - first)
     return here, first
