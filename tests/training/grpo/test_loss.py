@@ -142,6 +142,23 @@ def test_clip_fraction_counts_tokens_whose_gradient_is_gone() -> None:
     assert result.figures["clip_frac"] == float((logprobs.grad == 0).sum()) > 0
 
 
+def test_padding_is_in_no_figure() -> None:
+    """A token of weight 0, which ranks without images add, leaves every figure as it was."""
+    config = LossConfig(kl_coef=0.1, entropy_coef=0.01)
+    logprobs, tokens, entropy = tensors(make_sequences(gap=1.0), config)
+    last = torch.zeros(1, dtype=logprobs.dtype)
+    padded = replace(
+        tokens,
+        **{name: torch.cat([getattr(tokens, name), last - 3]) for name in ("old", "rollout", "ref")},
+        **{name: torch.cat([getattr(tokens, name), last]) for name in ("advantages", "weights")},
+        sequences=torch.cat([tokens.sequences, tokens.sequences.new_tensor([tokens.num_sequences])]),
+        num_sequences=tokens.num_sequences + 1,
+    )
+    wanted = grpo_loss(logprobs, tokens, config, entropy).figures
+    found = grpo_loss(torch.cat([logprobs, last]), padded, config, torch.cat([entropy, last + 2])).figures
+    assert found == pytest.approx(wanted, rel=1e-12) and found["tokens"] == len(logprobs)
+
+
 def test_kl_estimates() -> None:
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     q = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

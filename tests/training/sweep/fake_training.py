@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ config = tomllib.loads(Path(sys.argv[2]).read_text())
 output = Path(config["output"])
 with (output / "started.txt").open("a") as file:
     file.write("once\n")
+(output / "gpu.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "any"))
 
 
 def stop(number: int, frame: object) -> None:

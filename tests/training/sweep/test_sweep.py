@@ -125,6 +125,14 @@ def test_other_settings_are_refused(sweep, capsys) -> None:
     assert "was begun with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("visible", "expected"), [("3, 5", {"3", "5"}), ("GPU-7f", {"GPU-7f"}), ("", {""})])
+def test_jobs_take_turns_with_the_gpus(sweep, tmp_path, monkeypatch, visible, expected) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    path = sweep("[sweep]\nreward.penalty.theta = [0.1, 0.15, 0.2]")
+    assert main(["sweep", str(path), "--set", "jobs=2"]) == 0
+    assert {file.read_text() for file in (tmp_path / "out").rglob("gpu.txt")} == expected
+
+
 def test_stopping_asks_the_runs_to_save(sweep, tmp_path) -> None:
     path = sweep("[sweep]\nreward.penalty.theta = [0.5, 0.1]")
     config = SweepConfig("base.toml", str(tmp_path / "out"), sweep={"reward.penalty.theta": [0.5, 0.1]})

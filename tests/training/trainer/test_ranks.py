@@ -115,7 +115,7 @@ def test_sixteen_bits_with_adapters_in_float32(make_config, ranks) -> None:
 def test_two_copies_in_two_pieces_each(make_config, four_ranks, tmp_path, lora) -> None:
     """Four ranks as two nodes of two: the same loss and gradients, and a run that one process or four go on with."""
     update = {"shard_ranks": 2, "learning_rate": 1e-3, "max_tokens": 200}
-    settings = {"lora": lora, "loss": {"kl_coef": 0.1}, "rollout": {"prompts": 3, **ALONE}, "update": update, "steps": 3}
+    settings = {"lora": lora, "loss": {"kl_coef": 0.1}, "rollout": {"prompts": 3, **ALONE}, "update": update}
     config = make_config(**settings, output=str(tmp_path / "one"))
     expected = ranks_worker.gradients(Run(config, rewarder()), (1, 200, 10**6))
     found = four_ranks(config, "gradients")

@@ -21,7 +21,8 @@ class Tokens:
     """What the loss knows of the trainable tokens of a micro-batch.
 
     old: log-probabilities that ratios refer to. rollout: those the engine sampled with. ref: the reference model's.
-    advantages, weights: per token (see `weights.token_weights`). sequences: int64 [N] in 0..S-1, ascending.
+    advantages, weights: per token (see `weights.token_weights`); a token of weight 0 is padding, and in no figure.
+    sequences: int64 [N] in 0..S-1, ascending.
     """
 
     old: Tensor
@@ -53,24 +54,25 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
         each = each * importance_weights(tokens.old, tokens.rollout, config.importance_cap)
     policy = (each * tokens.weights).sum()
     total = policy
+    counted = tokens.weights != 0
     figures = {
-        "tokens": float(len(logprobs)),
+        "tokens": float(counted.sum()),
         "loss/policy": float(policy.detach()),
-        "clip_frac": float(clipped.sum()),
-        "approx_kl": float((tokens.old - logprobs.detach()).sum()),
+        "clip_frac": float(clipped[counted].sum()),
+        "approx_kl": float((tokens.old - logprobs.detach())[counted].sum()),
     }
     if config.kl_coef:
         if tokens.ref is None:
             raise ValueError(f"kl_coef = {config.kl_coef}: needs the reference model's log-probabilities")
         penalty = kl_estimate(logprobs, tokens.ref, config.kl)
         total = total + config.kl_coef * (penalty * tokens.weights).sum()
-        figures["kl"] = float(kl_estimate(logprobs.detach(), tokens.ref, "k3").sum())
+        figures["kl"] = float(kl_estimate(logprobs.detach(), tokens.ref, "k3")[counted].sum())
     if config.entropy_coef:
         if entropy is None:
             raise ValueError(f"entropy_coef = {config.entropy_coef}: needs the entropy of each token's distribution")
         total = total - config.entropy_coef * (entropy * tokens.weights).sum()
     if entropy is not None:
-        figures["entropy"] = float(entropy.detach().sum())
+        figures["entropy"] = float(entropy.detach()[counted].sum())
     figures["loss/total"] = float(total.detach())
     return LossResult(total, figures)
 

@@ -33,8 +33,8 @@ class SweepConfig:
 
     set: keys changed in every run. sweep: key = [values], the grid of all combinations. runs: single runs beside the
     grid, each a table of keys with, if wanted, a `name`. A key is written as in --set: reward.penalty.theta.
-    jobs: runs at the same time. last: steps at the end over which the summary's figures are means.
-    results: a JSON file beside the summary in `output`, such as benchmarks/results/NAME.json.
+    jobs: runs at the same time; each sees one GPU, in turns. last: steps at the end over which the summary's figures
+    are means. results: a JSON file beside the summary in `output`, such as benchmarks/results/NAME.json.
     """
 
     base: str

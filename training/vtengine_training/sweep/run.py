@@ -65,13 +65,20 @@ async def run_all(
 ) -> list[Ended]:
     """Every run that is not done, at most `jobs` at a time, in order. A run that fails does not stop the others.
 
+    Each sees one GPU, where there are any: jobs take turns with them.
     Cancelling sends SIGTERM to those under way (they save and end) and waits for them.
     """
-    slots = asyncio.Semaphore(jobs)
+    free: asyncio.Queue[str | None] = asyncio.Queue()
+    gpus = visible_gpus() or [None]
+    for job in range(jobs):
+        free.put_nowait(gpus[job % len(gpus)])
 
     async def go(one: Planned) -> Ended:
-        async with slots:
-            ended = Ended(one.name, 0) if is_done(one) else await _run(one, command)
+        gpu = await free.get()
+        try:
+            ended = Ended(one.name, 0) if is_done(one) else await _run(one, command, gpu)
+        finally:
+            free.put_nowait(gpu)
         on_end(ended)
         return ended
 
@@ -92,11 +99,22 @@ async def run_all(
         on_poll()
 
 
-async def _run(one: Planned, command: str) -> Ended:
+def visible_gpus() -> Sequence[str | None]:
+    """What CUDA_VISIBLE_DEVICES is to say for one GPU, of each that this process may use."""
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if said is not None:
+        return [name.strip() for name in said.split(",") if name.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+async def _run(one: Planned, command: str, gpu: str | None) -> Ended:
     """The training in a fresh interpreter, which keeps threads, memory and crashes apart."""
     one.folder.mkdir(parents=True, exist_ok=True)
     roots = [str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(roots))}
+    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     with (one.folder / LOG).open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *(*PROGRAM, command, str(one.path)),

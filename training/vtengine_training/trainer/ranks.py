@@ -25,6 +25,21 @@ class RanksLost(RuntimeError):
     """Another rank has ended, or did not come to a meeting in time."""
 
 
+class Line:
+    """The group that carries what ranks tell each other, and nothing else, so that nothing else keeps it alive.
+
+    A gloo group has threads that let go of tensors a moment after a call returns, for which they need the interpreter.
+    Should it be gone by then, the process aborts. Only the end of the group waits for its threads.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
+
+    def end(self) -> None:
+        dist.destroy_process_group(self.group)
+        self.group = None
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Which of `size` processes this is. Every method but the properties is a meeting: all ranks call it, in order.
@@ -34,6 +49,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    line: Line | None = field(default=None, repr=False, compare=False)
     watch: Watch | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
@@ -55,7 +71,7 @@ class Ranks:
             torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=wait_s))
-        ranks = Ranks(dist.get_rank(), size)
+        ranks = Ranks(dist.get_rank(), size, Line(wait_s))
         return replace(ranks, watch=open_watch(ranks))
 
     @property
@@ -85,13 +101,14 @@ class Ranks:
             return [value]
         data = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        assert self.line is not None
         with _others_may_be_lost():
-            dist.all_gather(lengths, torch.tensor([len(data)]))
+            dist.all_gather(lengths, torch.tensor([len(data)]), self.line.group)
             longest = int(max(lengths))
             padded = torch.zeros(longest, dtype=torch.uint8)
             padded[: len(data)] = data
             received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(received, padded)
+            dist.all_gather(received, padded, self.line.group)
         return [_read(one, int(length)) for one, length in zip(received, lengths, strict=True)]
 
     def first(self, value: Any = None) -> Any:
@@ -174,6 +191,8 @@ class Ranks:
             return
         if self.watch is not None:
             self.watch.leave()
+        assert self.line is not None
+        self.line.end()
         dist.destroy_process_group()
 
 

@@ -163,7 +163,7 @@ class Learner:
                 seen = logprobs.detach() if old is None else old
                 same = batch.versions == sampled_by
                 sums.add(mismatch_figures(seen[same], batch.rollout[same]), int(same.sum()))
-            sums.add(result.figures, len(logprobs))
+            sums.add(result.figures, int(result.figures["tokens"]))
             sums.work(batch)
         if not self.ranks.is_alone or torch.isfinite(result.total):  # the others wait in the backward pass
             result.total.backward()  # type: ignore[no-untyped-call]
