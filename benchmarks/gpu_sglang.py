@@ -248,7 +248,8 @@ class Load:
 
 def write_result(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     from run import write
-    from stamp import stamp
+
+    from vtengine.stamp import stamp
 
     for row in rows:
         print(

@@ -67,7 +67,8 @@ def source_line(result: dict[str, Any]) -> str:
     """Where and with what the rows were measured."""
     stamp = result["stamp"]
     machine, versions = stamp["machine"], stamp["versions"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    wide = " with AVX-512" if "avx512f" in machine.get("features", ()) else ""
+    where = machine["gpu"] or f"{machine['cpu']}{wide}, {machine['cores']} cores"
     commit = (stamp["commit"] or "unknown")[:10] + (" with local changes" if stamp["dirty"] else "")
     with_what = ", ".join(
         f"{name} {versions[name]}" for name in ("python", "torch", "transformers") if name in versions

@@ -32,7 +32,8 @@ for _folder in ("training", "kernels", ".", "benchmarks"):
     sys.path.insert(0, str(ROOT / _folder))
 
 from measure import Context  # noqa: E402  (beside this file)
-from stamp import stamp  # noqa: E402
+
+from vtengine.stamp import stamp  # noqa: E402
 
 
 class NoSuchSuite(ValueError):
@@ -72,7 +73,7 @@ def run_suite(name: str, *, quick: bool = False, gated: bool = True) -> dict[str
     module = load_suite(name)
     if gated and not quick and not gate(list(getattr(module, "TESTS", []))):
         raise RuntimeError(f"suite {name}: its tests fail, so no number is written")
-    before = stamp(ROOT)
+    before = stamp(ROOT, untracked=True)
     found = {"suite": name, "stamp": before, "quick": quick, "tables": getattr(module, "TABLES", {})}
     rows: list[dict[str, Any]] = []
     try:

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from vtengine.stamp import stamp
+
 
 def load(repo_root: Path, name: str) -> ModuleType:
     """A file of benchmarks/ as a module, by its path."""
@@ -131,9 +133,9 @@ def test_unknown_suite_is_bad_usage(repo_root: Path) -> None:
 
 
 def test_stamp_names_commit_machine_and_versions(repo_root: Path) -> None:
-    stamp = load(repo_root, "stamp").stamp(repo_root)
-    assert stamp["versions"]["python"] and stamp["machine"]["cores"] >= 1 and "date" in stamp
-    json.dumps(stamp, allow_nan=False)
+    found = stamp(repo_root)
+    assert {"python", "torch"} < found["versions"].keys() and found["machine"]["cores"] >= 1 and "date" in found
+    json.dumps(found, allow_nan=False)
 
 
 def test_suites_have_a_run_function(repo_root: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from vtengine.cli.arguments import installed_version
 from vtengine.cli.errors import OK, STOPPED, one_line
+from vtengine.stamp import cpu_features, cpu_name, memory_gib, usable_cores
 
 State = Literal["ok", "slower", "missing"]
 
@@ -27,7 +28,6 @@ OPTIONAL = (
     ("uvicorn", "vtengine serve: pip install 'vtengine[serve]'"),
     ("sglang", "rollouts on an SGLang engine"),
 )
-CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vnni", "amx_tile", "neon", "asimd")
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,15 @@ def examine() -> list[Finding]:
 
 
 def _machine() -> list[Finding]:
-    flags = _cpu_flags()
-    features = [name for name in CPU_FEATURES if name in flags]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = memory_gib()
     threads = os.environ.get("OMP_NUM_THREADS")
     limited = f", OMP_NUM_THREADS={threads} limits torch to that many" if threads else ""
     return [
         Finding("machine", "vtengine", "ok", f"{installed_version()} in {Path(__file__).resolve().parents[1]}"),
         Finding("machine", "python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Finding("machine", "cpu", "ok", f"{_cpu_name()}, {cores} cores usable{limited}"),
-        Finding("machine", "cpu features", "ok", ", ".join(features) or "none that kernels use"),
-        Finding("machine", "memory", "ok", _memory()),
+        Finding("machine", "cpu", "ok", f"{cpu_name()}, {usable_cores()} cores usable{limited}"),
+        Finding("machine", "cpu features", "ok", ", ".join(cpu_features()) or "none that kernels use"),
+        Finding("machine", "memory", "ok", "unknown" if memory is None else f"{memory:.1f} GiB"),
     ]
 
 
@@ -169,28 +167,3 @@ def _importable(name: str) -> bool:
         return importlib.util.find_spec(name.replace("-", "_")) is not None
     except (ImportError, ValueError):
         return False
-
-
-def _cpuinfo(key: str) -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    lines = (line.partition(":") for line in text.splitlines())
-    return next((value.strip() for name, _, value in lines if name.strip().lower() == key), "")
-
-
-def _cpu_flags() -> set[str]:
-    return set((_cpuinfo("flags") or _cpuinfo("features")).split())
-
-
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _memory() -> str:
-    try:
-        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return "unknown"
-    return f"{pages * size / 2**30:.1f} GiB"

@@ -22,9 +22,9 @@ from vtengine.protocol.profile import load_profile
 from vtengine.rollout.group import Setting, in_order, run_sample
 from vtengine.rollout.question import Question
 from vtengine.rollout.tokenizer import Tokenizer
+from vtengine.stamp import stamp
 from vtengine.vision.pipeline import ImagePipeline
 from vtengine_training.eval.config import EvalConfig
-from vtengine_training.eval.stamp import stamp
 from vtengine_training.files import write_whole
 from vtengine_training.glance.export import write_questions
 from vtengine_training.glance.views import LIMITS

@@ -40,7 +40,7 @@ def summary(config: SweepConfig, planned: Sequence[Planned], ended: Mapping[str,
 
     ended: exit statuses by name; a run without one was not started.
     """
-    from vtengine_training.eval.stamp import stamp
+    from vtengine.stamp import stamp
 
     name = Path(config.results or config.output).stem
     keys = list(dict.fromkeys(key for one in planned for key in one.settings))
