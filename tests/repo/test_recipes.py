@@ -114,7 +114,7 @@ def test_what_they_set_is_in_the_configuration(path: Path) -> None:
 
     from vtengine.config import load_config
 
-    values = {"rollout.backend": "http://a:1,http://b:1", "rollout.concurrency": "128"}
+    values = {"rollout.backend": "http://a:1,http://b:1", "rollout.concurrency": "128", "update.shard_ranks": "8"}
     keys = [key.removesuffix("=") for key in overrides(commands(path))]
     assert {"model", "output", "rollout.backend", "rollout.sync_address"} <= set(keys)
     load_config(GrpoConfig, RECIPES / "node_8gpu_grpo.toml", [f"{key}={values.get(key, 'x')}" for key in keys])
