@@ -14,8 +14,10 @@ CPU_FEATURES = (
     "avx2", "fma", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd"
 )  # fmt: skip
 """Those that kernels, ours or the libraries', choose their code by; named as Linux does."""
-PACKAGES = ("torch", "triton", "numpy", "pillow", "transformers", "tokenizers", "sglang", "opencv-python-headless")
-PACKAGES += ("torchvision", "hf-processors-rs")
+PACKAGES = (
+    "torch", "triton", "numpy", "pillow", "transformers", "tokenizers", "sglang", "opencv-python-headless",
+    "torchvision", "hf-processors-rs",
+)  # fmt: skip
 """Those whose versions a number may depend on."""
 NOT_CODE = ("benchmarks/results", "docs", "README.md")
 
