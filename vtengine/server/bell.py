@@ -13,23 +13,29 @@ class Bell:
     def __init__(self, silence_s: float) -> None:
         """silence_s: the longest that `wait` waits. Needs a running event loop; close it there."""
         self._loop = asyncio.get_running_loop()
-        self._rung = asyncio.Event()
+        self._is_rung = self._is_heard = False
+        self._waiter: asyncio.Future[None] | None = None
         self._soon: asyncio.TimerHandle | None = None
         self._silence_s = silence_s
         self._heard_s = self._loop.time()
         self._alarm = self._loop.call_later(silence_s, self._mind_silence)
 
     def ring(self) -> None:
-        self._rung.set()
+        """Heard once the loop has done what is ready now: the end of a reply then goes out with its last text."""
+        if not self._is_rung:
+            self._is_rung = True
+            self._loop.call_soon(self._wake)
 
     def ring_soon(self) -> None:
-        if self._soon is None and not self._rung.is_set():
+        if self._soon is None and not self._is_rung:
             self._soon = self._loop.call_later(SOON_S, self.ring)
 
     async def wait(self) -> None:
         """Until it has rung since the last time."""
-        await self._rung.wait()
-        self._rung.clear()
+        if not self._is_heard:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        self._is_rung = self._is_heard = False
         self._heard_s = self._loop.time()
         self._calm()
 
@@ -37,6 +43,11 @@ class Bell:
         """Stops the clocks."""
         self._alarm.cancel()
         self._calm()
+
+    def _wake(self) -> None:
+        self._is_heard = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _calm(self) -> None:
         if self._soon is not None:

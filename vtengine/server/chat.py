@@ -100,7 +100,6 @@ class ChatExchange:
         await self.reply.whole(200, self._completion(await together(choices), job))
 
     def _completion(self, episodes: Sequence[Episode], job: Job) -> Json:
-        limits = job.setting.limits
         return {
             "id": f"chatcmpl-{self.request_id}",
             "object": "chat.completion",
@@ -108,7 +107,7 @@ class ChatExchange:
             "model": self.house.model,
             "choices": [_choice(episode, index, job) for index, episode in enumerate(episodes)],
             "usage": usage(episodes),
-            "vtengine": account_of_choices(episodes, limits),
+            "vtengine": account_of_choices(episodes, job.limits),
         }
 
 
@@ -119,4 +118,4 @@ def _choice(episode: Episode, index: int, job: Job) -> Json:
         content = cutter.push(content) + cutter.flush()
     message = {"role": "assistant", "content": content, "reasoning_content": reasoning or None, "refusal": None}
     choice = {"index": index, "message": message, "finish_reason": finish_reason(episode), "logprobs": None}
-    return choice if job.num_choices == 1 else {**choice, "vtengine": account(episode, job.setting.limits)}
+    return choice if job.num_choices == 1 else {**choice, "vtengine": account(episode, job.limits)}

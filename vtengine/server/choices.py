@@ -25,12 +25,12 @@ async def run_choice(job: Job, index: int, visit: Visit, house: House, on_event:
 
     Siblings begin with the same ids, so the engine's prefix cache computes their prompt once.
     """
-    setting = job.setting
+    setting = house.setting
     async with visit.running():
         backend: Backend = setting.backend
         if job.max_tokens is not None:
             backend = CappedBackend(backend, job.max_tokens)
-        parts = (setting.pipeline, setting.tokenizer, setting.profile, setting.limits, _sampling(job, index))
+        parts = (setting.pipeline, setting.tokenizer, setting.profile, job.limits, _sampling(job, index))
         episode = await run_episode(job.question, backend, *parts, on_event=on_event)
     house.metrics.count(episode)
     if episode.status in ("rejected", "failed") and not is_spent(episode):
@@ -43,7 +43,7 @@ async def run_choice(job: Job, index: int, visit: Visit, house: House, on_event:
 
 def _sampling(job: Job, index: int) -> SamplingParams:
     """The first choice is what the request would get with n = 1; the others have seeds made from its seed."""
-    sampling = job.setting.sampling
+    sampling = job.sampling
     if index == 0 or sampling.seed is None:
         return sampling
     return replace(sampling, seed=derive_seed(sampling.seed, "choice", index))

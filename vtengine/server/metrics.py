@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+import prometheus_client
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from vtengine.rollout.episode import Episode
@@ -27,13 +29,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.requests = self._counter("requests", "HTTP requests answered", ("route", "status"))
         self.cancelled = self._counter("requests_cancelled", "Requests whose client left first")
-        self.episodes = self._counter("episodes", "Episodes by how they ended", ("status",))
-        self.upscaled = self._counter("episodes_upscaled", "Episodes that were shown a closer view")
-        self.turns = self._counter("turns", "Replies of the model")
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, by where they came from", ("source",))
-        self.completion_tokens = self._counter("completion_tokens", "Tokens written by the model")
-        self.visual_tokens = self._counter("visual_tokens", "Visual tokens shown")
-        self.visual_tokens_full = self._counter("visual_tokens_full", "Visual tokens that high views would have had")
+        self.episodes = _EpisodeTotals()
+        self.registry.register(self.episodes)
         self.request_seconds = Histogram(
             "vtengine_request_seconds", "From the request to the end of the reply", ("route",), buckets=SECONDS,
             registry=self.registry,
@@ -43,7 +40,6 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self._requests_with, self._seconds_on = cache(self.requests.labels), cache(self.request_seconds.labels)
-        self._cached_tokens, self._prefill_tokens = map(self.prompt_tokens.labels, ("cache", "prefill"))
         self._ttft = [self.ttft_seconds.labels(turn) for turn in "123"]
         self._gauge("requests_running", "Episodes at work", lambda: gate.running_now)
         self._gauge("requests_waiting", "Episodes that wait for a place", lambda: gate.waiting)
@@ -51,17 +47,9 @@ class Metrics:
 
     def count(self, episode: Episode) -> None:
         """Adds a finished episode."""
-        self.episodes.labels(episode.status).inc()
-        self.upscaled.inc(episode.is_upscaled)
-        done = [turn.completion for turn in episode.turns]
-        self.turns.inc(len(done))
-        self.visual_tokens.inc(episode.visual_tokens)
-        self.visual_tokens_full.inc(episode.visual_tokens_full)
-        self._cached_tokens.inc(sum(one.cached_tokens for one in done))
-        self._prefill_tokens.inc(sum(one.prefill_tokens for one in done))
-        self.completion_tokens.inc(sum(len(one.token_ids) for one in done))
-        for index, one in enumerate(done):
-            self._ttft[min(index, 2)].observe(one.ttft_s)
+        self.episodes.add(episode)
+        for index, turn in enumerate(episode.turns):
+            self._ttft[min(index, 2)].observe(turn.completion.ttft_s)
 
     def note(self, route: str, status: int, seconds: float) -> None:
         """Adds a finished request."""
@@ -71,11 +59,57 @@ class Metrics:
     def render(self) -> bytes:
         return generate_latest(self.registry)
 
-    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-        return Counter(f"vtengine_{name}", text, labels, registry=self.registry)
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> prometheus_client.Counter:
+        return prometheus_client.Counter(f"vtengine_{name}", text, labels, registry=self.registry)
 
     def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
         Gauge(f"vtengine_{name}", text, registry=self.registry).set_function(read)
+
+
+_TOTALS = {
+    "episodes": ("Episodes by how they ended", "status"),
+    "episodes_upscaled": ("Episodes that were shown a closer view", None),
+    "turns": ("Replies of the model", None),
+    "prompt_tokens": ("Prompt tokens, by where they came from", "source"),
+    "completion_tokens": ("Tokens written by the model", None),
+    "visual_tokens": ("Visual tokens shown", None),
+    "visual_tokens_full": ("Visual tokens that high views would have had", None),
+}
+"""name -> what it counts, and what its label says where it has one."""
+
+
+class _EpisodeTotals(Collector):
+    """Sums over all episodes, made into samples at a scrape only: each of its counters would lock for every episode.
+
+    One event loop only.
+    """
+
+    def __init__(self) -> None:
+        known = [("prompt_tokens", "cache"), ("prompt_tokens", "prefill")]
+        known += [(name, "") for name, (_, label) in _TOTALS.items() if label is None]
+        self._totals = Counter(dict.fromkeys(known, 0))
+
+    def add(self, episode: Episode) -> None:
+        totals = self._totals
+        done = [turn.completion for turn in episode.turns]
+        totals["episodes", episode.status] += 1
+        totals["episodes_upscaled", ""] += episode.is_upscaled
+        totals["turns", ""] += len(done)
+        totals["visual_tokens", ""] += episode.visual_tokens
+        totals["visual_tokens_full", ""] += episode.visual_tokens_full
+        for one in done:
+            totals["prompt_tokens", "cache"] += one.cached_tokens
+            totals["prompt_tokens", "prefill"] += one.prefill_tokens
+            totals["completion_tokens", ""] += len(one.token_ids)
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        totals = list(self._totals.items())
+        for name, (text, label) in _TOTALS.items():
+            family = CounterMetricFamily(f"vtengine_{name}", text, labels=() if label is None else (label,))
+            for (of, value), total in totals:
+                if of == name:
+                    family.add_metric([value] if label else [], total)
+            yield family
 
 
 class _StatsCollector(Collector):

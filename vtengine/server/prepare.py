@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from vtengine.engine.base import SamplingParams
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.messages import Exchange, Resolution
 from vtengine.rollout.group import Setting
@@ -17,12 +18,12 @@ _SCHEMES = ("data:", "http://", "https://")
 
 @dataclass(frozen=True)
 class Job:
-    """max_tokens: of all turns together, for each choice. stops: cut the answer.
-
-    image_params: the field that holds each image of the question.
+    """limits, sampling: the server's with what the request states. max_tokens: of all turns together, for each choice.
+    stops: cut the answer. image_params: the field that holds each image of the question.
     """
 
-    setting: Setting
+    limits: Limits
+    sampling: SamplingParams
     question: Question
     image_params: tuple[str, ...]
     num_choices: int
@@ -56,7 +57,8 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
     sampling = replace(setting.sampling, **stated) if stated else setting.sampling
     asked = [value for value in (chat.max_tokens, chat.max_completion_tokens) if value is not None]
     return Job(
-        setting=replace(setting, limits=_limits(chat, setting.limits, images.details), sampling=sampling),
+        limits=_limits(chat, setting.limits, images.details),
+        sampling=sampling,
         question=Question(
             request_id,
             images.urls[0],

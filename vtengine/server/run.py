@@ -10,11 +10,13 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from vtengine.server.house import House
+from vtengine.server.transport import HttpProtocol
 
 log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -24,10 +26,10 @@ class Server(uvicorn.Server):
     """uvicorn with our shutdown: the first signal drains, a second one ends at once; the caller's exit status stays."""
 
     def __init__(self, app: ASGIApp, house: House) -> None:
-        options = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         options["proxy_headers"] = False  # nothing here depends on a client's address
         drain_s = math.ceil(house.limits.drain_s)
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=drain_s, **options))  # type: ignore[arg-type]
+        super().__init__(uvicorn.Config(app, http=HttpProtocol, timeout_graceful_shutdown=drain_s, **options))
         self.house = house
 
     def stop(self) -> None:

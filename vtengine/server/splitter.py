@@ -58,10 +58,13 @@ class ReplySplitter:
         return tags if self._answered else (*tags, ANSWER[0])
 
     def _next_tag(self) -> tuple[int, str] | None:
-        if "<" not in self._pending:
-            return None
-        found = [(place, tag) for tag in self._wanted() if (place := self._pending.find(tag)) >= 0]
-        return min(found, default=None)
+        place = self._pending.find("<")
+        while place >= 0:
+            for tag in self._wanted():
+                if self._pending.startswith(tag, place):
+                    return place, tag
+            place = self._pending.find("<", place + 1)
+        return None
 
     def _held(self) -> int:
         """Characters at the end that could begin a tag; there is no `<` in a tag but its first character."""

@@ -145,7 +145,7 @@ class _Choice:
             self._text("content", plain)
         if rest := self.cutter.flush():
             self._add({"content": rest})
-        self._add({}, account(episode, self.job.setting.limits), finish_reason(episode))
+        self._add({}, account(episode, self.job.limits), finish_reason(episode))
 
     def _add(self, delta: Json, extension: Json | None = None, finish: str | None = None) -> None:
         self.chunks.append((delta, extension, finish))
