@@ -49,6 +49,30 @@ def test_what_went_out_already_does_not_ring_again() -> None:
     asyncio.run(main())
 
 
+def test_what_is_ready_when_it_rings_is_there_when_it_is_heard() -> None:
+    """An engine hands over last tokens and end in one go; the task that waits for the end runs a moment later."""
+
+    async def main() -> None:
+        bell, told, end = Bell(9.0), [], asyncio.get_running_loop().create_future()
+
+        async def episode() -> None:
+            await end
+            told.append("end")
+            bell.ring()
+
+        running = asyncio.ensure_future(episode())
+        await asyncio.sleep(0)
+        told.append("last text")
+        bell.ring()
+        end.set_result(None)
+        await bell.wait()
+        assert told == ["last text", "end"]
+        await running
+        bell.close()
+
+    asyncio.run(main())
+
+
 def test_silence() -> None:
     async def main() -> None:
         bell = Bell(0.05)
