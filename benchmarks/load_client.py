@@ -10,14 +10,14 @@ standard input.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
+import selectors
+import socket
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 from urllib.parse import urlsplit
 
 END_OF_CHUNKS = b"\r\n0\r\n\r\n"
@@ -47,33 +47,33 @@ class Answered:
             text, rest = text + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
 
 
-class Connection(asyncio.Protocol):
+class Connection:
     """A kept connection, for one exchange at a time. While the clock runs it only keeps what comes."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
+    def __init__(self, host: str, port: int) -> None:
+        self.socket = socket.create_connection((host, port))
 
-    async def ask(self, request: bytes) -> Answered:
-        self._answered: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+    def ask(self, request: bytes) -> None:
+        """Blocks until the request is on its way."""
         self._data, self._body, self._first_s = bytearray(), 0, 0.0
         self._began = time.perf_counter()
-        self.transport.write(request)
-        return await self._answered
+        self.socket.sendall(request)
 
-    def data_received(self, data: bytes) -> None:
+    def read(self) -> Answered | None:
+        """What has come; the answer once it is whole. Raises ConnectionError when the server closes before that."""
+        data = self.socket.recv(1 << 18)
+        if not data:
+            raise ConnectionError("the server closed the connection")
         self._data += data
         if not self._body and not self._read_head():
-            return
+            return None
         size, length = len(self._data) - self._body, self._length
         if size and not self._first_s:
             self._first_s = time.perf_counter() - self._began
-        if self._data.endswith(END_OF_CHUNKS, self._body) if length is None else size >= length:
-            last_s, body = time.perf_counter() - self._began, bytes(self._data[self._body :])
-            self._answered.set_result(Answered(self._status, self._first_s, last_s, body, length is None))
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if hasattr(self, "_answered") and not self._answered.done():
-            self._answered.set_exception(error or ConnectionError("the server closed the connection"))
+        if not (self._data.endswith(END_OF_CHUNKS, self._body) if length is None else size >= length):
+            return None
+        last_s, body = time.perf_counter() - self._began, bytes(self._data[self._body :])
+        return Answered(self._status, self._first_s, last_s, body, length is None)
 
     def _read_head(self) -> bool:
         """Once it is there: the status, where the body begins, and its length (None: it comes in chunks)."""
@@ -91,27 +91,33 @@ def framed(host: str, body: bytes) -> bytes:
     return "\r\n".join((*lines, f"Content-Length: {len(body)}", "", "")).encode() + body
 
 
-async def run(url: str, bodies: list[bytes], concurrency: int) -> dict[str, object]:
+def run(url: str, bodies: list[bytes], concurrency: int) -> dict[str, object]:
     """All requests, each connection taking the next one as it becomes free."""
     place = urlsplit(url)
-    host, port = place.hostname or "", place.port or 80
     waiting = deque(enumerate(framed(place.netloc, body) for body in bodies))
     answers: list[Answered | None] = [None] * len(bodies)
-    loop = asyncio.get_running_loop()
-    pairs = [await loop.create_connection(Connection, host, port) for _ in range(min(concurrency, len(bodies)))]
+    connections = [Connection(place.hostname or "", place.port or 80) for _ in range(min(concurrency, len(bodies)))]
     print("ready", flush=True)
-    await asyncio.to_thread(sys.stdin.readline)
-
-    async def work(connection: Connection) -> None:
-        while waiting:
-            index, request = waiting.popleft()
-            answers[index] = await connection.ask(request)
-
+    sys.stdin.readline()
     wall, busy = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(work(connection) for _, connection in pairs))
+    with selectors.DefaultSelector() as selector:
+        asked: dict[Connection, int] = {}
+        for connection in connections:
+            selector.register(connection.socket, selectors.EVENT_READ, connection)
+            asked[connection], request = waiting.popleft()
+            connection.ask(request)
+        while asked:
+            for key, _ in selector.select():
+                connection = key.data
+                if (answer := connection.read()) is None:
+                    continue
+                answers[asked.pop(connection)] = answer
+                if waiting:
+                    asked[connection], request = waiting.popleft()
+                    connection.ask(request)
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
-    for transport, _ in pairs:
-        transport.close()
+    for connection in connections:
+        connection.socket.close()
     done = [answer for answer in answers if answer is not None]
     return {
         "wall_s": wall,
@@ -138,7 +144,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=64)
     args = parser.parse_args()
     bodies = args.requests.read_bytes().splitlines()
-    print(json.dumps(asyncio.run(run(args.url, bodies, args.concurrency))), flush=True)
+    print(json.dumps(run(args.url, bodies, args.concurrency)), flush=True)
 
 
 if __name__ == "__main__":
