@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from vtengine.engine.base import Backend
-    from vtengine.model import Qwen2_5_VL
+    from vtengine.model import VLModel
     from vtengine.rollout.group import Setting
     from vtengine.rollout.tokenizer import Tokenizer
     from vtengine.vision.decode import DecodeLimits
@@ -216,7 +216,7 @@ async def _check_server(backend: Backend, name: str) -> None:
         raise UsageError(f"--backend {name}: {one_line(error)}") from None
 
 
-def _kv_bytes(model: Qwen2_5_VL, running: int) -> int:
+def _kv_bytes(model: VLModel, running: int) -> int:
     """Room for keys and values: on CUDA 60 % of what the weights leave; in main memory what is needed, up to 1 GiB."""
     import torch
 

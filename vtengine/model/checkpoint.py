@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vtengine.model.config import ModelConfig, ModelLoadError
+from vtengine.model.families import new_model
 from vtengine.model.names import checkpoint_name, hf_tensors
-from vtengine.model.qwen2_5_vl import Qwen2_5_VL
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,7 +48,7 @@ class Checkpoint:
                     places[checkpoint_name(name)] = (file, name)
                     shapes[name] = tuple(reader.get_slice(name).get_shape())
         with torch.device("meta"):
-            model = Qwen2_5_VL(config)
+            model = new_model(config)
         check_shapes(hf_tensors(model), shapes, False, str(folder))
         return Checkpoint(config, places)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vtengine.model.attention import Runs
-from vtengine.model.config import VisionConfig
 from vtengine.model.positions import Grid
+from vtengine.model.qwen2_5_config import VisionConfig
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,11 @@ def vision_plan(grids: tuple[Grid, ...], config: VisionConfig, device: torch.dev
     frames: list[tuple[int, int]] = []  # (first visual token, visual tokens) of every frame
     total = 0
     for t, h, w in grids:
-        if t < 1 or h < 1 or w < 1 or h % merge or w % merge:
-            raise ValueError(f"grid {(t, h, w)}: (t, h, w) in patches must be positive, h and w multiples of {merge}")
+        check_grid((t, h, w), merge)
         size = h * w // unit
         for _ in range(t):
             windows += [window + total for window in _frame_windows(h // merge, w // merge, config.window_tokens)]
-            coordinates.append(_frame_coordinates(h, w, merge))
+            coordinates.append(frame_coordinates(h, w, merge))
             frames.append((total, size))
             total += size
     windows.sort(key=len, reverse=True)  # stable: neighbours stay neighbours
@@ -67,8 +66,8 @@ def vision_plan(grids: tuple[Grid, ...], config: VisionConfig, device: torch.dev
     return VisionPlan(
         order=_tensor(order, device),
         restore=_tensor(restore, device),
-        windows=_runs([len(window) * unit for window in windows]),
-        images=_runs([size * unit for _, size in frames]),
+        windows=runs_of([len(window) * unit for window in windows]),
+        images=runs_of([size * unit for _, size in frames]),
         image_order=None if image_order is None else _tensor(image_order, device),
         image_restore=None if image_order is None else _tensor(np.argsort(image_order), device),
         rows=_tensor(place[0], device),
@@ -88,13 +87,20 @@ def _frame_windows(height: int, width: int, side: int) -> tuple[np.ndarray, ...]
 
 
 @functools.lru_cache(maxsize=64)
-def _frame_coordinates(height: int, width: int, merge: int) -> np.ndarray:
+def frame_coordinates(height: int, width: int, merge: int) -> np.ndarray:
     """int64 [2, height * width]: row and column of every patch of a frame, in merge-window order."""
     grid = np.indices((height, width)).reshape(2, height // merge, merge, width // merge, merge)
     return grid.transpose(0, 1, 3, 2, 4).reshape(2, -1)
 
 
-def _runs(lengths: list[int]) -> Runs:
+def check_grid(grid: Grid, merge: int) -> None:
+    t, h, w = grid
+    if t < 1 or h < 1 or w < 1 or h % merge or w % merge:
+        raise ValueError(f"grid {(t, h, w)}: (t, h, w) in patches must be positive, h and w multiples of {merge}")
+
+
+def runs_of(lengths: list[int]) -> Runs:
+    """Neighbours of equal length are one run."""
     items: list[tuple[int, int]] = []
     for length in lengths:
         if items and items[-1][0] == length:

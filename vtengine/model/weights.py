@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vtengine.model.checkpoint import HEAD, INDEX, WEIGHTS, Checkpoint, check_kind, check_shapes, some
 from vtengine.model.config import ModelLoadError
-from vtengine.model.names import checkpoint_name, hf_parts, hf_tensors
-from vtengine.model.qwen2_5_vl import Qwen2_5_VL
+from vtengine.model.families import new_model
+from vtengine.model.language import VLModel
+from vtengine.model.names import checkpoint_name, hf_parts, hf_tensors, transformers_name
 
 SHARD_BYTES = 5_000_000_000
 
@@ -25,7 +26,7 @@ _EMBED = "model.embed_tokens.weight"
 
 
 def load_tensors(
-    model: Qwen2_5_VL, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], partial: bool = False
+    model: VLModel, tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], partial: bool = False
 ) -> None:
     """Copies checkpoint tensors into the model in place, casting to its dtype and device.
 
@@ -78,14 +79,14 @@ def _check_tied(head: Tensor, embed: Tensor) -> None:
         )
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Qwen2_5_VL:
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> VLModel:
     """Loads a checkpoint folder (config.json and *.safetensors).
 
     Raises ModelLoadError: for what does not fit, before it takes memory; for NaN or infinity, on coming to it.
     """
     checkpoint = Checkpoint.open(path)
     with torch.device("meta"):
-        model = Qwen2_5_VL(checkpoint.config)
+        model = new_model(checkpoint.config)
     model.to(dtype).to_empty(device=device)
     load_tensors(model, checkpoint.tensors())
     return model.eval()
@@ -93,7 +94,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
 
 @torch.no_grad()
 def load_rows(
-    model: Qwen2_5_VL, checkpoint: Checkpoint, dtype: torch.dtype, own: Callable[[nn.Parameter], tuple[Tensor, int]]
+    model: VLModel,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    own: Callable[[nn.Parameter], tuple[Tensor, int]],
 ) -> None:
     """Of a model in pieces: copies a checkpoint's values into the rows that are here, one tensor's at a time.
 
@@ -114,7 +118,7 @@ def load_rows(
             _check_tied(checkpoint.rows(HEAD, first, first + len(here)).to(dtype), here)
 
 
-def save_model(model: Qwen2_5_VL, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save_model(model: VLModel, path: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes config.json and the weights (one file, or shards of at most shard_bytes with an index) under HF names.
 
     Every file is written beside its place and then renamed; weight files of an earlier save are removed at the end.
@@ -129,7 +133,7 @@ def save_model(model: Qwen2_5_VL, path: str | Path, shard_bytes: int = SHARD_BYT
         if size > room and shards[-1]:
             shards.append({})
             room = shard_bytes
-        shards[-1][name] = tensor.contiguous()
+        shards[-1][transformers_name(name) if model.nested_names else name] = tensor.contiguous()
         room -= size
     count = len(shards)
     names = [WEIGHTS] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]

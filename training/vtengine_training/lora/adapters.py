@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtengine.model import Qwen2_5_VL, hf_tensors, load_tensors
+from vtengine.model import VLModel, hf_tensors, load_tensors, new_model
 from vtengine.model.linear import Linear
 from vtengine.model.names import transformers_name
 from vtengine_training.lora.config import LoraConfig
@@ -30,13 +30,13 @@ PREFIX = "base_model.model."
 class Adapters:
     """Those of a model. Where the model is sharded, `tensors` and `merged` are meetings of all ranks."""
 
-    model: Qwen2_5_VL
+    model: VLModel
     config: LoraConfig
     targets: list[Target]
     switch: Switch
 
     @staticmethod
-    def put_into(model: Qwen2_5_VL, config: LoraConfig) -> Adapters:
+    def put_into(model: VLModel, config: LoraConfig) -> Adapters:
         """Freezes the model and gives it adapters without effect: of its own dtype, on its own device.
 
         `begin` sets their values. Raises ValueError: peft is missing, or targets that are not there (`find_targets`).
@@ -118,10 +118,10 @@ class Adapters:
             merged = torch.addmm(base, up, down, alpha=layer.scaling[ADAPTER])
             yield f"{target.name}.weight", merged.to(self.model.dtype)
 
-    def merged_model(self) -> Qwen2_5_VL:
+    def merged_model(self) -> VLModel:
         """A plain model on the CPU with the adapters in its weights. Of a model that is whole in this process."""
         with torch.device("meta"):
-            model = Qwen2_5_VL(self.model.config)
+            model = new_model(self.model.config)
         model.to(self.model.dtype).to_empty(device="cpu")
         load_tensors(model, hf_tensors(self.model).items())
         load_tensors(model, self.merged(), partial=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from vtengine.model import ModelConfig, Qwen2_5_VL, checkpoint_name
+from vtengine.model import ModelConfig, checkpoint_name, new_model
 from vtengine.model.linear import Linear
 from vtengine.model.names import hf_modules
 from vtengine_training.lora.config import LoraConfig
@@ -65,9 +65,9 @@ def find_targets(config: ModelConfig, lora: LoraConfig) -> list[Target]:
 def linear_layers(config: ModelConfig) -> list[Target]:
     """All of them, as a checkpoint has them (q, k and v each on its own), in the model's order."""
     with torch.device("meta"):
-        model = Qwen2_5_VL(config)
+        model = new_model(config)
     found = []
-    for path, parts in hf_modules(config).items():
+    for path, parts in hf_modules(model).items():
         module = model.get_submodule(path)
         if not isinstance(module, Linear):
             continue

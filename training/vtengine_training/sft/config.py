@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vtengine.model.config import ModelConfig, TextConfig, VisionConfig
+from vtengine.model.config import ModelConfig
+from vtengine.model.qwen2_5_config import TextConfig, VisionConfig
 from vtengine_training.checks import at_least
 from vtengine_training.glance.scene import KINDS
 from vtengine_training.loggers.config import DEFAULT_LOGGERS, LoggerName, WandbConfig

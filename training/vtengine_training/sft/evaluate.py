@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vtengine.model import PackedCausal, Qwen2_5_VL
+from vtengine.model import PackedCausal, VLModel
 from vtengine_training.glance import Query, Scene, make_scene
 from vtengine_training.glance.views import query_needs_high
 from vtengine_training.sft.batch import Batch, Packer, Seen
@@ -46,7 +46,7 @@ def questions(split: str, seed: int, count: int) -> list[Asked]:
 
 
 @torch.inference_mode()
-def forced_accuracy(model: Qwen2_5_VL, renderer: Renderer, asked: list[Asked], image_token: int) -> dict[str, float]:
+def forced_accuracy(model: VLModel, renderer: Renderer, asked: list[Asked], image_token: int) -> dict[str, float]:
     """Shares of right answers: `high/all`, `high/<kind>`, `low/enough`, `low/needs_high`, `two/all`, and so on."""
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(asked), CHUNK):
@@ -71,7 +71,7 @@ def _mode(name: str) -> Mode:
     return name  # type: ignore[return-value]
 
 
-def _right(model: Qwen2_5_VL, batch: Batch) -> Iterator[tuple[bool, bool]]:
+def _right(model: VLModel, batch: Batch) -> Iterator[tuple[bool, bool]]:
     """(all answer tokens right, all other reply tokens right) of each sequence."""
     features = vision(model, batch).index_select(0, torch.from_numpy(batch.visual_rows))
     ids = torch.from_numpy(batch.ids)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vtengine_kernels.visual_scatter import Placement, visual_scatter
 
-from vtengine.model import PackedCausal, Qwen2_5_VL
+from vtengine.model import PackedCausal, VLModel
 from vtengine_training.glance.supervision import IGNORE, SIZES
 from vtengine_training.sft.batch import Batch
 
@@ -103,7 +103,7 @@ def dense_loss(head: DenseHead, features: Tensor, labels: np.ndarray) -> tuple[T
 
 
 def language_loss(
-    model: Qwen2_5_VL, features: Tensor, batch: Batch, look_weight: float
+    model: VLModel, features: Tensor, batch: Batch, look_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted mean cross-entropy of the assistant's tokens, plus `look_weight` times the looking loss."""
     ids, weights = torch.from_numpy(batch.ids), torch.from_numpy(batch.weights)
@@ -122,12 +122,12 @@ def language_loss(
     return loss if looking.loss is None else loss + look_weight * looking.loss, figures
 
 
-def vision(model: Qwen2_5_VL, batch: Batch) -> Tensor:
+def vision(model: VLModel, batch: Batch) -> Tensor:
     """Features [V, H] of the batch's views, in the model's dtype."""
     return model.visual(normalise(batch.pixels).to(model.dtype), batch.grids)
 
 
-def losses(model: Qwen2_5_VL, head: DenseHead, batch: Batch, aux_weight: float, look_weight: float = 0.0) -> Losses:
+def losses(model: VLModel, head: DenseHead, batch: Batch, aux_weight: float, look_weight: float = 0.0) -> Losses:
     """Dense loss, plus the language and looking losses where the batch has text."""
     features = vision(model, batch)
     dense, figures = dense_loss(head, features, batch.labels)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtengine.config import to_dict
-from vtengine.model import Qwen2_5_VL, load_model, save_model
+from vtengine.model import Qwen2_5_VL, VLModel, load_model, new_model, save_model
 from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
 from vtengine_training.eval.runner import model_folder
 from vtengine_training.files import write_whole
@@ -64,7 +64,7 @@ def make_tokenizer(config: SftConfig, profile: Profile) -> Tokenizer:
     return train_tokenizer(profile)
 
 
-def make_model(config: SftConfig, tokenizer: Tokenizer) -> Qwen2_5_VL:
+def make_model(config: SftConfig, tokenizer: Tokenizer) -> VLModel:
     """The checkpoint the run begins with, or random weights. Raises ValueError if the checkpoint has another shape."""
     wanted = config.shape.model(tokenizer.get_vocab_size(), token_ids(tokenizer))
     if not config.init:
@@ -193,7 +193,7 @@ class Run:
         if self.adapters is not None:
             shipped = self.adapters.merged_model().to(torch.bfloat16)
         else:
-            shipped = Qwen2_5_VL(self.model.config).to(torch.bfloat16)
+            shipped = new_model(self.model.config).to(torch.bfloat16)
             weights = {n.removeprefix("model."): w for n, w in self.optimizer.master.items() if n.startswith("model.")}
             shipped.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in weights.items()})
         source = SHIPPED / f"{self.config.profile}.toml"

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vtengine.model import Qwen2_5_VL, hf_tensors
+from vtengine.model import VLModel, hf_tensors
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 """The learner's weights as they are now: (checkpoint name, whole tensor), one after the other, on any device."""
@@ -42,7 +42,7 @@ class Publisher(Protocol):
         ...
 
 
-def weights_of(model: Qwen2_5_VL, trained_only: bool = False) -> Weights:
+def weights_of(model: VLModel, trained_only: bool = False) -> Weights:
     """Of a model that is whole in this process. trained_only: leaves out what requires no gradient, such as a frozen
     vision tower."""
 

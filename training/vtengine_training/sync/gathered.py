@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vtengine.model import Qwen2_5_VL, hf_views, load_tensors
+from vtengine.model import VLModel, hf_views, load_tensors, new_model
 from vtengine_training.sync.base import Publisher, WeightsInParts
 
 
@@ -21,7 +21,7 @@ class CopiedWeights:
     """
 
     onward: Publisher
-    model: Qwen2_5_VL
+    model: VLModel
     parts: WeightsInParts
 
     async def release(self) -> None:
@@ -38,7 +38,7 @@ PART_BYTES = 512 << 20
 class WeightParts:
     """`WeightsInParts`: what a sharded model trains, in `dtype`. A part has at most `part_bytes`, or one parameter."""
 
-    def __init__(self, model: Qwen2_5_VL, dtype: torch.dtype, part_bytes: int | None = None) -> None:
+    def __init__(self, model: VLModel, dtype: torch.dtype, part_bytes: int | None = None) -> None:
         part_bytes = part_bytes or PART_BYTES
         self.model, self.dtype = model, dtype
         self._parts: list[list[nn.Parameter]] = []
@@ -78,12 +78,12 @@ class WeightParts:
                 yield name, tensor
 
 
-def whole_copy(model: Qwen2_5_VL, dtype: torch.dtype, keep: bool) -> Qwen2_5_VL | None:
+def whole_copy(model: VLModel, dtype: torch.dtype, keep: bool) -> VLModel | None:
     """A sharded model in one piece in the memory of the CPU, on the ranks that `keep` it. A meeting."""
     copy = None
     if keep:
         with torch.device("meta"):
-            copy = Qwen2_5_VL(model.config)
+            copy = new_model(model.config)
         copy.to(dtype).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtengine.model import ModelConfig, Qwen2_5_VL
+from vtengine.model import ModelConfig, new_model
 
 MIB = 1 << 20
 FORWARD, BACKWARD = 2, 4
@@ -29,7 +29,7 @@ class ModelCost:
     def of(config: ModelConfig) -> ModelCost:
         """Counts the parameters of a model that is never made."""
         with torch.device("meta"):
-            model = Qwen2_5_VL(config)
+            model = new_model(config)
         total = sum(p.numel() for p in model.parameters())
         vision = sum(p.numel() for p in model.visual.parameters())
         text = sum(p.numel() for layer in model.layers for p in layer.parameters())

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from vtengine.engine.base import Backend
-from vtengine.model import Checkpoint, Qwen2_5_VL, load_model, load_tensors
+from vtengine.model import Checkpoint, VLModel, load_model, load_tensors
 from vtengine_training.lora.adapters import Adapters
 from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.sync.base import Publisher
@@ -38,7 +38,7 @@ class Models:
     dtype: in which the weights go to engines and checkpoints. adapters: on the policy's model, if they learn in place
     of its weights."""
 
-    generating: Qwen2_5_VL | None
+    generating: VLModel | None
     policy: Policy
     reference: Policy | None
     optimizer: MasterAdamW
@@ -46,7 +46,7 @@ class Models:
     adapters: Adapters | None = None
 
     @property
-    def model(self) -> Qwen2_5_VL:
+    def model(self) -> VLModel:
         """The one that generates, or where servers do it for several ranks the learner's, in pieces."""
         return self.generating or self.policy.model
 
@@ -60,7 +60,7 @@ class Models:
             return build_shared_publisher(config, backend, parts, learned.device, ranks)
         return CopiedWeights(build_publisher(config, backend, generating), generating, parts)
 
-    def whole(self, ranks: Ranks, folder: Path) -> Qwen2_5_VL | None:
+    def whole(self, ranks: Ranks, folder: Path) -> VLModel | None:
         """What is learned as one plain model, to be exported; None on ranks but the first where that would take memory.
 
         A meeting where it lies in pieces. folder: the checkpoint that adapters sit on.
@@ -98,7 +98,7 @@ def build_models(
         chunk=update.logits_chunk,
         fused=update.logits == "fused",
     )
-    generating: Qwen2_5_VL | None = None
+    generating: VLModel | None = None
     adapters: Adapters | None = None
     if ranks.is_alone or config.rollout.backend == "embedded":
         generating = ranks.together(lambda: load_model(folder, device, dtype))

@@ -10,7 +10,7 @@ import torch
 
 from vtengine.cli.models import pixel_limits
 from vtengine.engine.base import Backend, SamplingParams
-from vtengine.model import Qwen2_5_VL, save_model
+from vtengine.model import VLModel, new_model, save_model
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import PROFILE_FILE, load_profile
 from vtengine.rollout.group import Setting
@@ -51,7 +51,7 @@ class Parts:
     publisher: Publisher
 
     @property
-    def model(self) -> Qwen2_5_VL:
+    def model(self) -> VLModel:
         return self.models.model
 
     @property
@@ -98,7 +98,7 @@ def _datasets(config: GrpoConfig) -> tuple[Dataset, Dataset | None]:
     return load_examples(config.data, place, "train", config.data.seed), validation
 
 
-def build_setting(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer, ranks: Ranks) -> Setting:
+def build_setting(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: Tokenizer, ranks: Ranks) -> Setting:
     """Engine, pipeline, profile and sampling of the rollouts."""
     rollout = config.rollout
     engine = build_engine(config, folder, model, tokenizer, ranks)
@@ -133,7 +133,7 @@ def data_folder(config: GrpoConfig) -> Path:
     return Path(config.data.folder or Path(config.output) / "data")
 
 
-def export_model(model: Qwen2_5_VL, source: Path, folder: Path) -> None:
+def export_model(model: VLModel, source: Path, folder: Path) -> None:
     """A checkpoint folder as it was trained from: weights in the dtype it came in, tokenizer and processor copied."""
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in COPIED:
@@ -143,7 +143,7 @@ def export_model(model: Qwen2_5_VL, source: Path, folder: Path) -> None:
     dtype = getattr(torch, model.config.dtype, model.dtype)
     if dtype != model.dtype:
         with torch.device("meta"):
-            shipped = Qwen2_5_VL(model.config)
+            shipped = new_model(model.config)
         shipped.to(dtype).to_empty(device="cpu").load_state_dict(model.state_dict())
         model = shipped
     save_model(model, folder)

@@ -15,7 +15,7 @@ from vtengine_kernels.grpo_loss import Head, Loss, Objective, Tokens, grpo_loss
 from vtengine_kernels.token_logprob import BANNED, token_logprob
 from vtengine_kernels.visual_scatter import visual_scatter
 
-from vtengine.model import PackedTree, Qwen2_5_VL
+from vtengine.model import PackedTree, VLModel
 from vtengine_training.lora.layers import AdaptedLinear
 from vtengine_training.trainer.batch import MicroBatch
 
@@ -35,7 +35,7 @@ class Policy:
     uses the model; a sharded model is gathered in there.
     """
 
-    model: Qwen2_5_VL
+    model: VLModel
     temperature: float
     banned: tuple[int, ...]
     chunk: int
@@ -45,7 +45,7 @@ class Policy:
 
     @staticmethod
     def build(
-        model: Qwen2_5_VL,
+        model: VLModel,
         temperature: float,
         banned: Collection[int],
         chunk: int,

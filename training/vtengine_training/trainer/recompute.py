@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from vtengine.model import Qwen2_5_VL
+from vtengine.model import VLModel
 from vtengine_training.trainer.policy import attention_kernel
 
 
-def recompute_layers(model: Qwen2_5_VL, draws: bool = False) -> None:
+def recompute_layers(model: VLModel, draws: bool = False) -> None:
     """Every decoder layer and vision block of `model`, wherever gradients are on; generating is as before.
 
     draws: layers draw random numbers (dropout), and need the same ones again.

@@ -11,7 +11,7 @@ import torch
 from vtengine.cli.session import API_KEY
 from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
-from vtengine.model import Qwen2_5_VL
+from vtengine.model import VLModel
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine_training.sync.base import Publisher, Weights, WeightsInParts, weights_of
 from vtengine_training.sync.colocated import SharedParameters
@@ -36,7 +36,7 @@ def set_up_nccl(config: GrpoConfig) -> None:
             os.environ.setdefault(name, value)
 
 
-def build_engine(config: GrpoConfig, folder: Path, model: Qwen2_5_VL, tokenizer: Tokenizer, ranks: Ranks) -> Backend:
+def build_engine(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: Tokenizer, ranks: Ranks) -> Backend:
     """The embedded one shares the model's parameters; servers are the same for all ranks. Raises ValueError."""
     rollout = config.rollout
     if rollout.backend == "embedded":
@@ -68,9 +68,7 @@ def episodes_at_a_time(config: GrpoConfig, ranks: Ranks) -> int:
     return rollout.concurrency if rollout.backend == "embedded" else -(-rollout.concurrency // ranks.size)
 
 
-def build_publisher(
-    config: GrpoConfig, engine: Backend, model: Qwen2_5_VL, weights: Weights | None = None
-) -> Publisher:
+def build_publisher(config: GrpoConfig, engine: Backend, model: VLModel, weights: Weights | None = None) -> Publisher:
     """For one process, or an engine of its own. A frozen vision tower is not sent. weights: what to send, where it is
     not what `model` trains."""
     if isinstance(engine, EmbeddedEngine):

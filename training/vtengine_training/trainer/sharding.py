@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from vtengine.model import Checkpoint, Qwen2_5_VL, load_rows
+from vtengine.model import Checkpoint, VLModel, load_rows, new_model
 from vtengine_training.lora.adapters import Adapters
 from vtengine_training.lora.config import LoraConfig
 from vtengine_training.trainer.ranks import Ranks
@@ -21,7 +21,7 @@ from vtengine_training.trainer.ranks import Ranks
 class Pass(nn.Module):
     """Any computation with the model as one forward pass, because FSDP gathers and frees around `forward`."""
 
-    def __init__(self, model: Qwen2_5_VL) -> None:
+    def __init__(self, model: VLModel) -> None:
         super().__init__()
         self.model = model
 
@@ -37,7 +37,7 @@ class Sharded:
     gradients, backward.
     """
 
-    model: Qwen2_5_VL
+    model: VLModel
     whole: Pass
     adapters: Adapters | None = None
 
@@ -71,7 +71,7 @@ def shard(
     Raises ModelLoadError, or ValueError, on all ranks, where one of them meets NaN or a damaged file.
     """
     with torch.device("meta"):
-        model = Qwen2_5_VL(checkpoint.config)
+        model = new_model(checkpoint.config)
     adapted = lora is not None and lora.rank > 0
     frozen = frozen or adapted
     model.to(dtype if frozen else torch.float32).requires_grad_(not frozen)
@@ -87,7 +87,7 @@ def shard(
     return Sharded(model.eval(), whole, adapters)
 
 
-def _cut(model: Qwen2_5_VL, dtype: torch.dtype, mesh: DeviceMesh) -> Pass:
+def _cut(model: VLModel, dtype: torch.dtype, mesh: DeviceMesh) -> Pass:
     """Every parameter becomes a DTensor."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = Pass(model)

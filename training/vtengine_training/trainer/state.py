@@ -32,7 +32,7 @@ from vtengine_training.trainer.parts import export_model
 from vtengine_training.trainer.trajectory import Group, pack_groups, unpack_groups
 
 if TYPE_CHECKING:
-    from vtengine.model import Qwen2_5_VL
+    from vtengine.model import VLModel
     from vtengine_training.trainer.loop import Run
 
 
@@ -84,7 +84,7 @@ def _write_all(run: Run, folder: Path, raises: bool = True) -> None:
         raise OSError("; ".join(failures))
 
 
-def _write_own(run: Run, folder: Path, whole: Qwen2_5_VL | None, adapter: dict[str, Tensor] | None) -> None:
+def _write_own(run: Run, folder: Path, whole: VLModel | None, adapter: dict[str, Tensor] | None) -> None:
     """This rank's files; the first one also writes what exists once."""
     parts, own = run.parts, folder / "ranks" / str(run.ranks.rank)
     own.mkdir(parents=True)

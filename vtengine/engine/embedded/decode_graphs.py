@@ -23,7 +23,7 @@ from vtengine_kernels.prefix_attention.split import ROWS, SPAN, items
 
 if TYPE_CHECKING:
     from vtengine.engine.embedded.attention import KVCache, RowLayout
-    from vtengine.model import Qwen2_5_VL
+    from vtengine.model import VLModel
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 CONTEXT_TOKENS = (1024, 2048, 4096, 8192, 16384)
@@ -42,7 +42,7 @@ class DecodeGraphs:
     capture False runs the same padded pass without a graph: how it is tested where there is no CUDA.
     """
 
-    def __init__(self, model: Qwen2_5_VL, cache: KVCache, max_rows: int, capture: bool = True) -> None:
+    def __init__(self, model: VLModel, cache: KVCache, max_rows: int, capture: bool = True) -> None:
         self._model, self._cache, self._capture = model, cache, capture
         self._sizes = [*(size for size in BATCH_SIZES if size < max_rows), max_rows]
         self._widths = [-(-tokens // cache.page_size) for tokens in CONTEXT_TOKENS]
@@ -58,7 +58,7 @@ class DecodeGraphs:
         self._memory = torch.cuda.graph_pool_handle() if capture else None
 
     @staticmethod
-    def of(model: Qwen2_5_VL, cache: KVCache, max_rows: int) -> DecodeGraphs | None:
+    def of(model: VLModel, cache: KVCache, max_rows: int) -> DecodeGraphs | None:
         """None where graphs cannot be: on a CPU, and without a kernel that reads pages in place."""
         return DecodeGraphs(model, cache, max_rows) if capturable(cache.keys[0]) is not None else None
 

@@ -13,7 +13,7 @@ from vtengine.engine.embedded.vision_cache import FeatureKey, VisionCache
 if TYPE_CHECKING:
     from vtengine.engine.base import ImageInput
     from vtengine.engine.embedded.sequence import Sequence
-    from vtengine.model import Qwen2_5_VL
+    from vtengine.model import VLModel
 
 # Patches per call of the vision tower (a larger image goes alone). On a GPU this bounds its activations; on a CPU more
 # rows make no product faster, and what a layer makes of more falls out of the caches before the next one reads it.
@@ -29,7 +29,7 @@ Claims = dict[FeatureKey, list[Wanted]]
 class Encoder:
     """Owns the features. reuse False: each of a sequence's images is encoded for that sequence alone."""
 
-    def __init__(self, model: Qwen2_5_VL, cache: VisionCache, reuse: bool) -> None:
+    def __init__(self, model: VLModel, cache: VisionCache, reuse: bool) -> None:
         self.model = model
         self.cache = cache
         self.reuse = reuse

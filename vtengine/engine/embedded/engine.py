@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from vtengine.engine.base import Finish, OnTokens, Request
     from vtengine.engine.embedded.sequence import Sequence
-    from vtengine.model import Qwen2_5_VL
+    from vtengine.model import VLModel
 
 
 class EmbeddedEngine:
@@ -46,7 +46,7 @@ class EmbeddedEngine:
     until what is running has finished, so that every completion comes from one version; what waits is served after.
     """
 
-    def __init__(self, model: Qwen2_5_VL, tokenizer: Decoder, config: EngineConfig | None = None) -> None:
+    def __init__(self, model: VLModel, tokenizer: Decoder, config: EngineConfig | None = None) -> None:
         self.config = config = config or EngineConfig()
         self.model = model.to(config.device) if config.device else model
         if not any(parameter.requires_grad for parameter in self.model.parameters()):

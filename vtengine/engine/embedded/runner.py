@@ -18,14 +18,14 @@ from vtengine.engine.embedded.sampler import SamplingPlan, sample
 if TYPE_CHECKING:
     from vtengine.engine.embedded.scheduler import Row
     from vtengine.engine.embedded.sequence import Sequence
-    from vtengine.model import Qwen2_5_VL
+    from vtengine.model import VLModel
 
 
 class Runner:
     """Owns the model, the KV tensors, and a table [max_running, P] with the page table of each running sequence."""
 
     def __init__(
-        self, model: Qwen2_5_VL, cache: KVCache, encoder: Encoder, max_running: int, share_prefix: bool | None = None
+        self, model: VLModel, cache: KVCache, encoder: Encoder, max_running: int, share_prefix: bool | None = None
     ) -> None:  # fmt: skip
         self.model = model
         self.cache = cache

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vtengine.model import ModelConfig, Qwen2_5_VL, checkpoint_name, hf_tensors
+from vtengine.model import ModelConfig, checkpoint_name, hf_tensors, new_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ def check_shapes(shapes: Shapes, config: ModelConfig | None, where: str) -> None
 def _shapes_of(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Building a model of billions, though without memory, takes a second: not for every bucket of an update."""
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in hf_tensors(Qwen2_5_VL(config)).items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in hf_tensors(new_model(config)).items()}
     wanted.setdefault("lm_head.weight", wanted["model.embed_tokens.weight"])
     return wanted
 

@@ -1,0 +1,141 @@
+"""What all families' configurations have in common: sizes, and how wrong ones are refused. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+MAX_LAYERS = 1024
+MAX_SIZE = 1 << 24  # of anything else: far beyond any model, and products of three still fit into 64 bits
+
+
+class ModelLoadError(ValueError):
+    """A checkpoint cannot be used as it is; the message says what is wrong with it and what to do."""
+
+
+@dataclass(frozen=True)
+class VisionSizes:
+    """A vision tower. Sizes in pixels where not said otherwise. model_type: of the family that has such a tower."""
+
+    model_type: ClassVar[str]
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        check_sizes("vision_config", vars(self))
+        if self.hidden_size % (4 * self.num_heads):
+            raise ModelLoadError(
+                f"vision_config.hidden_size = {self.hidden_size}: must be a multiple of 4 * num_heads "
+                f"(= {4 * self.num_heads})"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches per visual token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def compact_dim(self) -> int:
+        """Values per patch when the temporal copies are left out (588 for patches of 14 pixels, 768 for 16)."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def patch_dim(self) -> int:
+        """Values per patch (1176 or 1536)."""
+        return self.compact_dim * self.temporal_patch_size
+
+    @property
+    def feature_size(self) -> int:
+        """Columns of a visual token's features."""
+        return self.out_hidden_size
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """A language model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    mrope_section: tuple[int, int, int] = (16, 24, 24)
+    max_position_embeddings: int = 128_000
+
+    def __post_init__(self) -> None:
+        check_sizes("text_config", vars(self), exclude=("rms_norm_eps", "rope_theta", "mrope_section"))
+        self._check_head_size()
+        if self.num_heads % self.num_kv_heads:
+            raise ModelLoadError(
+                f"num_key_value_heads = {self.num_kv_heads}: must divide num_attention_heads (= {self.num_heads})"
+            )
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2:
+            raise ModelLoadError(
+                f"rope_scaling.mrope_section = {list(self.mrope_section)}: must be three numbers that add up to "
+                f"half the head size (= {self.head_dim // 2})"
+            )
+
+    def _check_head_size(self) -> None:
+        if self.head_dim % 2:
+            raise ModelLoadError(f"text_config.head_dim = {self.head_dim}: must be even")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def q_size(self) -> int:
+        """Rows of a layer's queries."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Rows of a layer's keys, and of its values."""
+        return self.num_kv_heads * self.head_dim
+
+
+def check_sizes(where: str, values: Mapping[str, Any], exclude: tuple[str, ...] = ()) -> None:
+    """Raises ModelLoadError for what is no whole number within reason; lists are for others to see to."""
+    for name, value in values.items():
+        if name in exclude or isinstance(value, tuple):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelLoadError(f"{where}.{name} = {value!r}: must be a whole number of at least 1")
+        most = MAX_LAYERS if name in ("depth", "num_layers") else MAX_SIZE
+        if value > most:
+            raise ModelLoadError(f"{where}.{name} = {value}: must be at most {most}")
+
+
+def check_blocks(name: str, blocks: tuple[int, ...], depth: int) -> None:
+    """Raises ModelLoadError for numbers of vision blocks that are not there."""
+    if outside := [i for i in blocks if not 0 <= i < depth]:
+        raise ModelLoadError(f"vision_config.{name}: {outside} not in 0..{depth - 1} (depth)")
+
+
+def refuse_unsupported(settings: Iterable[tuple[str, Any, tuple[Any, ...]]]) -> None:
+    """(name, value, allowed): settings that change what the weights mean. Raises ModelLoadError for other values."""
+    for name, value, allowed in settings:
+        if value not in allowed:
+            shown = ", ".join(repr(a) for a in allowed)
+            raise ModelLoadError(f"{name} = {value!r}: not supported (allowed: {shown}); use an unmodified checkpoint")
+
+
+def rope_of(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the rotary embedding, as transformers 4 or 5 calls them."""
+    return text.get("rope_scaling") or text.get("rope_parameters") or {}
