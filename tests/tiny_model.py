@@ -5,7 +5,8 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from vtengine.model import ModelConfig, TextConfig, VisionConfig
+from vtengine.model import ModelConfig, Qwen3TextConfig, Qwen3VisionConfig, TextConfig, VisionConfig
+from vtengine.model.sizes import TextSizes, VisionSizes
 
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
@@ -32,6 +33,26 @@ def tiny_text(vocab_size: int = 320) -> TextConfig:
     )
 
 
+QWEN3_VISION = Qwen3VisionConfig(
+    depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, num_position_embeddings=25,
+    deepstack_visual_indexes=(0, 2),
+)  # fmt: skip
+
+
+def qwen3_text(vocab_size: int = 320) -> Qwen3TextConfig:
+    """Goes with QWEN3_VISION. The heads are wider than the hidden size."""
+    return Qwen3TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=24,
+        mrope_section=(4, 4, 4),
+    )
+
+
 def byte_encoder(merges: tuple[tuple[str, str], ...] = (), tags: tuple[str, ...] = TAGS) -> tokenizers.Tokenizer:
     """256 bytes, the merges, the marks, and the tags that are one token."""
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
@@ -44,7 +65,7 @@ def byte_encoder(merges: tuple[tuple[str, str], ...] = (), tags: tuple[str, ...]
     return encoder
 
 
-def config_of(text: TextConfig, vision: VisionConfig, encoder: tokenizers.Tokenizer | None = None) -> ModelConfig:
+def config_of(text: TextSizes, vision: VisionSizes, encoder: tokenizers.Tokenizer | None = None) -> ModelConfig:
     """A tied float32 model of these sizes, with the ids of the encoder; without one, PAD, VIDEO, START and so on."""
     pad, video, start, end, bos, stop = PAD, VIDEO, START, END, BOS, STOP
     if encoder is not None:

@@ -93,7 +93,7 @@ def smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def compared(context: Any, image: np.ndarray, view: str, target: Target, threads: int) -> list[dict[str, Any]]:
     """One row per candidate for one view."""
-    out = torch.zeros(target.rows, 1176)
+    out = torch.zeros(target.rows(14), 1176)
     moved = image.nbytes + out.nbytes
     call = partial(patchify, image, [target], num_threads=threads)
     candidates: dict[str, Callable[[], Any]] = {
@@ -149,7 +149,7 @@ def ours(context: Any, image: np.ndarray, low: Target, high: Target) -> list[dic
     forms = {"float32, full": (torch.float32, "full", 1176), "bfloat16, compact": (torch.bfloat16, "compact", 588)}
     rows = []
     for form, (dtype, layout, columns) in forms.items():
-        outs = [torch.zeros(target.rows, columns, dtype=dtype) for target in (low, high)]
+        outs = [torch.zeros(target.rows(14), columns, dtype=dtype) for target in (low, high)]
         for threads in (1, 2):
             call = partial(patchify, image, num_threads=threads, dtype=dtype, layout=layout)
             times = context.compare(
@@ -175,7 +175,7 @@ def batch(context: Any, rng: np.random.Generator) -> list[dict[str, Any]]:
     """16 images of 1024x768 on one worker thread and on two."""
     images = [smooth(rng, 768, 1024) for _ in range(16)]
     targets = [Target(*side) for side in ((392, 504), (756, 1036))]
-    outs = [[torch.zeros(target.rows, 588, dtype=torch.bfloat16) for target in targets] for _ in images]
+    outs = [[torch.zeros(target.rows(14), 588, dtype=torch.bfloat16) for target in targets] for _ in images]
     call = partial(patchify, dtype=torch.bfloat16, layout="compact")
     pools = {workers: ThreadPoolExecutor(workers) for workers in (1, 2)}
 

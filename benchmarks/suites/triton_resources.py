@@ -146,7 +146,7 @@ SPECS = (
     _loss("bf16", "everything", DUAL=True, KL=3, CORRECTED=True, CAPPED=True),
     _loss("fp32", "clipped-weight", POLICY=1, KL=2),
     _patchify("_pass_kernel", {"out_ptr": "*u8"}),
-    _patchify("_patches_kernel", {"out_ptr": "*i16", "table_ptr": "*i16"}, FRAMES=1),
+    _patchify("_patches_kernel", {"out_ptr": "*i16", "table_ptr": "*i16"}, FRAMES=1, PATCH=14),
     Spec(
         "kv_store",
         kv_store,

@@ -64,36 +64,36 @@ VT_AVX2 inline __m256i bfloat16(__m256 value) {  // in the low halves of 32-bit 
     return _mm256_srli_epi32(rounded, 16);
 }
 
-// 14 values: 8 from the left edge and 8 up to the right edge, two of them twice.
+// kPatch values: 8 from the left edge and 8 up to the right edge, of 14 two of them twice.
+template <int64_t kPatch>
 VT_AVX2 inline void emit_row(const uint8_t* from, const Channel& k, float* to, int64_t frame, int frames) {
-    const __m256 left = values(from, k), right = values(from + 6, k);
+    const __m256 left = values(from, k), right = values(from + kPatch - 8, k);
     for (int i = 0; i < frames; ++i) {
         _mm256_storeu_ps(to + i * frame, left);
-        _mm256_storeu_ps(to + i * frame + 6, right);
+        _mm256_storeu_ps(to + i * frame + kPatch - 8, right);
     }
 }
 
+template <int64_t kPatch>
 VT_AVX2 inline void emit_row(const uint8_t* from, const Channel& k, uint16_t* to, int64_t frame, int frames) {
-    const __m256i mixed = _mm256_packus_epi32(bfloat16(values(from, k)), bfloat16(values(from + 6, k)));
+    const __m256i mixed = _mm256_packus_epi32(bfloat16(values(from, k)), bfloat16(values(from + kPatch - 8, k)));
     const __m256i both = _mm256_permute4x64_epi64(mixed, 0xd8);
     for (int i = 0; i < frames; ++i) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * frame), _mm256_castsi256_si128(both));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * frame + 6), _mm256_extracti128_si256(both, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * frame + kPatch - 8), _mm256_extracti128_si256(both, 1));
     }
 }
 
-template <typename T, int kFrames>
+template <typename T, int kFrames, int64_t kPatch>
 VT_AVX2 void emit(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
-    if (!norm.exact) {
-        return kScalarKernels.emit[kFrames == 2 ? 0 : 1][sizeof(T) == 4 ? 0 : 1](planes, stride, norm, out);
-    }
+    if (!norm.exact) return by_table<T, kFrames, kPatch>(planes, stride, norm, out);
     T* to = static_cast<T*>(out);
     for (int patch = 0; patch < 4; ++patch) {
         const int64_t corner = (patch / 2) * kPatch * stride + (patch % 2) * kPatch;
         for (int c = 0; c < 3; ++c) {
             const Channel k = channel(norm, c);
             for (int y = 0; y < kPatch; ++y) {
-                emit_row(planes[c] + corner + y * stride, k, to + y * kPatch, kPatch * kPatch, kFrames);
+                emit_row<kPatch>(planes[c] + corner + y * stride, k, to + y * kPatch, kPatch * kPatch, kFrames);
             }
             to += kFrames * kPatch * kPatch;
         }
@@ -115,7 +115,8 @@ const Kernels kAvx2Kernels = {
     avx2::deinterleave,
     avx2::horizontal,
     avx2::vertical,
-    {{avx2::emit<float, 2>, avx2::emit<uint16_t, 2>}, {avx2::emit<float, 1>, avx2::emit<uint16_t, 1>}},
+    {{{avx2::emit<float, 2, 14>, avx2::emit<uint16_t, 2, 14>}, {avx2::emit<float, 1, 14>, avx2::emit<uint16_t, 1, 14>}},
+     {{avx2::emit<float, 2, 16>, avx2::emit<uint16_t, 2, 16>}, {avx2::emit<float, 1, 16>, avx2::emit<uint16_t, 1, 16>}}},
     avx2::stream,
     avx2::fence,
 };

@@ -64,28 +64,28 @@ VT_AVX512 inline __m512 values(const uint8_t* from, const Channel& k) {
     return _mm512_fmadd_ps(centered, k.inverse_high, _mm512_mul_ps(centered, k.inverse_low));
 }
 
-// 14 values of each of 14 rows. A row is written with two values too many; the next row overwrites them.
-template <int kFrames>
+// kPatch values of each of kPatch rows, 16 at a time: of 14 the next row overwrites the two that are too many.
+template <int kFrames, int64_t kPatch>
 VT_AVX512 inline void emit_channel(const uint8_t* from, int64_t stride, const Channel& k, float* to) {
     __m512 row[kPatch];
-#pragma GCC unroll 14
+#pragma GCC unroll 16
     for (int y = 0; y < kPatch; ++y) row[y] = values(from + y * stride, k);
-#pragma GCC unroll 14
+#pragma GCC unroll 16
     for (int y = 0; y < kPatch; ++y) _mm512_storeu_ps(to + y * kPatch, row[y]);
     if (kFrames == 2) {
-#pragma GCC unroll 14
+#pragma GCC unroll 16
         for (int y = 0; y < kPatch; ++y) _mm512_storeu_ps(to + (kPatch + y) * kPatch, row[y]);
     }
 }
 
-template <int kFrames>
+template <int kFrames, int64_t kPatch>
 VT_AVX512 void emit_float(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
-    if (!norm.exact) return kScalarKernels.emit[kFrames == 2 ? 0 : 1][0](planes, stride, norm, out);
+    if (!norm.exact) return by_table<float, kFrames, kPatch>(planes, stride, norm, out);
     float* to = static_cast<float*>(out);
     for (int patch = 0; patch < 4; ++patch) {
         const int64_t corner = (patch / 2) * kPatch * stride + (patch % 2) * kPatch;
         for (int c = 0; c < 3; ++c) {
-            emit_channel<kFrames>(planes[c] + corner, stride, channel(norm, c), to);
+            emit_channel<kFrames, kPatch>(planes[c] + corner, stride, channel(norm, c), to);
             to += kFrames * kPatch * kPatch;
         }
     }
@@ -103,15 +103,17 @@ VT_AVX512 inline __m512i lookup(const uint8_t* from, const __m512i table[8]) {
     return _mm512_mask_blend_epi16(bit7, low, high);
 }
 
-// 14 rows of 14 words from the low ends of registers. A row spills two words into the next one, the last one does not.
+// kPatch rows of as many words from the low ends of registers. Of 14 a row spills two into the next one, the last one
+// does not.
+template <int64_t kPatch>
 VT_AVX512 inline void store_rows(const __m256i row[kPatch], uint16_t* to) {
-#pragma GCC unroll 14
+#pragma GCC unroll 16
     for (int y = 0; y < kPatch - 1; ++y) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + y * kPatch), row[y]);
-    _mm256_mask_storeu_epi16(to + (kPatch - 1) * kPatch, 0x3fff, row[kPatch - 1]);
+    _mm256_mask_storeu_epi16(to + (kPatch - 1) * kPatch, 0xffff >> (16 - kPatch), row[kPatch - 1]);
 }
 
-// Two patches side by side at a time: 28 pixels fit one register.
-template <int kFrames>
+// Two patches side by side at a time: their pixels fit one register.
+template <int kFrames, int64_t kPatch>
 VT_AVX512 void emit_bfloat16(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
     constexpr int64_t kValues = kPatch * kPatch;
     uint16_t* to = static_cast<uint16_t*>(out);
@@ -121,7 +123,7 @@ VT_AVX512 void emit_bfloat16(const uint8_t* const planes[3], int64_t stride, con
         for (int half = 0; half < 2; ++half) {
             const uint8_t* from = planes[c] + half * kPatch * stride;
             __m256i left[kPatch], right[kPatch];
-#pragma GCC unroll 14
+#pragma GCC unroll 16
             for (int y = 0; y < kPatch; ++y) {
                 const __m512i both = lookup(from + y * stride, table);
                 left[y] = _mm512_castsi512_si256(both);
@@ -129,8 +131,8 @@ VT_AVX512 void emit_bfloat16(const uint8_t* const planes[3], int64_t stride, con
             }
             uint16_t* corner = to + (6 * half + c) * kFrames * kValues;  // a patch is three channels
             for (int frame = 0; frame < kFrames; ++frame) {
-                store_rows(left, corner + frame * kValues);
-                store_rows(right, corner + (3 * kFrames + frame) * kValues);
+                store_rows<kPatch>(left, corner + frame * kValues);
+                store_rows<kPatch>(right, corner + (3 * kFrames + frame) * kValues);
             }
         }
     }
@@ -153,7 +155,8 @@ const Kernels kAvx512Kernels = {
     avx512::deinterleave,
     avx512::horizontal,
     avx512::vertical,
-    {{avx512::emit_float<2>, avx512::emit_bfloat16<2>}, {avx512::emit_float<1>, avx512::emit_bfloat16<1>}},
+    {{{avx512::emit_float<2, 14>, avx512::emit_bfloat16<2, 14>}, {avx512::emit_float<1, 14>, avx512::emit_bfloat16<1, 14>}},
+     {{avx512::emit_float<2, 16>, avx512::emit_bfloat16<2, 16>}, {avx512::emit_float<1, 16>, avx512::emit_bfloat16<1, 16>}}},
     avx512::stream,
     avx512::fence,
 };

@@ -8,8 +8,7 @@
 
 namespace vtengine {
 
-constexpr int64_t kPatch = 14;
-constexpr int64_t kWindow = 28;
+constexpr int64_t kPatches[2] = {14, 16};  // pixels per side of a patch
 constexpr int64_t kPad = 128;     // bytes that may be read and written past the end of a line of a plane
 constexpr int64_t kSpill = 64;    // bytes that `emit` may write past the end of its window
 
@@ -21,6 +20,8 @@ struct Normaliser {
     bool exact;  // the arithmetic gives the table, to the bit, for all 3 x 256 levels
 };
 
+using Emit = void (*)(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out);
+
 struct Kernels {
     // rgb: `pixels` interleaved pixels; planes: three lines; ahead: as many bytes that will be read soon (or not: they
     // need not exist).
@@ -30,8 +31,8 @@ struct Kernels {
     // Output row `row` of the axis from axis.count[row] lines of `bytes` bytes, with three more readable lines in
     // the list. Nothing past the end of a line is touched.
     void (*vertical)(const Axis& axis, int64_t row, const uint8_t* const* in, int64_t bytes, uint8_t* out);
-    // One window of 28x28 pixels (planes: its first pixel in each channel) as four patches. [layout][dtype]
-    void (*emit[2][2])(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out);
+    // One window (planes: its first pixel in each channel) as four patches.
+    Emit emit[2][2][2];  // [patch: index in kPatches][layout][dtype]
     // Copies lines of 64 bytes past the caches; `to` is aligned to 64 bytes.
     void (*stream)(void* to, const void* from, int64_t lines);
     // Orders the streamed stores before what follows.
@@ -42,6 +43,13 @@ extern const Kernels kScalarKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 #endif
+
+// What `emit` is where the arithmetic is not exact: every value looked up.
+template <typename T, int kFrames, int64_t kPatch>
+void by_table(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
+    kScalarKernels.emit[kPatch == kPatches[0] ? 0 : 1][kFrames == 2 ? 0 : 1][sizeof(T) == 4 ? 0 : 1](planes, stride,
+                                                                                                   norm, out);
+}
 
 int available_isas();
 constexpr int kNoIsa = -1;

@@ -26,7 +26,7 @@ void vertical(const Axis& axis, int64_t row, const uint8_t* const* in, int64_t b
 inline const float* table_of(const Normaliser& norm, int c, float) { return norm.table + 256 * c; }
 inline const uint16_t* table_of(const Normaliser& norm, int c, uint16_t) { return norm.table16[c]; }
 
-template <typename T, int kFrames>
+template <typename T, int kFrames, int64_t kPatch>
 void emit(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out) {
     T* to = static_cast<T*>(out);
     for (int patch = 0; patch < 4; ++patch) {
@@ -79,7 +79,8 @@ const Kernels kScalarKernels = {
     deinterleave,
     horizontal_scalar,
     vertical,
-    {{emit<float, 2>, emit<uint16_t, 2>}, {emit<float, 1>, emit<uint16_t, 1>}},
+    {{{emit<float, 2, 14>, emit<uint16_t, 2, 14>}, {emit<float, 1, 14>, emit<uint16_t, 1, 14>}},
+     {{emit<float, 2, 16>, emit<uint16_t, 2, 16>}, {emit<float, 1, 16>, emit<uint16_t, 1, 16>}}},
     stream,
     fence,
 };

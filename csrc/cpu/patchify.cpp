@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <new>
 #include <vector>
 
@@ -81,6 +82,7 @@ extern "C" {
 int32_t vt_patchify(const vt_image* image, const vt_target* targets, int64_t count, const vt_options* options) {
     using namespace vtengine;
     if (image == nullptr || options == nullptr || count < 0 || options->num_threads < 1) return VT_INVALID;
+    if (std::find(std::begin(kPatches), std::end(kPatches), options->patch) == std::end(kPatches)) return VT_INVALID;
     const Kernels* kernels = kernels_of(options->isa);
     if (kernels == nullptr) return VT_ISA_MISSING;
     try {

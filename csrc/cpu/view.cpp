@@ -16,7 +16,7 @@ std::vector<Resize> make_chain(const View& view, const vt_target& target, const 
         height = step.height;
         width = step.width;
     }
-    chain.emplace_back(height, width, view.height, view.width, options.filter, options.mode, kWindow);
+    chain.emplace_back(height, width, view.height, view.width, options.filter, options.mode, view.window);
     return chain;
 }
 
@@ -30,24 +30,24 @@ View::View(const vt_image& image, const vt_target& target, const vt_options& opt
       width_in(target.right - target.left),
       height(target.height),
       width(target.width),
+      window(2 * options.patch),
       chain(make_chain(*this, target, options)),
       norm(make_normaliser(options)),
-      layout(options.layout),
-      dtype(options.dtype),
+      emit(table.emit[options.patch == kPatches[0] ? 0 : 1][options.layout][options.dtype]),
       out(static_cast<char*>(target.out)) {
-    const int64_t value_bytes = dtype == VT_FLOAT32 ? 4 : 2;
-    window_bytes = 4 * (layout == VT_FULL ? 2 : 1) * 3 * kPatch * kPatch * value_bytes;
-    stream = options.stream < 0 ? window_bytes * (height / kWindow) * (width / kWindow) >= kStreamBytes
+    const int64_t value_bytes = options.dtype == VT_FLOAT32 ? 4 : 2;
+    window_bytes = (options.layout == VT_FULL ? 2 : 1) * 3 * window * window * value_bytes;
+    stream = options.stream < 0 ? window_bytes * (height / window) * (width / window) >= kStreamBytes
                                 : options.stream != 0;
     at_band = 0;
     for (const Resize& resize : chain) at_band += resize.scratch_bytes;
     pitch_band = pitch_of(chain.back().ends_down() ? kTile : width);
-    at_staging = at_band + 3 * kWindow * pitch_band;
+    at_staging = at_band + 3 * window * pitch_band;
     scratch_bytes = (at_staging + 64 + window_bytes + kSpill + 63) / 64 * 64;
 }
 
 double View::source_row(int64_t window_row) const {
-    return static_cast<double>(window_row) * kWindow * height_in / height;
+    return static_cast<double>(window_row) * window * height_in / height;
 }
 
 Stripe::Stripe(const View& view, int64_t begin, int64_t end, uint8_t* scratch)
@@ -56,7 +56,7 @@ Stripe::Stripe(const View& view, int64_t begin, int64_t end, uint8_t* scratch)
       end_(end),
       band_(scratch + view.at_band),
       staging_(scratch + view.at_staging),
-      to_(view.out + begin * (view.width / kWindow) * view.window_bytes) {
+      to_(view.out + begin * (view.width / view.window) * view.window_bytes) {
     const Kernels& kernels = *view.kernels;
     lines_.push_back(std::make_unique<RgbLines>(view.pixels, view.row_bytes, view.width_in, kernels));
     for (const Resize& resize : view.chain) {
@@ -74,41 +74,40 @@ Stripe::Stripe(const View& view, int64_t begin, int64_t end, uint8_t* scratch)
 double Stripe::position() const { return view_.source_row(row_); }
 
 void Stripe::step() {
-    const int64_t top = row_ * kWindow;
+    const int64_t window = view_.window, top = row_ * window;
     if (view_.chain.back().ends_down()) {
-        last_->fill(top, kWindow);
+        last_->fill(top, window);
         for (int64_t x = 0; x < view_.width; x += kTile) {
             const int64_t columns = std::min(kTile, view_.width - x);
-            for (int64_t y = 0; y < kWindow; ++y) {
+            for (int64_t y = 0; y < window; ++y) {
                 uint8_t* const to[3] = {band_line(0, y), band_line(1, y), band_line(2, y)};
                 last_->down(top + y, x, columns, to);
             }
-            emit(columns / kWindow);
+            emit(columns / window);
         }
     } else {
-        for (int64_t y = 0; y < kWindow; y += kBatch) {
+        for (int64_t y = 0; y < window; y += kBatch) {
             uint8_t* to[3 * kBatch];
             for (int64_t i = 0; i < 3 * kBatch; ++i) to[i] = band_line(i % 3, y + i / 3);
             last_->read(top + y, kBatch, to);
         }
-        emit(view_.width / kWindow);
+        emit(view_.width / window);
     }
     if (++row_ == end_) flush();
 }
 
 void Stripe::emit(int64_t windows) {
-    const auto write = view_.kernels->emit[view_.layout][view_.dtype];
-    const char* stripe_end = view_.out + end_ * (view_.width / kWindow) * view_.window_bytes;
+    const char* stripe_end = view_.out + end_ * (view_.width / view_.window) * view_.window_bytes;
     for (int64_t i = 0; i < windows; ++i) {
-        const uint8_t* const planes[3] = {band_line(0, 0) + i * kWindow, band_line(1, 0) + i * kWindow,
-                                          band_line(2, 0) + i * kWindow};
+        const uint8_t* const planes[3] = {band_line(0, 0) + i * view_.window, band_line(1, 0) + i * view_.window,
+                                          band_line(2, 0) + i * view_.window};
         if (view_.stream) {
             stream_window(planes);
         } else if (to_ + view_.window_bytes < stripe_end) {
-            write(planes, view_.pitch_band, view_.norm, to_);
+            view_.emit(planes, view_.pitch_band, view_.norm, to_);
             to_ += view_.window_bytes;
         } else {  // nothing may spill over the end
-            write(planes, view_.pitch_band, view_.norm, staging_);
+            view_.emit(planes, view_.pitch_band, view_.norm, staging_);
             std::copy_n(reinterpret_cast<char*>(staging_), view_.window_bytes, to_);
             to_ += view_.window_bytes;
         }
@@ -117,7 +116,7 @@ void Stripe::emit(int64_t windows) {
 
 // Through staging memory, so that whole lines of 64 bytes go out past the caches.
 void Stripe::stream_window(const uint8_t* const planes[3]) {
-    view_.kernels->emit[view_.layout][view_.dtype](planes, view_.pitch_band, view_.norm, staging_ + held_);
+    view_.emit(planes, view_.pitch_band, view_.norm, staging_ + held_);
     const int64_t total = held_ + view_.window_bytes, whole = total / 64 * 64;
     char* line = to_ - held_;
     int64_t begin = 0;

@@ -11,7 +11,7 @@
 
 namespace vtengine {
 
-constexpr int64_t kTile = 448;  // columns resampled vertically at a time: 16 windows
+constexpr int64_t kTile = 448;  // columns resampled vertically at a time: 16 windows of 28 pixels, 14 of 32
 
 // Everything about a target that does not change while it is made.
 struct View {
@@ -19,18 +19,18 @@ struct View {
 
     const Kernels* kernels;
     const uint8_t* pixels;  // first pixel of the box
-    int64_t row_bytes, height_in, width_in, height, width;
+    int64_t row_bytes, height_in, width_in, height, width, window;
     std::vector<Resize> chain;  // at least one
     Normaliser norm;
-    int layout, dtype;
+    Emit emit;
     char* out;
     int64_t window_bytes;  // four patches
     bool stream;           // stores bypass the caches
 
-    // Scratch memory of a thread: that of each resize, then a band (or a tile of it) of kWindow rows, then the staging.
+    // Scratch memory of a thread: that of each resize, then a band (or a tile of it) of `window` rows, then the staging.
     int64_t pitch_band, at_band, at_staging, scratch_bytes;
 
-    int64_t window_rows() const { return height / kWindow; }
+    int64_t window_rows() const { return height / window; }
     double source_row(int64_t window_row) const;  // where in the box it lies, for the order of several views
 };
 
@@ -48,8 +48,8 @@ class Stripe {
     void stream_window(const uint8_t* const planes[3]);
     void flush();
 
-    // Planes of the band are kWindow lines each, so that a window is one block with one stride.
-    uint8_t* band_line(int64_t channel, int64_t y) const { return band_ + (channel * kWindow + y) * view_.pitch_band; }
+    // Planes of the band are `window` lines each, so that a window is one block with one stride.
+    uint8_t* band_line(int64_t channel, int64_t y) const { return band_ + (channel * view_.window + y) * view_.pitch_band; }
 
     const View& view_;
     int64_t row_, end_;

@@ -70,6 +70,8 @@ def test_steps(before):
         ({"layout": "rows"}, "layout = 'rows'"),
         ({"dtype": torch.float16}, r"dtype = torch\.float16"),
         ({"mode": "pil14"}, "mode = 'pil14'"),
+        ({"patch": 15}, "patch = 15: must be one of 14, 16"),
+        ({"patch": 16}, r"targets\[0\]\.height = 28: must be a positive multiple of 32 pixels"),
         ({"num_threads": 0}, "num_threads = 0"),
         ({"num_threads": 2.0}, "num_threads = 2.0"),
         ({"num_threads": 10**6}, "num_threads"),

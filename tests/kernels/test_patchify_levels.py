@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from vtengine_kernels.patchify import Step, Target
+from vtengine_kernels.patchify.contract import PATCHES
 from vtengine_kernels.patchify.fixed_point import vertical_first
 
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
@@ -36,10 +37,10 @@ EXTREMES = [
 ]
 
 
-def levels_of(rows: torch.Tensor, height: int, width: int) -> np.ndarray:
+def levels_of(rows: torch.Tensor, height: int, width: int, patch: int = 14) -> np.ndarray:
     """uint8 [height, width, 3] from compact rows that hold level / 255."""
     levels = (rows.double() * 255).round().to(torch.uint8).numpy()
-    windows = levels.reshape(height // 28, width // 28, 2, 2, 3, 14, 14)
+    windows = levels.reshape(height // patch // 2, width // patch // 2, 2, 2, 3, patch, patch)
     return windows.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height, width, 3)
 
 
@@ -67,11 +68,12 @@ def torch_resized(image: np.ndarray, height: int, width: int, kind: str) -> np.n
     return made[0].permute(1, 2, 0).numpy()
 
 
-def differing(run, image, height, width, kind, mode, before=(), **options) -> int:
-    rows = run(image, [Target(height, width, before=before)], filter=kind, mode=mode, **IDENTITY, **options)[0]
+def differing(run, image, height, width, kind, mode, before=(), patch=14, **options) -> int:
+    targets = [Target(height, width, before=before)]
+    rows = run(image, targets, filter=kind, mode=mode, patch=patch, **IDENTITY, **options)[0]
     for step in before:
         image = resized(image, step.height, step.width, step.filter, mode)
-    return int((levels_of(rows, height, width) != resized(image, height, width, kind, mode)).sum())
+    return int((levels_of(rows, height, width, patch) != resized(image, height, width, kind, mode)).sum())
 
 
 @pytest.mark.parametrize("kind", FILTERS)
@@ -86,14 +88,15 @@ def test_extreme_sizes(run, picture, kind, size):
 
 
 def wrong_sizes(run, picture, kind: str, mode: str, count: int, halved: bool = False) -> list[tuple]:
-    """Of `count` random sizes, those with a difference; one thread and two, ordinary and streaming stores."""
+    """Of `count` random sizes, those with a difference; both patches, one thread and two, both kinds of stores."""
     rng = np.random.default_rng(7)
     wrong = []
     for index in range(count):
         height_in, width_in = (int(side) for side in rng.integers(1, (40, 200)[index % 2], 2))
-        height, width = (28 * int(side) for side in rng.integers(1, 6, 2))
+        patch = PATCHES[index // 4 % 2]
+        height, width = (2 * patch * int(side) for side in rng.integers(1, 6, 2))
         before = (Step(max(1, height_in // 2), max(1, width_in // 2)),) if halved else ()
-        options = {"num_threads": 1 + index // 2 % 2, "stream": (None, True, False)[index % 3]}
+        options = {"num_threads": 1 + index // 2 % 2, "stream": (None, True, False)[index % 3], "patch": patch}
         off = differing(run, picture(height_in, width_in), height, width, kind, mode, before, **options)
         if off:
             wrong.append((height_in, width_in, height, width, options, off))
@@ -133,13 +136,13 @@ def test_500_random_sizes_halved_first(run, picture, mode):
     st.lists(st.builds(Step, st.integers(1, 400), st.integers(1, 400), st.sampled_from(sorted(FILTERS))), max_size=2),
     st.sampled_from(sorted(FILTERS)),
     st.sampled_from(MODES),
+    st.sampled_from(PATCHES),
     st.integers(1, 3),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_size(compiled, picture, height_in, width_in, rows, columns, before, kind, mode, threads):
-    image = picture(height_in, width_in)
-    off = differing(compiled, image, 28 * rows, 28 * columns, kind, mode, tuple(before), num_threads=threads)
-    assert off == 0
+def test_any_size(compiled, picture, height_in, width_in, rows, columns, before, kind, mode, patch, threads):
+    image, size = picture(height_in, width_in), (2 * patch * rows, 2 * patch * columns)
+    assert differing(compiled, image, *size, kind, mode, tuple(before), patch, num_threads=threads) == 0
 
 
 @pytest.mark.parametrize("kind", FILTERS)
@@ -147,6 +150,8 @@ def test_many_columns(compiled, picture, kind):
     """Wider than one tile of the vertical pass, with odd remainders."""
     for width in (420, 448, 476, 896, 924, 1400):
         assert differing(compiled, picture(61, width + 13), 56, width, kind, "pil12", num_threads=2) == 0
+    for width in (416, 448, 480, 896, 928, 1408):
+        assert differing(compiled, picture(61, width + 13), 64, width, kind, "pil12", patch=16, num_threads=2) == 0
 
 
 def test_photographs(compiled, data_dir):

@@ -48,14 +48,16 @@ def test_a_box_is_a_crop(run, picture, box):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["full", "compact"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_writes_its_rows_and_nothing_else(compiled, picture, dtype, layout, stream):
-    image, target = picture(90, 100), Target(84, 112)
-    columns = 1176 if layout == "full" else 588
-    expected = compiled(image, [target], layout=layout, dtype=dtype)[0]
+@pytest.mark.parametrize("patch", [14, 16])
+def test_writes_its_rows_and_nothing_else(compiled, picture, dtype, layout, stream, patch):
+    image, target = picture(90, 100), Target(6 * patch, 8 * patch)
+    columns = (6 if layout == "full" else 3) * patch**2
+    options = {"layout": layout, "dtype": dtype, "patch": patch}
+    expected = compiled(image, [target], **options)[0]
     for shift in (0, 1, 2, 5, 16, 31):
         for threads in (1, 3):
-            out, memory = guarded((target.rows, columns), dtype, shift)
-            got = compiled(image, [target], stream, layout=layout, dtype=dtype, num_threads=threads, out=[out])[0]
+            out, memory = guarded((48, columns), dtype, shift)
+            got = compiled(image, [target], stream, num_threads=threads, out=[out], **options)[0]
             assert got is out
             assert torch.equal(out, expected)
             assert int(memory.isnan().sum()) == memory.numel() - out.numel()

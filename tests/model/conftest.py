@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.tiny_model import config_of
-from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig, hf_tensors
+from vtengine.model import ModelConfig, TextConfig, VisionConfig, VLModel, hf_tensors
+from vtengine.model.families import MODELS
+from vtengine.model.names import transformers_name
 
 SMALL = config_of(
     vision=VisionConfig(
@@ -35,9 +37,9 @@ SMALL = config_of(
 )
 
 
-def _build(config: ModelConfig, seed: int) -> Qwen2_5_VL:
+def _build(config: ModelConfig, seed: int) -> VLModel:
     """Random weights with biases and norms that matter (a fresh model has biases 0 and norms 1)."""
-    model = Qwen2_5_VL.build(config, seed).eval()
+    model = MODELS[config.model_type].build(config, seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -60,22 +62,16 @@ def _head_layout(heads: int, kv_heads: int, seed: int) -> ModelConfig:
     return dataclasses.replace(SMALL, vision=vision, text=text, tie_word_embeddings=seed == 3)
 
 
-def _new_name(name: str) -> str:
-    """The inverse of `checkpoint_name`."""
-    if name.startswith("model."):
-        return "model.language_model." + name.removeprefix("model.")
-    return "model." + name if name.startswith("visual.") else name
-
-
-def _to_transformers(model: Qwen2_5_VL) -> Any:
+def _to_transformers(model: VLModel) -> Any:
     """The transformers model over the same weights in memory (no disk)."""
     import transformers
 
-    config = transformers.Qwen2_5_VLConfig(**model.config.to_json())
+    family = {"qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[model.config.model_type]
+    config = getattr(transformers, f"{family}Config")(**model.config.to_json())
     config._attn_implementation = "eager"
     with torch.device("meta"):
-        theirs = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    state = {_new_name(name): tensor.clone() for name, tensor in hf_tensors(model).items()}
+        theirs = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    state = {transformers_name(name): tensor.clone() for name, tensor in hf_tensors(model).items()}
     left = theirs.load_state_dict(state, strict=False, assign=True)
     assert left.unexpected_keys == []
     assert left.missing_keys in ([], ["lm_head.weight"])
@@ -97,34 +93,34 @@ def small_config() -> ModelConfig:
 
 
 @pytest.fixture(scope="session")
-def build() -> Callable[[ModelConfig, int], Qwen2_5_VL]:
+def build() -> Callable[[ModelConfig, int], VLModel]:
     return _build
 
 
 @pytest.fixture(scope="session")
-def small_model() -> Qwen2_5_VL:
+def small_model() -> VLModel:
     return _build(SMALL, 0)
 
 
 @pytest.fixture(scope="session")
-def small_pair(small_model: Qwen2_5_VL) -> tuple[Qwen2_5_VL, Any]:
+def small_pair(small_model: VLModel) -> tuple[VLModel, Any]:
     pytest.importorskip("transformers")
     return small_model, _to_transformers(small_model)
 
 
 @pytest.fixture(scope="session")
 def new_name() -> Callable[[str], str]:
-    return _new_name
+    return transformers_name
 
 
 @pytest.fixture(scope="session")
-def to_transformers() -> Callable[[Qwen2_5_VL], Any]:
+def to_transformers() -> Callable[[VLModel], Any]:
     pytest.importorskip("transformers")
     return _to_transformers
 
 
 @pytest.fixture(scope="session", params=[(16, 2, 3), (28, 4, 7)], ids=["3B", "7B"])
-def large_pair(request: pytest.FixtureRequest) -> tuple[Qwen2_5_VL, Any]:
+def large_pair(request: pytest.FixtureRequest) -> tuple[VLModel, Any]:
     pytest.importorskip("transformers")
     model = _build(_head_layout(*request.param), request.param[2])
     return model, _to_transformers(model)

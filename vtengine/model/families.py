@@ -7,9 +7,9 @@ from vtengine.model.language import VLModel
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
 from vtengine.model.qwen3_vl import Qwen3_VL
 
-_MODELS = {"qwen2_5_vl": Qwen2_5_VL, "qwen3_vl": Qwen3_VL}
+MODELS: dict[str, type[Qwen2_5_VL] | type[Qwen3_VL]] = {"qwen2_5_vl": Qwen2_5_VL, "qwen3_vl": Qwen3_VL}
 
 
 def new_model(config: ModelConfig) -> VLModel:
     """A model with torch's initial weights; on the meta device it takes no memory."""
-    return _MODELS[config.model_type](config)
+    return MODELS[config.model_type](config)

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define VT_ABI_VERSION 2
+#define VT_ABI_VERSION 3
 #define VT_MAX_STEPS 2
 
 enum vt_isa { VT_ISA_AUTO = 0, VT_ISA_SCALAR = 1, VT_ISA_AVX2 = 2, VT_ISA_AVX512 = 3 };
@@ -38,7 +38,7 @@ typedef struct vt_step {
 } vt_step;
 
 // The part [top, bottom) x [left, right) of the image, resized by each of the `steps` and then to height x width
-// (multiples of 28); out holds height/14 * width/14 rows of 1176 (VT_FULL) or 588 (VT_COMPACT) values.
+// (multiples of two patches); out holds a row of 6 patch^2 (VT_FULL) or 3 patch^2 (VT_COMPACT) values for each patch.
 typedef struct vt_target {
     int64_t left, top, right, bottom, height, width;
     void* out;
@@ -49,6 +49,7 @@ typedef struct vt_target {
 typedef struct vt_options {
     int32_t filter, mode, layout, dtype, isa, num_threads;
     int32_t stream;      // 1: stores that bypass the caches, 0: ordinary stores, -1: by the size of the output
+    int32_t patch;       // pixels per side of a patch: 14 or 16
     float mean[3], std[3];
     double unit;         // a level becomes (level * unit - mean) / std
     const float* table;  // [3][256]: the value of each level in each channel; unit, mean and std only make it fast

@@ -1,10 +1,11 @@
-"""patchify: image to pixel values, the input rows of the Qwen2-VL family's vision tower.
+"""patchify: image to pixel values, the input rows of the vision towers of Qwen2-VL and its successors.
 
-uint8 [H, W, 3] -> antialiased resize(s) -> rescale by 1/255 -> normalise -> 14x14 patches in merge-window order.
+uint8 [H, W, 3] -> antialiased resize(s) -> rescale by 1/255 -> normalise -> PxP patches in merge-window order. P is 14
+pixels, or 16 for Qwen3-VL.
 
-Rows: the 2x2 patches of a 28x28 window follow one another (top left, top right, bottom left, bottom right), windows row
-by row. Columns: channel, then (layout "full") two equal frames, then 14x14 pixels: 1176 columns; layout "compact" has
-each pixel once, 588 columns, for a patch embedding whose weight was summed over the two frames.
+Rows: the 2x2 patches of a window follow one another (top left, top right, bottom left, bottom right), windows row by
+row. Columns: channel, then (layout "full") two equal frames, then PxP pixels: 1176 columns, or 1536; layout "compact"
+has each pixel once, 588 or 768 columns, for a patch embedding whose weight was summed over the two frames.
 
 Exact. `mode` says whose arithmetic is repeated: every 8-bit level of the resized image is that of Pillow ("pil13": 13
 or newer; "pil12": before, with another order of the passes) or of torchvision on 8-bit tensors ("tv"), every float32 is
@@ -24,9 +25,9 @@ from vtengine_kernels import dispatch, triton_runtime
 from vtengine_kernels.patchify import native, ref, triton
 from vtengine_kernels.patchify.contract import Layout, Step, Target, checked_plan
 from vtengine_kernels.patchify.fixed_point import Box, Filter, Mode
-from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD
+from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD, HALF
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "Box", "Filter", "Layout", "Mode", "Step", "Target", "patchify"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "HALF", "Box", "Filter", "Layout", "Mode", "Step", "Target", "patchify"]
 
 
 def patchify(
@@ -41,10 +42,11 @@ def patchify(
     impl: Literal["auto", "triton", "cpu", "ref"] = "auto",
     num_threads: int = 1,
     mode: Mode = "pil13",
+    patch: int = 14,
     device: torch.device | str | None = None,
     out: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """Pixel values of each target, in order: dtype [height/14 * width/14, 1176 | 588] on `device`.
+    """Pixel values of each target, in order: dtype [height/P * width/P, 6 P^2 | 3 P^2] on `device`; P is `patch`.
 
     image_HWC: uint8 [H, W, 3], C-contiguous, RGB; may be read-only. All targets are made from one read, or one upload,
     of it. dtype: float32 or bfloat16. device: None = where the image is; from the CPU it may be brought to a GPU, where
@@ -65,6 +67,7 @@ def patchify(
         std=std,
         num_threads=num_threads,
         mode=mode,
+        patch=patch,
         device=device,
         out=out,
     )

@@ -13,13 +13,12 @@ from vtengine_kernels import buffers
 from vtengine_kernels.patchify.fixed_point import FILTERS, MODES, Box, Filter, Mode
 from vtengine_kernels.patchify.normalise import CLIP_MEAN, CLIP_STD, Affine, affine, level_table
 
-PATCH = 14
-WINDOW = 28  # pixels per side of a merge window: 2x2 patches
+PATCHES = (14, 16)  # pixels per side of a patch: Qwen2-VL and Qwen2.5-VL, Qwen3-VL
 MAX_STEPS = 2
 MAX_SIDE = 1 << 24  # Pillow holds the size of the source as a float32
 Layout = Literal["full", "compact"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-COLUMNS = {"full": 2 * 3 * PATCH * PATCH, "compact": 3 * PATCH * PATCH}
+FRAMES = {"full": 2, "compact": 1}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,8 +35,8 @@ class Step:
 class Target:
     """One view: the part `box` of the source (left, top, right, bottom; None = all), resized to height x width pixels.
 
-    Both sides are multiples of 28. The box is cut out before resizing: no pixel outside it has influence. `before`: at
-    most two resizes that come first.
+    Both sides are multiples of a merge window (2x2 patches). The box is cut out before resizing: no pixel outside it
+    has influence. `before`: at most two resizes that come first.
     """
 
     height: int
@@ -45,10 +44,9 @@ class Target:
     box: Box | None = None
     before: tuple[Step, ...] = ()
 
-    @property
-    def rows(self) -> int:
-        """Patches of 14x14 pixels."""
-        return self.height // PATCH * (self.width // PATCH)
+    def rows(self, patch: int) -> int:
+        """Patches of patch x patch pixels."""
+        return self.height // patch * (self.width // patch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +60,7 @@ class Plan:
     boxes: tuple[Box, ...]
     filter: Filter
     mode: Mode
+    patch: int
     layout: Layout
     dtype: torch.dtype
     affine: Affine
@@ -81,15 +80,16 @@ def checked_plan(
     std: Sequence[float] = CLIP_STD,
     num_threads: int = 1,
     mode: Mode = "pil13",
+    patch: int = 14,
     device: torch.device | str | None = None,
     out: Sequence[torch.Tensor] | None = None,
 ) -> Plan:
     """The call as an implementation wants it, outputs allocated. ValueError: an argument outside its range."""
-    check_options(filter, layout, dtype, mode, num_threads)
+    check_options(filter, layout, dtype, mode, patch, num_threads)
     check_normalisation(mean, std)
     image = checked_image(image_HWC)
     place = checked_device(device, image)
-    checked, boxes = checked_targets(targets, image.shape[0], image.shape[1])
+    checked, boxes = checked_targets(targets, image.shape[0], image.shape[1], 2 * patch)
     return Plan(
         image=image,
         device=place,
@@ -97,11 +97,12 @@ def checked_plan(
         boxes=boxes,
         filter=filter,
         mode=mode,
+        patch=patch,
         layout=layout,
         dtype=dtype,
         affine=affine(tuple(mean), tuple(std), mode),
         table=level_table(tuple(mean), tuple(std), mode),
-        outputs=checked_outputs(out, checked, layout, dtype, place),
+        outputs=checked_outputs(out, checked, patch, layout, dtype, place),
         num_threads=num_threads,
     )
 
@@ -143,7 +144,9 @@ def checked_device(device: torch.device | str | None, image: np.ndarray | torch.
     return wanted
 
 
-def checked_targets(targets: Sequence[Target], height: int, width: int) -> tuple[tuple[Target, ...], tuple[Box, ...]]:
+def checked_targets(
+    targets: Sequence[Target], height: int, width: int, window: int
+) -> tuple[tuple[Target, ...], tuple[Box, ...]]:
     """(targets, their boxes with None resolved). ValueError: a size or a box that is out of range."""
     boxes = []
     for index, target in enumerate(targets):
@@ -151,9 +154,9 @@ def checked_targets(targets: Sequence[Target], height: int, width: int) -> tuple
             raise ValueError(f"targets[{index}] = {target!r}: must be a Target(height, width)")
         for name in ("height", "width"):
             side = getattr(target, name)
-            if not _is_int(side) or side <= 0 or side % WINDOW or side > MAX_SIDE:
+            if not _is_int(side) or side <= 0 or side % window or side > MAX_SIDE:
                 raise ValueError(
-                    f"targets[{index}].{name} = {side!r}: must be a positive multiple of {WINDOW} pixels; "
+                    f"targets[{index}].{name} = {side!r}: must be a positive multiple of {window} pixels; "
                     "vtengine.vision.plan gives such sizes"
                 )
         box = (0, 0, width, height) if target.box is None else tuple(target.box)
@@ -184,12 +187,13 @@ def check_steps(name: str, steps: Any) -> None:
 def checked_outputs(
     out: Sequence[torch.Tensor] | None,
     targets: tuple[Target, ...],
+    patch: int,
     layout: Layout,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[torch.Tensor, ...]:
     """New tensors on `device`, or the caller's after a check of shape, dtype, device and contiguity."""
-    shapes = [(target.rows, COLUMNS[layout]) for target in targets]
+    shapes = [(target.rows(patch), 3 * FRAMES[layout] * patch * patch) for target in targets]
     if out is None and device.type != "cpu":
         return tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
     if out is None:
@@ -208,13 +212,14 @@ def checked_outputs(
     return tuple(out)
 
 
-def check_options(kind: str, layout: str, dtype: torch.dtype, mode: str, num_threads: int) -> None:
+def check_options(kind: str, layout: str, dtype: torch.dtype, mode: str, patch: int, num_threads: int) -> None:
     """ValueError: an option outside its set."""
     for name, value, allowed in (
         ("filter", kind, tuple(FILTERS)),
-        ("layout", layout, tuple(COLUMNS)),
+        ("layout", layout, tuple(FRAMES)),
         ("dtype", dtype, DTYPES),
         ("mode", mode, MODES),
+        ("patch", patch, PATCHES),
     ):
         if value not in allowed:
             raise ValueError(f"{name} = {value!r}: must be one of {', '.join(map(str, allowed))}")

@@ -11,6 +11,7 @@ from vtengine_kernels.patchify.fixed_point import Mode
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of Qwen3-VL
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vtengine_kernels.patchify.contract import PATCH, Plan
+from vtengine_kernels.patchify.contract import FRAMES, Plan
 from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Filter, Mode, vertical_first, weights
 
 
@@ -16,7 +16,7 @@ def run(plan: Plan) -> list[torch.Tensor]:
         for step in target.before:
             levels = resize(levels, step.height, step.width, step.filter, plan.mode)
         levels = resize(levels, target.height, target.width, plan.filter, plan.mode)
-        rows = patches(levels, 2 if plan.layout == "full" else 1)
+        rows = patches(levels, FRAMES[plan.layout], plan.patch)
         out.copy_(torch.from_numpy(lookup(plan.table, rows)))
     return list(plan.outputs)
 
@@ -45,13 +45,13 @@ def _resample(levels: np.ndarray, size: int, axis: int, kind: Filter, mode: Mode
     return np.clip(total >> PRECISION_BITS, 0, 255).astype(np.uint8)
 
 
-def patches(levels: np.ndarray, frames: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [H/14 * W/14, 3 * frames * 196], rows in merge-window order."""
+def patches(levels: np.ndarray, frames: int, patch: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [H/patch * W/patch, 3 * frames * patch^2], rows in merge-window order."""
     height, width, _ = levels.shape
-    split = levels.reshape(height // 28, 2, PATCH, width // 28, 2, PATCH, 3)
+    split = levels.reshape(height // patch // 2, 2, patch, width // patch // 2, 2, patch, 3)
     ordered = split.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]  # window row, window, mh, mw, channel, 1, y, x
-    repeated = np.broadcast_to(ordered, (*ordered.shape[:5], frames, PATCH, PATCH))
-    return repeated.reshape(height // PATCH * (width // PATCH), 3 * frames * PATCH * PATCH)
+    repeated = np.broadcast_to(ordered, (*ordered.shape[:5], frames, patch, patch))
+    return repeated.reshape(height // patch * (width // patch), 3 * frames * patch * patch)
 
 
 def lookup(table: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtengine_kernels.patchify.contract import Plan
+from vtengine_kernels.patchify.contract import FRAMES, Plan
 from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Filter, Mode, vertical_first, weights
 from vtengine_kernels.triton_runtime import launch, missing
 
-BLOCK = {"BLOCK_R": 16, "BLOCK_C": 128}  # rows and columns of one program; 14 of the rows where it writes patches
+BLOCK = {"BLOCK_R": 16, "BLOCK_C": 128}  # rows and columns of one program; a patch's rows where it writes patches
 NUM_WARPS = 8
 
 if missing() is None:
@@ -99,7 +99,7 @@ if missing() is None:
         in_RC = in_R[:, None] & (column_C < out_row)[None, :]
         tl.store(out_R[:, None] + column_C[None, :], level_RC.to(tl.uint8), mask=in_RC)
 
-    # Levels to patches. One program makes 14 lines of one channel: the upper or lower half of some windows of a row.
+    # Levels to patches. One program makes PATCH lines of one channel: the upper or lower half of some windows of a row.
     @triton.jit(do_not_specialize=["width", "taps", "tap_stride"])
     def _patches_kernel(
         source_ptr,
@@ -117,24 +117,27 @@ if missing() is None:
         ACROSS: tl.constexpr,
         BITS: tl.constexpr,
         FRAMES: tl.constexpr,
+        PATCH: tl.constexpr,
         BLOCK_R: tl.constexpr,
         BLOCK_C: tl.constexpr,
     ):
         half, channel = tl.program_id(0) // 3, tl.program_id(0) % 3
         y_R = tl.arange(0, BLOCK_R)
         column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        in_R, in_C = y_R < 14, column_C < columns
+        in_R, in_C = y_R < PATCH, column_C < columns
         source_ptr += channel.to(tl.int64) * source_channel
         level_RC = _levels(
-            source_ptr, first_ptr, weight_ptr, half * 14 + y_R, column_C, in_R, in_C, taps, tap_stride, source_row,
+            source_ptr, first_ptr, weight_ptr, half * PATCH + y_R, column_C, in_R, in_C, taps, tap_stride, source_row,
             source_pixel, ACROSS, BITS,
         )  # fmt: skip
         in_RC = in_R[:, None] & (column_C < width)[None, :]
         value_RC = tl.load(table_ptr + channel * 256 + level_RC, mask=in_RC, other=0)
-        patch_C = ((half // 2) * (width // 28) + column_C // 28) * 4 + (half % 2) * 2 + (column_C % 28) // 14
-        to_C = out_ptr + patch_C.to(tl.int64) * (588 * FRAMES) + channel * (196 * FRAMES) + column_C % 14
+        window_C, x_C = column_C // (2 * PATCH), column_C % (2 * PATCH)
+        patch_C = ((half // 2) * (width // (2 * PATCH)) + window_C) * 4 + (half % 2) * 2 + x_C // PATCH
+        SIZE: tl.constexpr = PATCH * PATCH
+        to_C = out_ptr + patch_C.to(tl.int64) * (3 * SIZE * FRAMES) + channel * (SIZE * FRAMES) + column_C % PATCH
         for frame in tl.static_range(FRAMES):
-            tl.store(to_C[None, :] + (frame * 196 + y_R * 14)[:, None], value_RC, mask=in_RC)
+            tl.store(to_C[None, :] + (frame * SIZE + y_R * PATCH)[:, None], value_RC, mask=in_RC)
 
 
 def run(plan: Plan) -> list[Tensor]:
@@ -199,7 +202,7 @@ def _resampled(planes: Tensor, axis: int, size: int, kind: Filter, mode: Mode) -
 def _write_patches(planes: Tensor, axis: int, height: int, width: int, plan: Plan, out: Tensor) -> None:
     """The last pass; where the size stays, it multiplies by one."""
     first, weight = _axis(planes.shape[1 + axis], (height, width)[axis], plan.filter, plan.mode, planes.device)
-    grid = (3 * (height // 14), -(-width // BLOCK["BLOCK_C"]))
+    grid = (3 * (height // plan.patch), -(-width // BLOCK["BLOCK_C"]))
     bits = torch.int16 if out.dtype == torch.bfloat16 else torch.int32  # the kernel moves values and looks at none
     launch(
         _patches_kernel,
@@ -216,7 +219,8 @@ def _write_patches(planes: Tensor, axis: int, height: int, width: int, plan: Pla
         *planes.stride(),
         ACROSS=axis == 1,
         BITS=PRECISION_BITS,
-        FRAMES=2 if plan.layout == "full" else 1,
+        FRAMES=FRAMES[plan.layout],
+        PATCH=plan.patch,
         **BLOCK,
         num_warps=NUM_WARPS,
     )
