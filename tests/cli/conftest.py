@@ -17,9 +17,9 @@ import pytest
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
-from tests.tiny_model import TINY_VISION, byte_encoder, config_of, tiny_text
+from tests.tiny_model import QWEN3_VISION, TINY_VISION, byte_encoder, config_of, qwen3_text, tiny_text
 from vtengine.cli import main
-from vtengine.model import Qwen2_5_VL, save_model
+from vtengine.model import Qwen2_5_VL, Qwen3_VL, save_model
 
 REPO = Path(__file__).resolve().parents[2]
 CALL = '<think>too small</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
@@ -57,6 +57,20 @@ def checkpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     shutil.copytree(model_folder, folder)
     config = config_of(tiny_text(272), TINY_VISION, Tokenizer.from_file(str(folder / "tokenizer.json")))
     save_model(Qwen2_5_VL.build(config, 0), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen3_checkpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tiny random Qwen3-VL, and its processor's file as released."""
+    folder = tmp_path_factory.mktemp("tiny") / "qwen3"
+    shutil.copytree(model_folder, folder)
+    config = config_of(qwen3_text(272), QWEN3_VISION, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    save_model(Qwen3_VL.build(config, 0), folder)
+    half = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    sizes = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}
+    size = {"size": {"longest_edge": 16777216, "shortest_edge": 65536}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(size | sizes | half))
     return folder
 
 

@@ -31,6 +31,35 @@ def test_generate(checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run,
         assert turn["cached_tokens"] >= 32, "the shared prompt was not in the cache"
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_generate_with_qwen3_vl(
+    qwen3_checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path, stated: bool
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(qwen3_checkpoint, folder)
+    if not stated:
+        (folder / "preprocessor_config.json").unlink()
+    done = vtengine("generate", questions(3), "-o", tmp_path / "out.jsonl", *flags(folder))
+    assert done.status == 0, done.err
+    for row in rows_of(tmp_path / "out.jsonl"):
+        assert row["visual_tokens_full"] >= 64, "the limits are those of Qwen3-VL"
+        (shown,) = row["turns"][0]["images"]
+        assert shown["width"] % 32 == shown["height"] % 32 == 0
+        assert shown["visual_tokens"] == row["visual_tokens"] == shown["width"] * shown["height"] // 1024
+    done = vtengine("view", tmp_path / "out.jsonl", "-o", tmp_path / "page.html")
+    assert done.status == 0 and "data:image/webp" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_pixels_of_another_family_are_one_line(
+    qwen3_checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(qwen3_checkpoint, folder)
+    (folder / "preprocessor_config.json").write_text('{"patch_size": 14}')
+    done = vtengine("generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(folder))
+    assert done.status == 2 and done.err.count("\n") == 1 and "patch_size = 14: only 16" in done.err
+
+
 def test_samples_of_one_question_differ_and_repeat(
     checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path
 ) -> None:

@@ -11,11 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtengine.vision.errors import ImageError
-from vtengine.vision.plan import PixelLimits, ViewPlan, plan_crop, plan_high, plan_low, plan_low_half_first, plan_scale
+from vtengine.vision.plan import (
+    PATCHES,
+    QWEN3_LIMITS,
+    PixelLimits,
+    ViewPlan,
+    plan_crop,
+    plan_high,
+    plan_low,
+    plan_low_half_first,
+    plan_scale,
+)
 
 SIDES = st.integers(1, 8192)
 LIMITS = st.builds(
-    lambda least, more: PixelLimits(least, max(784, least + more)), st.integers(1, 1 << 20), st.integers(0, 1 << 24)
+    lambda least, more, patch: PixelLimits(least, max(4 * patch * patch, least + more), patch),
+    st.integers(1, 1 << 20),
+    st.integers(0, 1 << 24),
+    st.sampled_from(PATCHES),
 )
 DEFAULT = PixelLimits()
 
@@ -28,7 +41,7 @@ def smart_resize():
 
 def assert_like_processor(smart_resize, width: int, height: int, limits: PixelLimits) -> None:
     try:
-        expected = smart_resize(height, width, 28, limits.min_pixels, limits.max_pixels)
+        expected = smart_resize(height, width, limits.token, limits.min_pixels, limits.max_pixels)
     except ValueError:
         with pytest.raises(ImageError) as caught:
             plan_high(width, height, limits)
@@ -36,8 +49,8 @@ def assert_like_processor(smart_resize, width: int, height: int, limits: PixelLi
         return
     plan = plan_high(width, height, limits)
     assert (plan.height, plan.width) == expected
-    assert plan.grid_thw == (1, expected[0] // 14, expected[1] // 14)
-    assert plan.visual_tokens == expected[0] * expected[1] // 784
+    assert plan.grid_thw == (1, expected[0] // limits.patch, expected[1] // limits.patch)
+    assert plan.visual_tokens == expected[0] * expected[1] // limits.token**2
 
 
 @pytest.mark.parametrize(
@@ -50,6 +63,7 @@ def assert_like_processor(smart_resize, width: int, height: int, limits: PixelLi
 def test_high_equals_the_processor_at_fixed_sizes(smart_resize, width: int, height: int) -> None:
     assert_like_processor(smart_resize, width, height, DEFAULT)
     assert_like_processor(smart_resize, width, height, PixelLimits(262144, 4194304))
+    assert_like_processor(smart_resize, width, height, QWEN3_LIMITS)
 
 
 @settings(max_examples=1000, deadline=None)
@@ -62,6 +76,7 @@ def test_high_equals_the_processor(smart_resize, width: int, height: int, limits
 @given(st.integers(1, 292), st.integers(1, 292), st.sampled_from([-15, -14, -13, -1, 0, 1, 13, 14, 15]))
 def test_high_equals_the_processor_at_rounding_boundaries(smart_resize, rows: int, columns: int, off: int) -> None:
     assert_like_processor(smart_resize, max(1, columns * 28 + off), max(1, rows * 28 + off), DEFAULT)
+    assert_like_processor(smart_resize, max(1, columns * 32 + off), max(1, rows * 32 + off), QWEN3_LIMITS)
 
 
 @given(SIDES, SIDES, LIMITS)
@@ -71,7 +86,8 @@ def test_low_is_half_of_each_side(width: int, height: int, limits: PixelLimits) 
     except ImageError:
         return
     low = plan_low(high)
-    assert (low.height, low.width) == tuple(max(28, round(side / 56) * 28) for side in (high.height, high.width))
+    token = limits.token
+    assert (low.height, low.width) == tuple(max(token, round(s / 2 / token) * token) for s in (high.height, high.width))
     assert low.source_box is None and plan_scale(high, Fraction(1)) == high
 
 
@@ -102,13 +118,14 @@ def test_crop_covers_its_box_inside_the_image(data, width: int, height: int, lim
         return
     x0, y0, x1, y1 = crop.source_box
     assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
-    assert x1 - x0 >= min(28, width) and y1 - y0 >= min(28, height)
+    token = limits.token
+    assert x1 - x0 >= min(token, width) and y1 - y0 >= min(token, height)
     assert max(x1 - x0, y1 - y0) <= 200 * min(x1 - x0, y1 - y0)
     assert x0 * low.width <= left * width and x1 * low.width >= right * width
     assert y0 * low.height <= top * height and y1 * low.height >= bottom * height
-    assert crop.height % 28 == 0 and crop.width % 28 == 0
-    if crop.height > 28 and crop.width > 28:
-        assert crop.height * crop.width <= max(limits.max_pixels, 4 * limits.min_pixels + 4 * 784 * 200)
+    assert crop.height % token == 0 and crop.width % token == 0
+    if crop.height > token and crop.width > token:
+        assert crop.height * crop.width <= max(limits.max_pixels, 4 * limits.min_pixels + 4 * token**2 * 200)
 
 
 def test_crop_keeps_the_density_of_the_high_view() -> None:
@@ -143,10 +160,19 @@ def test_limits_that_contradict_are_refused(least: int, most: int) -> None:
         PixelLimits(least, most)
 
 
+def test_a_patch_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"limits\.patch = 15: must be one of 14, 16"):
+        PixelLimits(patch=15)
+    with pytest.raises(ValueError, match="max_pixels = 1000: must be >= 1024"):
+        PixelLimits(784, 1000, 16)
+
+
 @pytest.mark.parametrize(("height", "width"), [(0, 28), (28, 27), (-28, 28)])
 def test_a_view_is_whole_tokens(height: int, width: int) -> None:
     with pytest.raises(ValueError, match="multiple of 28"):
         ViewPlan(None, height, width)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        ViewPlan(None, 32, 28, patch=16)
 
 
 def test_plan_imports_the_standard_library_only() -> None:

@@ -6,11 +6,12 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vtengine.cli.errors import UsageError, one_line
-from vtengine.vision.plan import PixelLimits
+from vtengine.vision.plan import MERGE, QWEN3_LIMITS, PixelLimits
 
 SHIPPED_NAMES = ("glance", "glance-sft")
 """The model taught when to look again, and the cold start that it came from."""
@@ -53,37 +54,54 @@ def read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def pixel_limits(folder: Path) -> PixelLimits:
-    """Those that the checkpoint's image processor states, as released or as transformers 5 writes it."""
+class ImageProcessor(NamedTuple):
+    """How a checkpoint wants its images. mean, std: of the three channels."""
+
+    limits: PixelLimits
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def image_processor(folder: Path) -> ImageProcessor:
+    """What the checkpoint's image processor states, as released or as transformers 5 writes it; for what it leaves out
+    the values that its family was released with. Raises UsageError for pixels that we would not make."""
     config: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):  # the later one wins
         found = read_json(folder / name) if (folder / name).is_file() else {}
         config |= _part(found, "image_processor") or found
-    _check_processor(folder, config)
+    family = _family(folder)
+    _check_processor(folder, config, family)
     size = _part(config, "size")
     stated = {"min_pixels": config.get("min_pixels") or size.get("shortest_edge")}
     stated["max_pixels"] = config.get("max_pixels") or size.get("longest_edge")
     for name, value in stated.items():
         if value is not None and type(value) is not int:
             raise _unfit(folder, name, value, "must be a whole number of pixels")
-    return PixelLimits(**{key: value for key, value in stated.items() if value is not None})
+    limits = replace(family.limits, **{key: value for key, value in stated.items() if value is not None})
+    return family._replace(limits=limits)
 
 
-def _check_processor(folder: Path, config: dict[str, Any]) -> None:
+def _family(folder: Path) -> ImageProcessor:
+    from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD, HALF
+
+    if read_json(folder / "config.json").get("model_type") == "qwen3_vl":
+        return ImageProcessor(QWEN3_LIMITS, HALF, HALF)
+    return ImageProcessor(PixelLimits(), CLIP_MEAN, CLIP_STD)
+
+
+def _check_processor(folder: Path, config: dict[str, Any], family: ImageProcessor) -> None:
     """Raises UsageError for pixel values that we would not make: their model would be shown others without a word."""
-    from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD
-
-    for name, ours in (("patch_size", 14), ("temporal_patch_size", 2), ("merge_size", 2)):
+    for name, ours in (("patch_size", family.limits.patch), ("temporal_patch_size", 2), ("merge_size", MERGE)):
         if config.get(name, ours) != ours:
-            raise _unfit(folder, name, config[name], f"only {ours} is supported")
-    for name, mean_or_std in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
+            raise _unfit(folder, name, config[name], f"only {ours} is supported for this model")
+    for name, mean_or_std in (("image_mean", family.mean), ("image_std", family.std)):
         stated = config.get(name, mean_or_std)
         try:
             fits = all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(stated, mean_or_std, strict=True))
         except (TypeError, ValueError):
             fits = False
         if not fits:
-            raise _unfit(folder, name, stated, f"only {list(mean_or_std)} is supported")
+            raise _unfit(folder, name, stated, f"only {list(mean_or_std)} is supported for this model")
 
 
 def _unfit(folder: Path, name: str, value: object, remedy: str) -> UsageError:

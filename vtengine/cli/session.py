@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.cli.errors import CliError, UsageError, one_line
-from vtengine.cli.models import context_tokens, find_model, pixel_limits
+from vtengine.cli.models import context_tokens, find_model, image_processor
 from vtengine.config import read_data
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Text, View, ViewSize
@@ -120,12 +120,14 @@ def _build(
     backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency, max_chunks_per_s)
     over_http = arguments.backend.startswith(SERVERS)  # bytes are told from float32 pixels, not from bfloat16
     pixels_dtype = dtype if dtype == torch.bfloat16 and not over_http else torch.float32
-    bounds, images = pixel_limits(folder), decode_limits or DecodeLimits()
+    processor, images = image_processor(folder), decode_limits or DecodeLimits()
     sources = SourceLimits(max_bytes=images.max_bytes, allow_http=arguments.allow_http)
     pipeline = ImagePipeline(
-        bounds,
+        processor.limits,
         "compact",
         pixels_dtype,
+        mean=processor.mean,
+        std=processor.std,
         resize_mode=profile.resize_mode,
         low_view=profile.low_view,
         device=_image_device(arguments, device),

@@ -15,9 +15,6 @@ asked; or a server's refusal that may be either."""
 Status = Literal["answered", "malformed", "truncated", "turn_limit", "rejected", "failed"]
 RESOLUTIONS: tuple[Resolution, ...] = get_args(Resolution)
 
-PIXELS_PER_VISUAL_TOKEN = 28 * 28
-"""Patch side 14, merged two by two."""
-
 
 @dataclass(frozen=True)
 class View:
@@ -39,14 +36,15 @@ HIGH = View("high")
 
 @dataclass(frozen=True)
 class ViewSize:
-    """Pixels given to the model; both sides are multiples of 28."""
+    """Pixels given to the model; a visual token is two by two patches of `patch` pixels per side."""
 
     width: int
     height: int
+    patch: int = 14
 
     @property
     def visual_tokens(self) -> int:
-        return self.width * self.height // PIXELS_PER_VISUAL_TOKEN
+        return self.width * self.height // (2 * self.patch) ** 2
 
 
 class Geometry(Protocol):

@@ -55,4 +55,4 @@ class ImageGeometry:
 
     def size(self, view: View) -> ViewSize:
         plan = self.plan(view)
-        return ViewSize(plan.width, plan.height)
+        return ViewSize(plan.width, plan.height, plan.patch)

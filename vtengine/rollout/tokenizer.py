@@ -24,7 +24,7 @@ CONFIG_IDS = {
 
 
 class Tokenizer:
-    """A `tokenizer.json` with the Qwen2.5 special tokens.
+    """A `tokenizer.json` with the special tokens of Qwen2.5, which are Qwen3's too.
 
     image_pad_id: one per visual token. turn_end_id: closes every turn. stop_ids: end a reply, turn_end_id first.
     banned_ids: markers that must never be sampled.

@@ -9,14 +9,23 @@ import base64
 import hashlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.protocol.messages import View as AskedView
 from vtengine.protocol.reply import parse_reply
 from vtengine.vision.errors import ImageError
-from vtengine.vision.plan import PixelLimits, ViewPlan, plan_crop, plan_high, plan_low
+from vtengine.vision.plan import (
+    PATCH,
+    PATCHES,
+    QWEN3_LIMITS,
+    PixelLimits,
+    ViewPlan,
+    plan_crop,
+    plan_high,
+    plan_low,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,13 +71,13 @@ class PictureBook:
         source, root = self._place(row)
         if source is None:
             return []
-        shown = _shown_views(row)
+        shown, patch = _shown_views(row), _patch(row)
         pixels = FULL if self._is_full else self._pixels(source, root)
         if isinstance(pixels, str):
-            return [View("shown", *size, _tokens(size), True, None, pixels) for size, _ in shown]
+            return [View("shown", *size, _tokens(size, patch), True, None, pixels) for size, _ in shown]
         height, width = pixels.shape[:2]
         try:
-            limits = _limits(width, height, row.get("visual_tokens_full"))
+            limits = _limits(width, height, row.get("visual_tokens_full"), patch)
             high = plan_high(width, height, limits)
         except (ImageError, ValueError) as error:
             return [View("whole", width, height, 0, False, None, " ".join(str(error).split()))]
@@ -79,7 +88,7 @@ class PictureBook:
         for size, asked in shown:
             name, plan = _plan_of(asked, size, (width, height), low, high, limits)
             views[(name, size, plan)] = True
-        return [self._view(source, pixels, *view, seen) for view, seen in views.items()]
+        return [self._view(source, pixels, *view, _tokens(view[1], patch), seen) for view, seen in views.items()]
 
     def _place(self, row: Mapping[str, Any]) -> tuple[str | None, Path]:
         """The image source of a row, and the folder that it may be read from."""
@@ -93,8 +102,9 @@ class PictureBook:
         path = self._rows_folder.joinpath(recorded).resolve()
         return str(path), path.parent
 
-    def _view(self, source: str, pixels: np.ndarray, name: str, size: Size, plan: ViewPlan | None, shown: bool) -> View:
-        tokens = _tokens(size)
+    def _view(
+        self, source: str, pixels: np.ndarray, name: str, size: Size, plan: ViewPlan | None, tokens: int, shown: bool
+    ) -> View:
         if plan is None:
             return View(name, *size, tokens, shown, None, "a view that the record does not describe")
         key = self._keys.get((_short(source), plan))
@@ -141,12 +151,14 @@ def _read(source: str, root: Path) -> np.ndarray | str:
         return " ".join(str(error).split())
 
 
-def _limits(width: int, height: int, visual_tokens_full: Any) -> PixelLimits:
+def _limits(width: int, height: int, visual_tokens_full: Any, patch: int) -> PixelLimits:
     """The default limits, or those under which the high view has the token count of the record."""
-    high = plan_high(width, height, PixelLimits())
+    default = QWEN3_LIMITS if patch == QWEN3_LIMITS.patch else PixelLimits()
+    high = plan_high(width, height, default)
     if isinstance(visual_tokens_full, int) and 0 < visual_tokens_full < high.visual_tokens:
-        return PixelLimits(min_pixels=784, max_pixels=visual_tokens_full * 784)
-    return PixelLimits()
+        pixels = default.token**2
+        return replace(default, min_pixels=pixels, max_pixels=visual_tokens_full * pixels)
+    return default
 
 
 def _plan_of(
@@ -166,7 +178,7 @@ def _plan_of(
         if (standard.width, standard.height) == size:
             return name, standard
     if low.width <= size[0] <= high.width and low.height <= size[1] <= high.height:
-        return "scaled", ViewPlan(high.source_box, size[1], size[0])
+        return "scaled", ViewPlan(high.source_box, size[1], size[0], patch=high.patch)
     return "other", None
 
 
@@ -201,11 +213,32 @@ def _size(image: Mapping[str, Any]) -> Size | None:
     width, height = image.get("width"), image.get("height")
     if not (isinstance(width, int) and isinstance(height, int)):
         return None
-    return (width, height) if all(28 <= side < 2**20 and side % 28 == 0 for side in (width, height)) else None
+    patch = _patch_of(image)
+    sides = (width, height)
+    return (width, height) if all(0 < side < 2**20 and side % (2 * patch) == 0 for side in sides) else None
 
 
-def _tokens(size: Size) -> int:
-    return size[0] * size[1] // 784
+def _patch(row: Mapping[str, Any]) -> int:
+    """Pixels per side of a patch of the model that saw the row's views."""
+    recorded = row.get("turns")
+    for turn in recorded if isinstance(recorded, list) else []:
+        images = turn.get("images") if isinstance(turn, Mapping) else None
+        for image in images if isinstance(images, list) else []:
+            if isinstance(image, Mapping):
+                return _patch_of(image)
+    return PATCH
+
+
+def _patch_of(image: Mapping[str, Any]) -> int:
+    """Told by how many visual tokens a view of its size has."""
+    width, height, tokens = image.get("width"), image.get("height"), image.get("visual_tokens")
+    if not (isinstance(width, int) and isinstance(height, int) and isinstance(tokens, int)):
+        return PATCH
+    return next((patch for patch in PATCHES if width * height == tokens * (2 * patch) ** 2), PATCH)
+
+
+def _tokens(size: Size, patch: int) -> int:
+    return size[0] * size[1] // (2 * patch) ** 2
 
 
 def _short(source: str) -> str:

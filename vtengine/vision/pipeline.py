@@ -21,13 +21,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from vtengine_kernels.patchify import Step, Target, patchify
+from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD, Step, Target, patchify
 
 from vtengine.vision.decode import DecodeLimits, decode_image
 from vtengine.vision.image_input import ImageInput
 from vtengine.vision.once import OnceCache
 from vtengine.vision.plan import (
     LOW_VIEWS,
+    PATCH,
     RESIZE_MODES,
     Box,
     LowView,
@@ -85,6 +86,8 @@ class ImagePipeline:
         num_workers: int | None = None,
         cache_bytes: int = 1 << 30,
         *,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
         resample: Filter = "bicubic",
         resize_mode: ResizeMode = "pil13",
         low_view: LowView = "one_resize",
@@ -94,9 +97,9 @@ class ImagePipeline:
     ) -> None:
         """num_workers: threads, None = one per core, at most 8; cache_bytes: decoded pixels and finished views.
 
-        resize_mode, low_view: how pixels and the low view are made, properties of the weights (see
-        vtengine.vision.plan). device: where views are made and stay; on CUDA the bytes of an image go up and the values
-        are made there, equal bit by bit.
+        mean, std: of the three channels. resize_mode, low_view: how pixels and the low view are made. All four are
+        properties of the weights, as the patch in `limits` is (see vtengine.vision.plan). device: where views are made
+        and stay; on CUDA the bytes of an image go up and the values are made there, equal bit by bit.
         A limit left out is the default of its class.
         """
         for name, value, allowed in (
@@ -111,6 +114,7 @@ class ImagePipeline:
         self.limits = limits or PixelLimits()
         self._layout = layout
         self._dtype = dtype
+        self._normalisation = (tuple(mean), tuple(std))
         self._resample = resample
         self._resize_mode = resize_mode
         self._low_view = low_view
@@ -206,17 +210,23 @@ class ImagePipeline:
             filter=self._resample,
             layout=self._layout,
             dtype=self._dtype,
+            mean=self._normalisation[0],
+            std=self._normalisation[1],
             mode=self._resize_mode,
+            patch=self.limits.patch,
             device=self.device,
         )
-        return [ImageInput(key, plan.grid_thw, rows) for (key, plan), rows in zip(plans.items(), made, strict=True)]
+        pairs = zip(plans.items(), made, strict=True)
+        return [ImageInput(key, plan.grid_thw, rows, plan.patch) for (key, plan), rows in pairs]
 
     def _content_hash(self, image: SourceImage, plan: ViewPlan) -> str:
         """Equal for equal pixel values: everything that they depend on."""
         box = plan.source_box or (0, 0, image.width, image.height)
         size = (plan.height, plan.width) if plan.half is None else (*plan.half, plan.height, plan.width)
-        mode = () if self._resize_mode == "pil13" else (self._resize_mode,)
-        parts = (_RECIPE, image.content_hash, box, *size, self._resample, *mode, self._layout, self._dtype)
+        other: tuple[object, ...] = () if self._resize_mode == "pil13" else (self._resize_mode,)
+        if (plan.patch, self._normalisation) != (PATCH, (CLIP_MEAN, CLIP_STD)):
+            other += (plan.patch, *self._normalisation)
+        parts = (_RECIPE, image.content_hash, box, *size, self._resample, *other, self._layout, self._dtype)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _count(self, name: str, by: int = 1) -> None:

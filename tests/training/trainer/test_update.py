@@ -7,43 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from vtengine_training.grpo.loss import Tokens, grpo_loss
-from vtengine_training.grpo.weights import token_weights
 from vtengine_training.trainer.batch import build_batch, plan_micro_batches, same_prompt
-from vtengine_training.trainer.policy import BANNED
 from vtengine_training.trainer.step import TrainingDiverged
 from vtengine_training.trainer.trajectory import Trajectory
 
-from tests.training.trainer.probe import collect, gradients, same
-from vtengine.model import PackedCausal
-
-
-def plain(one, groups):
-    """Each sequence alone, full logits, its images encoded for it, one loss written out."""
-    learner, model = one.parts.learner, one.parts.model
-    for parameter in model.parameters():
-        parameter.grad = None
-    members = [(g, t) for g, group in enumerate(groups) for t in group.trajectories]
-    lengths = [t.num_trainable for _, t in members]
-    weights = token_weights(lengths, [g for g, _ in members], learner.loss.objective.aggregation, 6)
-    total = torch.zeros(())
-    for (_, t), weight in zip(members, weights, strict=True):
-        ids = torch.from_numpy(t.token_ids)
-        features = torch.cat([model.visual(s.image.pixel_values, [s.image.grid_thw]) for s in t.images])
-        hidden = model.decode(model.embed(ids, features), t.positions, PackedCausal([0, len(ids)]))
-        logits = model.logits(hidden).clone()
-        logits[:, list(learner.policy.banned)] = BANNED
-        scores = logits.log_softmax(-1)
-        trainable = torch.from_numpy(t.trainable)
-        at = trainable.nonzero().view(-1)
-        logprobs = scores[at - 1, ids[at]]
-        ones = torch.ones_like(logprobs)
-        rollout = torch.from_numpy(t.logprobs)[trainable]
-        tokens = Tokens(rollout, rollout, ones * t.advantage, ones * weight, torch.zeros_like(at), 1)
-        entropy = -(scores[at - 1].exp() * logits[at - 1]).sum(1) + logits[at - 1].logsumexp(1)
-        total = total + grpo_loss(logprobs, tokens, learner.loss, entropy).total
-    total.backward()
-    return float(total.detach()), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+from tests.training.trainer.probe import collect, gradients, nearly_equal, plain, same
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "gspo"])
@@ -69,14 +37,7 @@ def test_savings_change_nothing(run, share_images, share_prefix) -> None:
     one = run(loss={"entropy_coef": 0.01}, rollout={"prompts": 3, "n": 4})
     groups = collect(one)
     saved = gradients(one, groups, share_images=share_images, share_prefix=share_prefix, max_tokens=10**6)
-    loss, expected = plain(one, groups)
-    assert saved[0] == pytest.approx(loss, rel=1e-6, abs=1e-7)
-    assert saved[1].keys() == expected.keys()
-    errors = {name: (saved[1][name] - exact).norm() for name, exact in expected.items()}
-    whole = torch.stack([exact.norm() for exact in expected.values()]).norm()
-    assert torch.stack(list(errors.values())).norm() <= 2e-6 * whole  # each side rounds by 1e-6
-    for name, exact in expected.items():
-        assert errors[name] <= 5e-6 * exact.norm() + 1e-9, name
+    nearly_equal(saved, plain(one, groups))
 
 
 def test_vision_tower_sees_each_distinct_image_once(run, monkeypatch) -> None:

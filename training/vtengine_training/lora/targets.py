@@ -14,7 +14,7 @@ from vtengine.model.names import hf_modules
 from vtengine_training.lora.config import LoraConfig
 
 HEAD = "lm_head"
-MERGER = "visual.merger."
+MERGERS = ("visual.merger.", "visual.deepstack_merger_list.")
 VISION = "visual."
 FROZEN = {"vision": "vision tower", "merger": "merger"}
 
@@ -86,7 +86,7 @@ def _is_called(name: str, target: str) -> bool:
 
 def _frozen_by(name: str, lora: LoraConfig) -> Literal["vision", "merger"] | None:
     """The field of the configuration that would have to be true, or None."""
-    if name.startswith(MERGER):
+    if name.startswith(MERGERS):
         return None if lora.merger else "merger"
     if name.startswith(VISION):
         return None if lora.vision else "vision"

@@ -56,7 +56,7 @@ class ModelCost:
         attention gives, gate and up, the gate's activation, and what goes into `down`.
         """
         text = self.config.text
-        kept = 7 * text.hidden_size + 3 * text.kv_size + 4 * text.intermediate_size
+        kept = 4 * text.hidden_size + 3 * (text.q_size + text.kv_size) + 4 * text.intermediate_size
         return element_bytes * tokens * _all_layers(text.num_layers, kept, text.hidden_size, recompute)
 
     def tower_bytes(self, patches: int, element_bytes: int, recompute: bool) -> int:

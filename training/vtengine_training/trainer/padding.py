@@ -27,7 +27,7 @@ def padding(policy: Policy) -> Trajectory:
     target = next(token for token in range(config.text.vocab_size) if token not in policy.banned)
     side = config.vision.spatial_merge_size
     pixels = torch.zeros(side * side, config.vision.compact_dim)
-    image = ImageInput("padding", (1, side, side), pixels)
+    image = ImageInput("padding", (1, side, side), pixels, config.vision.patch_size)
     return Trajectory(
         token_ids=np.array([config.vision_start_token_id, config.image_token_id, target]),
         positions=torch.arange(TOKENS).expand(3, TOKENS).contiguous(),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from vtengine.cli.models import pixel_limits
+from vtengine.cli.models import image_processor
 from vtengine.engine.base import Backend, SamplingParams
 from vtengine.model import VLModel, new_model, save_model
 from vtengine.protocol.conversation import Limits
@@ -105,7 +105,8 @@ def build_setting(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: T
     cache_bytes = rollout.image_cache_mib * MIB
     own = folder if (folder / PROFILE_FILE).is_file() else "vtengine"
     profile = load_profile(config.profile or own)
-    bounds = pixel_limits(folder)
+    processor = image_processor(folder)
+    bounds = processor.limits
     if config.max_pixels is not None:
         bounds = replace(bounds, max_pixels=config.max_pixels)
     pipeline = ImagePipeline(
@@ -113,6 +114,8 @@ def build_setting(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: T
         "compact",
         pixels_dtype(config),
         cache_bytes=cache_bytes,
+        mean=processor.mean,
+        std=processor.std,
         resize_mode=profile.resize_mode,
         low_view=profile.low_view,
     )

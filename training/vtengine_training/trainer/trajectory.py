@@ -100,7 +100,8 @@ def pack_groups(groups: Sequence[Group]) -> tuple[dict[str, Tensor], list[dict[s
             spans = []
             for span in one.images:
                 tensors.setdefault(f"pixels.{span.image.content_hash}", span.image.pixel_values.contiguous())
-                spans.append([span.start, span.end, span.image.content_hash, list(span.image.grid_thw)])
+                image = span.image
+                spans.append([span.start, span.end, image.content_hash, list(image.grid_thw), image.patch])
             facts = dict(one.facts)
             own = {"version": one.version, "advantage": one.advantage, "turn_advantages": one.turn_advantages}
             members.append({"images": spans, "facts": facts, **own})
@@ -116,9 +117,9 @@ def unpack_groups(tensors: Mapping[str, Tensor], described: Sequence[Mapping[str
         members = []
         for t, one in enumerate(group["members"]):
             spans = []
-            for start, end, key, grid in one["images"]:
+            for start, end, key, grid, *patch in one["images"]:
                 if key not in images:
-                    images[key] = ImageInput(key, (grid[0], grid[1], grid[2]), tensors[f"pixels.{key}"])
+                    images[key] = ImageInput(key, (grid[0], grid[1], grid[2]), tensors[f"pixels.{key}"], *patch)
                 spans.append(ImageSpan(start, end, images[key]))
             parts = {
                 key: tensors[f"group.{g}.{t}.{key}"] for key in ("token_ids", "positions", "trainable", "logprobs")
