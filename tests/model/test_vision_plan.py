@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtengine.model import VisionConfig
 from vtengine.model.attention import Runs
-from vtengine.model.config import VisionConfig
 from vtengine.model.vision_plan import vision_plan
 
 CONFIG = VisionConfig()

@@ -128,7 +128,7 @@ def test_a_two_turn_episode_equals_transformers(encoder, tmp_path):
     episode, seen = asyncio.run(body())
     assert episode.status == "truncated", episode.error
     assert [(s.width, s.height, s.visual_tokens) for turn in episode.turns for s in turn.images] == [
-        (64, 32, 2),
+        (64, 64, 4),
         (128, 96, 12),
     ]
     first, second = seen.done

@@ -11,7 +11,9 @@ import torch
 from vtengine_training.lora.config import LoraConfig
 from vtengine_training.lora.targets import find_targets
 from vtengine_training.trainer.batch import build_batch
+from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
+from vtengine_training.trainer.parts import export_whole
 
 from tests.tiny_model import QWEN3_VISION, byte_encoder, config_of, qwen3_text
 from tests.training.trainer.probe import collect, gradients, nearly_equal, plain, same
@@ -63,7 +65,8 @@ def test_trainer_and_engine_agree_on_log_probabilities(run, folder) -> None:
 def test_a_run_ends_with_a_checkpoint_that_transformers_loads(make_config, folder, tmp_path, lora) -> None:
     transformers = pytest.importorskip("transformers")
     one = Run(make_config(model=str(folder), steps=2, lora=lora), rewarder(None))
-    asyncio.run(one.run())
+    asyncio.run(train(one, lambda figures: None))
+    export_whole(one.parts, tmp_path / "run", one.ranks)
     written = tmp_path / "run" / "model"
     before, after = hf_tensors(load_model(folder)), hf_tensors(load_model(written))
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
