@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.engine.embedded.test_encode_ahead import somebody_runs, tower
 from tests.engine.harness import assert_cold, mixed_requests, run
 from tests.engine.tiny import PAD, STOP, VIDEO, VOCAB, image, prompt, request
 from tests.tiny_model import QWEN3_VISION, byte_encoder, config_of, qwen3_text
@@ -66,14 +67,16 @@ def test_features_from_the_other_thread_and_from_the_cache():
     asked = [request(f"r{k}", prompt(k, 9, PICTURES), PICTURES) for k in range(3)]
 
     async def body(engine):
-        running = asyncio.ensure_future(engine.generate(request("run", prompt(9, 9), max_new_tokens=40)))
-        done = await asyncio.gather(*map(engine.generate, asked))
-        await running
-        assert engine.stats()["images_encoded"] == 3
+        with tower(engine) as (go, runs):
+            await somebody_runs(engine)
+            go.set()
+            done = await asyncio.gather(*map(engine.generate, asked))
+            engine.cancel("text")
+            assert sorted(name for names in runs for name in names) == [picture.content_hash for picture in PICTURES]
         assert engine.stats()["vision_cache_bytes"] == sum(p.visual_tokens for p in PICTURES) * 3 * 64 * 4
         return done
 
-    for completion, ask in zip(run(body, MODEL, encode_ahead=True, num_threads=2), asked, strict=True):
+    for completion, ask in zip(run(body, MODEL, encode_ahead=True, num_pages=600), asked, strict=True):
         assert_cold(completion, ask, MODEL)
 
 
