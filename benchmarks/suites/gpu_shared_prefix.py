@@ -17,8 +17,8 @@ from vtengine_kernels.visual_scatter import Placement, visual_scatter
 
 from vtengine.model import PackedTree
 from vtengine.model.config import TextConfig
+from vtengine.model.language import TextAttention, TextLayer
 from vtengine.model.layers import rotary_tables
-from vtengine.model.qwen2_5_vl import TextLayer
 
 TESTS = ["-m", "gpu", "tests/kernels/test_shared_prefix_attention.py", "tests/kernels/test_visual_scatter.py"]
 GROUPS = ((8, 652, 256), (8, 1066, 256), (16, 1066, 256), (16, 2048, 256), (16, 2048, 512))
@@ -107,7 +107,7 @@ def text_layer() -> TextLayer:
         vocab_size=64, hidden_size=HIDDEN, intermediate_size=INNER, num_layers=1, num_heads=HEADS,
         num_kv_heads=KV_HEADS, mrope_section=(16, 24, 24),
     )  # fmt: skip
-    return TextLayer(config).to("cuda", torch.bfloat16)
+    return TextLayer(config, TextAttention(config)).to("cuda", torch.bfloat16)
 
 
 def layer_row(context: Any, layer: TextLayer, *group: int) -> dict[str, Any]:
