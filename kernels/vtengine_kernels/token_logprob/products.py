@@ -108,7 +108,8 @@ class Gradients:
         if self.hidden is not None:
             self.hidden[rows] = _times_weight(scores, self.head.weight)
         if self.weight is not None:
-            for part in (slice(None),) if self.weight.is_cuda else _slices(self.weight):
+            at_once = self.weight.is_cuda or self.weight.dtype == scores.dtype
+            for part in (slice(None),) if at_once else _slices(self.weight):
                 self._outer(self.weight[part], scores[:, part], hidden)
         if self.head.low_rank is not None:
             self._add_low_rank(rows, hidden, scores)
@@ -127,11 +128,8 @@ class Gradients:
 
     def _outer(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         """total [A, B] (+)= left [C, A].T @ right [C, B]."""
-        if _by_onednn(left):
-            made = product(left.t(), right.t())
-            total.copy_(made) if self.first else total.add_(made)
-        elif self.first and total.dtype == left.dtype:
-            torch.mm(left.t(), right, out=total)
+        if self.first and total.dtype == left.dtype:
+            torch.mm(left.t(), right, out=total)  # oneDNN's product, which cannot add or be told where, takes longer
         elif self.first and left.is_cuda:
             torch.mm(left.t(), right, out_dtype=total.dtype, out=total)
         elif self.first:
