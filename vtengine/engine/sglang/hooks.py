@@ -20,7 +20,7 @@ VARIABLE = "VTENGINE_SGLANG_HOOKS"
 HOOKS = ("flush", "patchify")
 STATE = "vtengine_hooks"
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-FEATURE_CACHES = ("sglang.srt.managers.mm_utils", "sglang.srt.managers.mm_schedule")  # 0.5.17; 0.5.21
+FEATURE_CACHES = ("sglang.srt.managers.mm_utils", "sglang.srt.managers.mm_schedule")  # 0.5.17; newer
 
 
 def register() -> None:
