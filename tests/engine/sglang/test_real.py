@@ -125,6 +125,13 @@ def test_the_command_line_gives_the_engine_its_arguments():
     assert child(*line, *arguments, **ENVIRONMENT).strip()
 
 
+def test_a_silent_server_is_asked_for_its_health():
+    """One that generates is waited for, one whose scheduler is frozen is lost."""
+    report = last_line("tests.engine.sglang.silent")
+    assert report["generates"] == ["length", 800] and report["generates_s"] > 3
+    assert "no answer in time" in report["frozen"] and 3 <= report["frozen_s"] < 30
+
+
 def test_two_servers_and_one_is_killed():
     report = last_line("tests.engine.sglang.two_servers")
     assert report["together"] == 12 and min(report["per_server"]) > 0
