@@ -23,8 +23,8 @@ def test_names_may_be_written_as_on_the_command_line():
     [
         ({"mem_fraction_statc": 0.5}, "mem_fraction_statc: SGLang 1 has none.*did you mean mem_fraction_static"),
         ({"xyz": 0}, "xyz: SGLang 1 has none.*launch_server --help"),
-        ({"model_path": "/m"}, "model_path: cannot be given here, it is the model"),
-        ({"base-gpu-id": 1}, "base-gpu-id: cannot be given here.*cuda:1"),
+        ({"model_path": "/m"}, "model_path: leave it out, it follows from the model"),
+        ({"base-gpu-id": 1}, "base-gpu-id: leave it out.*cuda:1"),
         ({"tp-size": 1, "tp_size": 2}, "tp_size: is given twice"),
     ],
 )
