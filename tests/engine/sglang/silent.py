@@ -22,7 +22,7 @@ from vtengine.engine.base import BackendFailed
 from vtengine.engine.sglang import SglangHttpBackend
 
 LIMIT_S = 3.0
-TOKENS = 800
+TOKENS = 3000
 
 
 async def ask(backend, tokens, report, name):
