@@ -107,7 +107,7 @@ $(SGLANG_VENV)/.installed: $(wildcard tests/sglang_env/*) pyproject.toml
 	@touch $@
 
 test-sglang: $(STAMP) sglang-venv
-	OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -m '$(SGLANG_MARKS)' $(or $(PYTEST_ARGS),tests/engine/sglang/test_real.py)
+	OMP_NUM_THREADS=1 $(SGLANG_VENV)/bin/python -m pytest -m '$(SGLANG_MARKS)' $(or $(PYTEST_ARGS),tests/engine/sglang/test_real.py tests/repo/test_recipes.py)
 
 # vLLM on the CPU (2.3 GB), a peer in the suite backends
 VLLM_VENV := .venv-vllm

@@ -63,6 +63,7 @@ def test_answers_come_in_order_and_a_bad_row_ends_nothing():
         ({"temperature": -1}, "'-1' is not a number >= 0"),
         ({"backend": "nope"}, "--backend nope"),
         ({"model": "no/such/folder"}, "no/such/folder"),
+        ({"engine_arg": ["tp_size=2", "page_size=1"]}, "--engine-arg tp_size=2: is for --backend sglang"),
     ],
 )
 def test_options_that_there_are_not(options, message):

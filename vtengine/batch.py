@@ -26,7 +26,8 @@ class AnswerBatches:
 
         dataset.map_batches(AnswerBatches, fn_constructor_args=("glance",), batch_size=64, concurrency=1)
 
-    model, backend and options are those of `vtengine ask`: AnswerBatches("glance", max_turns=1, temperature=1.0).
+    model, backend and options are those of `vtengine ask`: AnswerBatches("glance", max_turns=1, temperature=1.0); what
+    may be given several times takes a list.
     concurrency: episodes at a time. image_root: relative paths start there, and none may leave it.
     Columns in: `image` (a path, a data URL, or the bytes of a file), `question`, and `id` where there is one.
     Columns out: those, and ANSWERS (`row`: the record of `vtengine generate`, as JSON); a column `answer` that came in
@@ -45,7 +46,8 @@ class AnswerBatches:
         flags = ["--model", str(model), "--backend", backend]
         for name, value in options.items():
             switch = f"--{name.replace('_', '-')}"
-            flags += [switch] if value is True else [] if value is False or value is None else [switch, str(value)]
+            for one in value if isinstance(value, list | tuple) else [value]:
+                flags += [switch] if one is True else [] if one is False or one is None else [switch, str(one)]
         self.arguments = engine_options(flags)
         self.image_root, self.concurrency = Path(image_root), concurrency
         self._runner, self._stack = asyncio.Runner(), AsyncExitStack()
