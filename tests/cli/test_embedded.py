@@ -60,6 +60,16 @@ def test_pixels_of_another_family_are_one_line(
     assert done.status == 2 and done.err.count("\n") == 1 and "patch_size = 14: only 16" in done.err
 
 
+@pytest.mark.parametrize("backend", ["http://127.0.0.1:9", "http://127.0.0.1:9,http://127.0.0.1:10"])
+def test_sglang_does_not_get_the_other_family(
+    qwen3_checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path, backend: str
+) -> None:
+    line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(qwen3_checkpoint), "--backend", backend]
+    done = vtengine(*line)
+    assert done.status == 2 and done.err.count("\n") == 1
+    assert "is a qwen3_vl; SGLang serves Qwen2.5-VL here: use embedded" in done.err
+
+
 def test_samples_of_one_question_differ_and_repeat(
     checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path
 ) -> None:
