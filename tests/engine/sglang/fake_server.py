@@ -29,8 +29,8 @@ class FakeSglang:
     """`faults`: names, each used up by the request it strikes; a name in `always` strikes every one.
 
     dies: the connection ends before the first token · dies_later: after it · silent: never answers · queue_full ·
-    refused · slow: 50 ms per token · garbage; always only: html · miscounts · wrong_ids · no_logprobs · sick: /health
-    says 503 · frozen: like silent, and /health is silent too · dead: every connection is cut. The name of one of
+    refused · slow: 50 ms per token · garbage; always only: html · miscounts · wrong_ids · no_logprobs · sick: its
+    health is 503 · frozen: like silent, and so is its health · dead: every connection is cut. The name of one of
     CONTROLS: that call says no. `calls`: what came on those, in order.
     seeded: replies are drawn from prompt and seed, one of its own for each. reads: `loaded` are the tensors of the last
     update from a folder.
@@ -110,13 +110,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self.drop()
         if "html" in fake.always:
             return self.reply(b"<html>hello</html>")
-        if self.path == "/health":
+        if self.path == "/health_generate":
             fake.health_checks += 1
             if "frozen" in fake.always:
                 return self.fall_silent()
             if "sick" in fake.always:
                 return self.reply({}, 503)
-        pages = {"/model_info": fake.model, "/get_model_info": fake.model, "/server_info": fake.info, "/health": {}}
+        pages = {"/model_info": fake.model, "/get_model_info": fake.model, "/server_info": fake.info}
+        pages |= {"/health_generate": {}, "/health": {}}  # the latter as one that was told not to ask its scheduler
         pages |= {"/workers": {"workers": fake.workers}} if fake.workers is not None else {}
         return self.reply(pages[self.path]) if self.path in pages else self.reply({"detail": "Not Found"}, 404)
 

@@ -61,7 +61,7 @@ def connect_servers(
 class SglangHttpBackend(SglangBackend):
     """A running SGLang server. model: what it serves, as `ServedModel` or the folder of the checkpoint.
 
-    connect_s: limit for the connection, read_s: longest silence of the server, its /health included. Other options:
+    connect_s: limit for the connection, read_s: longest silence of the server, asked for its health. Other options:
     `SglangBackend`.
     """
 

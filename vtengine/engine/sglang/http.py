@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from vtengine.engine.base import BackendFailed, RequestRejected
@@ -22,10 +23,19 @@ FLUSH_WAIT_S = 2.0
 FACTS_S = 60.0
 """Longest silence where a server is asked what it is: its scheduler answers between two batches."""
 HEALTH_S = 30.0
-"""Longest time that /health may take: SGLang says no after 20 s in which its scheduler was silent."""
+"""Longest time that the question for its health may take: SGLang says no after 20 s of a silent scheduler."""
 CONTROL_S = 1800.0
 """Longest time that an update of the weights, or a release of memory, may take."""
 IMAGE_PAD = "<|image_pad|>"
+KEEP_ALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8))
+        if hasattr(socket, name)  # not on every system
+    ),
+]
+"""A server may be healthy, and the connection to it forgotten by what lies between: the system then breaks it."""
 
 
 class HttpTransport:
@@ -53,7 +63,11 @@ class HttpTransport:
             base_url=url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(read_s, connect=connect_s, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            transport=httpx.AsyncHTTPTransport(
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+                trust_env=False,
+                socket_options=KEEP_ALIVE,
+            ),
             trust_env=False,
         )
 
@@ -88,10 +102,11 @@ class HttpTransport:
         return True
 
     async def send(self, payload: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        request = self._client.build_request("POST", "/generate", json=payload, timeout=self._answer_timeout)
+        sending = self._client.stream("POST", "/generate", json=payload, timeout=self._answer_timeout)
         heard = self._patience.wait_for
         try:
-            async with aclosing(await heard(self._client.send(request, stream=True))) as response:
+            async with AsyncExitStack() as stack:
+                response = await heard(stack.enter_async_context(sending))
                 if response.status_code != 200:
                     body = (await heard(response.aread())).decode("utf-8", "replace")
                     raise_for_status(self.where, response.status_code, _message(body))
@@ -109,9 +124,12 @@ class HttpTransport:
         raise ConnectionLost(f"{self.where}: the answer broke off")
 
     async def _is_healthy(self) -> bool:
-        """SGLang answers once its scheduler said anything, to whomever; an idle one generates a token for it."""
+        """SGLang answers once its scheduler said anything, to whomever; an idle one generates a token for it.
+
+        Its /health can be told to answer without.
+        """
         try:
-            response = await self._client.get("/health", timeout=self._health_timeout)
+            response = await self._client.get("/health_generate", timeout=self._health_timeout)
         except self._httpx.HTTPError:
             return False
         return bool(response.status_code == 200)
@@ -146,6 +164,7 @@ class HttpTransport:
         await self._json("POST", "/update_weight_version", {"new_version": version, "abort_all_requests": False})
 
     async def close(self) -> None:
+        await self._patience.close()
         await self._client.aclose()
 
     def _chunk(self, line: str) -> dict[str, Any]:

@@ -28,18 +28,26 @@ class Patience:
     async def wait_for(self, answer: Awaitable[T]) -> T:
         """Raises TimeoutError, and gives the answer up, when the server was silent for limit_s."""
         task, began_s = asyncio.ensure_future(answer), time.monotonic()
+        task.add_done_callback(_is_seen)
         try:
             while not (await asyncio.wait({task}, timeout=self._ask_s))[0]:
-                if time.monotonic() - max(began_s, self._heard_s) >= self._limit_s:
+                left_s = max(began_s, self._heard_s) + self._limit_s - time.monotonic()
+                if left_s <= 0:
                     raise TimeoutError
                 if time.monotonic() - self._heard_s >= self._ask_s:
-                    await asyncio.wait({task, self._asked()}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({task, self._asked()}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             self._heard_s = time.monotonic()
             return task.result()
         finally:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
+
+    async def close(self) -> None:
+        """Takes back a question that is still open."""
+        if self._question is not None:
+            self._question.cancel()
+            await asyncio.wait({self._question})
 
     def _asked(self) -> asyncio.Task[None]:
         if self._question is None or self._question.done():
@@ -49,3 +57,9 @@ class Patience:
     async def _ask(self) -> None:
         if await self._is_alive():
             self._heard_s = time.monotonic()
+
+
+def _is_seen(task: asyncio.Future[T]) -> None:
+    """The fault of an answer that nobody waits for any more is no news for asyncio's log."""
+    if not task.cancelled():
+        task.exception()
