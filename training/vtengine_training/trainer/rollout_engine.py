@@ -53,7 +53,8 @@ def build_engine(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: To
         arguments: dict[str, Any] = {}
         if model.device.type == "cuda":
             arguments = {"mem_fraction_static": COLOCATED_SHARE, "enable_memory_saver": rollout.release_memory}
-        arguments |= {name.replace("-", "_"): value for name, value in rollout.engine_args.items()}
+        given = {name.replace("-", "_") for name in rollout.engine_args}
+        arguments = {name: value for name, value in arguments.items() if name not in given} | rollout.engine_args
         return SglangEngineBackend(
             folder, device=str(model.device), dtype=config.dtype, updatable=True, arguments=arguments
         )
