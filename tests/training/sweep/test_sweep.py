@@ -125,12 +125,21 @@ def test_other_settings_are_refused(sweep, capsys) -> None:
     assert "was begun with other settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("visible", "expected"), [("3, 5", {"3", "5"}), ("GPU-7f", {"GPU-7f"}), ("", {""})])
-def test_jobs_take_turns_with_the_gpus(sweep, tmp_path, monkeypatch, visible, expected) -> None:
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("3, 5", {"3", "5"}), ("GPU-7f,-1,5", {"GPU-7f"}), ("", {""}), ("-1", {"-1"})]
+)
+def test_jobs_have_gpus_of_their_own(sweep, tmp_path, monkeypatch, visible, expected) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     path = sweep("[sweep]\nreward.penalty.theta = [0.1, 0.15, 0.2]")
     assert main(["sweep", str(path), "--set", "jobs=2"]) == 0
     assert {file.read_text() for file in (tmp_path / "out").rglob("gpu.txt")} == expected
+
+
+def test_jobs_share_the_gpus_or_take_turns() -> None:
+    assert sweep_run.shares(["3", "4", "5"], 1) == ["3,4,5"]  # such as an engine with tp_size = 2
+    assert sweep_run.shares(["3", "4", "5"], 2) == ["3,5", "4"]
+    assert sweep_run.shares(["3", "4"], 3) == ["3", "4", "3"]
+    assert sweep_run.shares([], 2) == [None, None]
 
 
 def test_stopping_asks_the_runs_to_save(sweep, tmp_path) -> None:

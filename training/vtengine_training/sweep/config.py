@@ -33,7 +33,7 @@ class SweepConfig:
 
     set: keys changed in every run. sweep: key = [values], the grid of all combinations. runs: single runs beside the
     grid, each a table of keys with, if wanted, a `name`. A key is written as in --set: reward.penalty.theta.
-    jobs: runs at the same time; each sees one GPU, in turns. last: steps at the end over which the summary's figures
+    jobs: runs at the same time, which share the GPUs. last: steps at the end over which the summary's figures
     are means. results: a JSON file beside the summary in `output`, such as benchmarks/results/NAME.json.
     """
 

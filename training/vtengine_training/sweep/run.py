@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from vtengine_training.sweep.plan import Planned
@@ -65,20 +66,19 @@ async def run_all(
 ) -> list[Ended]:
     """Every run that is not done, at most `jobs` at a time, in order. A run that fails does not stop the others.
 
-    Each sees one GPU, where there are any: jobs take turns with them.
+    The jobs share the GPUs, where there are any, evenly; where there are more jobs than GPUs, they take turns.
     Cancelling sends SIGTERM to those under way (they save and end) and waits for them.
     """
     free: asyncio.Queue[str | None] = asyncio.Queue()
-    gpus = visible_gpus() or [None]
-    for job in range(jobs):
-        free.put_nowait(gpus[job % len(gpus)])
+    for gpus in shares(visible_gpus(), jobs):
+        free.put_nowait(gpus)
 
     async def go(one: Planned) -> Ended:
-        gpu = await free.get()
+        gpus = await free.get()
         try:
-            ended = Ended(one.name, 0) if is_done(one) else await _run(one, command, gpu)
+            ended = Ended(one.name, 0) if is_done(one) else await _run(one, command, gpus)
         finally:
-            free.put_nowait(gpu)
+            free.put_nowait(gpus)
         on_end(ended)
         return ended
 
@@ -99,22 +99,28 @@ async def run_all(
         on_poll()
 
 
-def visible_gpus() -> Sequence[str | None]:
-    """What CUDA_VISIBLE_DEVICES is to say for one GPU, of each that this process may use."""
+def shares(gpus: Sequence[str], jobs: int) -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES is to say in each job; None: what it says already."""
+    return [",".join(gpus[job::jobs] or gpus[job % len(gpus) :][:1]) if gpus else None for job in range(jobs)]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     said = os.environ.get("CUDA_VISIBLE_DEVICES")
     if said is not None:
-        return [name.strip() for name in said.split(",") if name.strip()]
+        names = (name.strip() for name in said.split(","))
+        return list(takewhile(lambda name: name not in ("", "-1"), names))  # CUDA reads no further either
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-async def _run(one: Planned, command: str, gpu: str | None) -> Ended:
+async def _run(one: Planned, command: str, gpus: str | None) -> Ended:
     """The training in a fresh interpreter, which keeps threads, memory and crashes apart."""
     one.folder.mkdir(parents=True, exist_ok=True)
     roots = [str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(roots))}
-    environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+    environment |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     with (one.folder / LOG).open("ab") as log:
         process = await asyncio.create_subprocess_exec(
             *(*PROGRAM, command, str(one.path)),
