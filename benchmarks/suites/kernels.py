@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,9 @@ def measured(path: Path, files: list[Path], *, quick: bool) -> list[dict[str, An
     """What pytest-benchmark found. RuntimeError: a benchmark failed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--timeout=0"]
     command += [*TIMES[quick], f"--benchmark-json={path}", "--benchmark-disable-gc", *map(str, files)]
-    done = subprocess.run(command, cwd=MICRO.parent.parent, capture_output=True, text=True, check=False)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # beside other workers of pytest-xdist, whose variables these are, pytest-benchmark would measure nothing
+    done = subprocess.run(command, cwd=MICRO.parent.parent, env=alone, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"benchmarks/micro: pytest ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     made: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["benchmarks"]
