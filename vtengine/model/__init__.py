@@ -3,7 +3,7 @@
 from vtengine.model.attention import AttentionContext, PackedCausal, PackedTree
 from vtengine.model.checkpoint import Checkpoint
 from vtengine.model.config import ModelConfig, ModelLoadError
-from vtengine.model.families import new_model
+from vtengine.model.families import meta_model
 from vtengine.model.language import VLModel
 from vtengine.model.linear import store_by_column
 from vtengine.model.names import checkpoint_name, hf_tensors, hf_views
@@ -34,8 +34,8 @@ __all__ = [
     "load_model",
     "load_rows",
     "load_tensors",
+    "meta_model",
     "mrope_positions",
-    "new_model",
     "save_model",
     "store_by_column",
 ]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vtengine.model.config import ModelConfig, ModelLoadError
-from vtengine.model.families import new_model
+from vtengine.model.families import meta_model
 from vtengine.model.names import checkpoint_name, hf_tensors
 
 WEIGHTS = "model.safetensors"
@@ -47,8 +47,7 @@ class Checkpoint:
                 for name in reader.keys():  # noqa: SIM118
                     places[checkpoint_name(name)] = (file, name)
                     shapes[name] = tuple(reader.get_slice(name).get_shape())
-        with torch.device("meta"):
-            model = new_model(config)
+        model = meta_model(config)
         check_shapes(hf_tensors(model), shapes, False, str(folder))
         return Checkpoint(config, places)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from vtengine.model.config import ModelConfig
 from vtengine.model.language import VLModel
 from vtengine.model.qwen2_5_vl import Qwen2_5_VL
@@ -10,6 +12,7 @@ from vtengine.model.qwen3_vl import Qwen3_VL
 MODELS: dict[str, type[Qwen2_5_VL] | type[Qwen3_VL]] = {"qwen2_5_vl": Qwen2_5_VL, "qwen3_vl": Qwen3_VL}
 
 
-def new_model(config: ModelConfig) -> VLModel:
-    """A model with torch's initial weights; on the meta device it takes no memory."""
-    return MODELS[config.model_type](config)
+def meta_model(config: ModelConfig) -> VLModel:
+    """A model on the meta device: names, shapes and dtypes, but no weights and no memory."""
+    with torch.device("meta"):
+        return MODELS[config.model_type](config)

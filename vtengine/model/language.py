@@ -63,7 +63,7 @@ class TextLayer(nn.Module):
 
 
 class VLModel(nn.Module):
-    """A model of any family; `new_model` makes the right one for a config."""
+    """A model of any family; `meta_model` makes the right one for a config."""
 
     nested_names: ClassVar[bool]
     """Whether its released checkpoints say `model.visual.*` and `model.language_model.*`."""

@@ -16,8 +16,12 @@ from vtengine.model.sizes import (
     TextSizes,
     VisionSizes,
     check_blocks,
+    read_sizes,
+    read_text,
     refuse_unsupported,
     rope_of,
+    write_sizes,
+    write_text,
 )
 
 ARCHITECTURE = "Qwen3VLForConditionalGeneration"
@@ -80,11 +84,19 @@ class Qwen3TextConfig(TextSizes):
     head_dim: int = 128
 
 
-def read(data: Mapping[str, Any]) -> tuple[Qwen3VisionConfig, Qwen3TextConfig]:
-    """The contents of a `config.json`. Raises ModelLoadError, or what Python raises for a value of the wrong type.
+VISION_LEFT_OUT = Qwen3VisionConfig(out_hidden_size=3584)
+TEXT_LEFT_OUT = Qwen3TextConfig(
+    intermediate_size=22016,
+    num_layers=32,
+    num_kv_heads=32,
+    rope_theta=500_000.0,
+    max_position_embeddings=128_000,
+)
+"""What a file means by a key that it leaves out: the defaults of the transformers classes, as its writer did."""
 
-    Keys that a file leaves out have the defaults of the transformers classes, as its writer left them out.
-    """
+
+def read(data: Mapping[str, Any]) -> tuple[Qwen3VisionConfig, Qwen3TextConfig]:
+    """The contents of a `config.json`. Raises ModelLoadError, or what Python raises for a value of the wrong type."""
     text, vision = data.get("text_config") or {}, data.get("vision_config") or {}
     rope = rope_of(text)
     gelu = "gelu_pytorch_tanh"
@@ -95,32 +107,7 @@ def read(data: Mapping[str, Any]) -> tuple[Qwen3VisionConfig, Qwen3TextConfig]:
         ("rope_scaling.rope_type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
         ("rope_scaling.mrope_interleaved", bool(rope.get("mrope_interleaved", True)), (True,)),
     ))  # fmt: skip
-    num_heads = text.get("num_attention_heads", 32)
-    return Qwen3VisionConfig(
-        depth=vision.get("depth", 27),
-        hidden_size=vision.get("hidden_size", 1152),
-        intermediate_size=vision.get("intermediate_size", 4304),
-        num_heads=vision.get("num_heads", 16),
-        out_hidden_size=vision.get("out_hidden_size", 3584),
-        patch_size=vision.get("patch_size", 16),
-        spatial_merge_size=vision.get("spatial_merge_size", 2),
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        in_channels=vision.get("in_channels", 3),
-        num_position_embeddings=vision.get("num_position_embeddings", 2304),
-        deepstack_visual_indexes=tuple(vision.get("deepstack_visual_indexes", (8, 16, 24))),
-    ), Qwen3TextConfig(
-        vocab_size=text.get("vocab_size", 151936),
-        hidden_size=text.get("hidden_size", 4096),
-        intermediate_size=text.get("intermediate_size", 22016),
-        num_layers=text.get("num_hidden_layers", 32),
-        num_heads=num_heads,
-        num_kv_heads=text.get("num_key_value_heads", 32) or num_heads,
-        head_dim=text.get("head_dim", 128),
-        rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 500_000.0))),
-        mrope_section=tuple(rope.get("mrope_section", (24, 20, 20))),
-        max_position_embeddings=text.get("max_position_embeddings", 128_000),
-    )
+    return read_sizes(VISION_LEFT_OUT, vision), read_text(TEXT_LEFT_OUT, text)
 
 
 def write(vision: Qwen3VisionConfig, text: Qwen3TextConfig, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,40 +120,12 @@ def write(vision: Qwen3VisionConfig, text: Qwen3TextConfig, common: Mapping[str,
             "model_type": "qwen3_vl_text",
             **{name: common[name] for name in of_text},
             "attention_bias": False,
-            "attention_dropout": 0.0,
-            "head_dim": text.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": text.hidden_size,
-            "initializer_range": 0.02,
-            "intermediate_size": text.intermediate_size,
-            "max_position_embeddings": text.max_position_embeddings,
-            "num_attention_heads": text.num_heads,
-            "num_hidden_layers": text.num_layers,
-            "num_key_value_heads": text.num_kv_heads,
-            "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": text.rope_theta,
-            "rope_scaling": {
-                "rope_type": "default",
-                "mrope_interleaved": True,
-                "mrope_section": list(text.mrope_section),
-            },
-            "use_cache": True,
-            "vocab_size": text.vocab_size,
+            **write_text(text, {"rope_type": "default", "mrope_interleaved": True}),
         },
         "vision_config": {
             "model_type": "qwen3_vl",
-            "deepstack_visual_indexes": list(vision.deepstack_visual_indexes),
-            "depth": vision.depth,
             "hidden_act": "gelu_pytorch_tanh",
-            "hidden_size": vision.hidden_size,
-            "in_channels": vision.in_channels,
             "initializer_range": 0.02,
-            "intermediate_size": vision.intermediate_size,
-            "num_heads": vision.num_heads,
-            "num_position_embeddings": vision.num_position_embeddings,
-            "out_hidden_size": vision.out_hidden_size,
-            "patch_size": vision.patch_size,
-            "spatial_merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
+            **write_sizes(vision),
         },
     }

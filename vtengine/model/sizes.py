@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 MAX_LAYERS = 1024
 MAX_SIZE = 1 << 24  # of anything else: far beyond any model, and products of three still fit into 64 bits
@@ -134,6 +134,54 @@ def refuse_unsupported(settings: Iterable[tuple[str, Any, tuple[Any, ...]]]) -> 
         if value not in allowed:
             shown = ", ".join(repr(a) for a in allowed)
             raise ModelLoadError(f"{name} = {value!r}: not supported (allowed: {shown}); use an unmodified checkpoint")
+
+
+TEXT_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+}
+"""Fields of a language model that a `config.json` calls otherwise."""
+
+T = TypeVar("T", bound=VisionSizes | TextSizes)
+
+
+def read_sizes(left_out: T, values: Mapping[str, Any], keys: Mapping[str, str] | None = None) -> T:
+    """`left_out` with what a file states in the place of its own. keys: field -> key, where they differ."""
+    stated: dict[str, Any] = {}
+    for field in fields(left_out):
+        key, default = (keys or {}).get(field.name, field.name), getattr(left_out, field.name)
+        if key in values:
+            value = values[key]
+            stated[field.name] = type(default)(value) if isinstance(default, (float, tuple)) else value
+    return replace(left_out, **stated)
+
+
+def read_text(left_out: T, text: Mapping[str, Any]) -> T:
+    """The language model of a file. Where the number of key heads is null, every query head has its own."""
+    values = dict(text) | dict(rope_of(text))
+    if not values.get("num_key_value_heads", True):
+        values["num_key_value_heads"] = values.get("num_attention_heads", left_out.num_heads)
+    return read_sizes(left_out, values, TEXT_KEYS)
+
+
+def write_sizes(sizes: VisionSizes | TextSizes, keys: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The way back of `read_sizes`."""
+    named = {(keys or {}).get(name, name): value for name, value in vars(sizes).items()}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in named.items()}
+
+
+def write_text(text: TextSizes, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What every family's file says of a language model. rope: how this one calls its kind of positions."""
+    sizes = write_sizes(text, TEXT_KEYS)
+    return {
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "rope_scaling": {**rope, "mrope_section": sizes.pop("mrope_section")},
+        **sizes,
+    }
 
 
 def rope_of(text: Mapping[str, Any]) -> Mapping[str, Any]:

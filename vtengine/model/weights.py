@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vtengine.model.checkpoint import HEAD, INDEX, WEIGHTS, Checkpoint, check_kind, check_shapes, some
 from vtengine.model.config import ModelLoadError
-from vtengine.model.families import new_model
+from vtengine.model.families import meta_model
 from vtengine.model.language import VLModel
 from vtengine.model.names import checkpoint_name, hf_parts, hf_tensors, transformers_name
 
@@ -85,8 +85,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     Raises ModelLoadError: for what does not fit, before it takes memory; for NaN or infinity, on coming to it.
     """
     checkpoint = Checkpoint.open(path)
-    with torch.device("meta"):
-        model = new_model(checkpoint.config)
+    model = meta_model(checkpoint.config)
     model.to(dtype).to_empty(device=device)
     load_tensors(model, checkpoint.tensors())
     return model.eval()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.protocol.messages import View as AskedView
+from vtengine.protocol.messages import ViewSize
 from vtengine.protocol.reply import parse_reply
 from vtengine.vision.errors import ImageError
 from vtengine.vision.plan import (
@@ -74,7 +75,7 @@ class PictureBook:
         shown, patch = _shown_views(row), _patch(row)
         pixels = FULL if self._is_full else self._pixels(source, root)
         if isinstance(pixels, str):
-            return [View("shown", *size, _tokens(size, patch), True, None, pixels) for size, _ in shown]
+            return [View("shown", *size, ViewSize(*size, patch).visual_tokens, True, None, pixels) for size, _ in shown]
         height, width = pixels.shape[:2]
         try:
             limits = _limits(width, height, row.get("visual_tokens_full"), patch)
@@ -88,7 +89,10 @@ class PictureBook:
         for size, asked in shown:
             name, plan = _plan_of(asked, size, (width, height), low, high, limits)
             views[(name, size, plan)] = True
-        return [self._view(source, pixels, *view, _tokens(view[1], patch), seen) for view, seen in views.items()]
+        return [
+            self._view(source, pixels, *view, ViewSize(*view[1], patch).visual_tokens, seen)
+            for view, seen in views.items()
+        ]
 
     def _place(self, row: Mapping[str, Any]) -> tuple[str | None, Path]:
         """The image source of a row, and the folder that it may be read from."""
@@ -235,10 +239,6 @@ def _patch_of(image: Mapping[str, Any]) -> int:
     if not (isinstance(width, int) and isinstance(height, int) and isinstance(tokens, int)):
         return PATCH
     return next((patch for patch in PATCHES if width * height == tokens * (2 * patch) ** 2), PATCH)
-
-
-def _tokens(size: Size, patch: int) -> int:
-    return size[0] * size[1] // (2 * patch) ** 2
 
 
 def _short(source: str) -> str:

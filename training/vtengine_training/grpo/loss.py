@@ -55,24 +55,28 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
     policy = (each * tokens.weights).sum()
     total = policy
     counted = tokens.weights != 0
+
+    def summed(values: Tensor) -> float:
+        return float(torch.where(counted, values, 0).sum())
+
     figures = {
         "tokens": float(counted.sum()),
         "loss/policy": float(policy.detach()),
-        "clip_frac": float(clipped[counted].sum()),
-        "approx_kl": float((tokens.old - logprobs.detach())[counted].sum()),
+        "clip_frac": summed(clipped),
+        "approx_kl": summed(tokens.old - logprobs.detach()),
     }
     if config.kl_coef:
         if tokens.ref is None:
             raise ValueError(f"kl_coef = {config.kl_coef}: needs the reference model's log-probabilities")
         penalty = kl_estimate(logprobs, tokens.ref, config.kl)
         total = total + config.kl_coef * (penalty * tokens.weights).sum()
-        figures["kl"] = float(kl_estimate(logprobs.detach(), tokens.ref, "k3")[counted].sum())
+        figures["kl"] = summed(kl_estimate(logprobs.detach(), tokens.ref, "k3"))
     if config.entropy_coef:
         if entropy is None:
             raise ValueError(f"entropy_coef = {config.entropy_coef}: needs the entropy of each token's distribution")
         total = total - config.entropy_coef * (entropy * tokens.weights).sum()
     if entropy is not None:
-        figures["entropy"] = float(entropy.detach()[counted].sum())
+        figures["entropy"] = summed(entropy.detach())
     figures["loss/total"] = float(total.detach())
     return LossResult(total, figures)
 

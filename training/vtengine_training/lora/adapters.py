@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vtengine.model import VLModel, hf_tensors, load_tensors, new_model
+from vtengine.model import VLModel, hf_tensors, load_tensors, meta_model
 from vtengine.model.linear import Linear
 from vtengine.model.names import transformers_name
 from vtengine_training.lora.config import LoraConfig
@@ -120,8 +120,7 @@ class Adapters:
 
     def merged_model(self) -> VLModel:
         """A plain model on the CPU with the adapters in its weights. Of a model that is whole in this process."""
-        with torch.device("meta"):
-            model = new_model(self.model.config)
+        model = meta_model(self.model.config)
         model.to(self.model.dtype).to_empty(device="cpu")
         load_tensors(model, hf_tensors(self.model).items())
         load_tensors(model, self.merged(), partial=True)

@@ -6,9 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-from vtengine.model import ModelConfig, checkpoint_name, new_model
+from vtengine.model import ModelConfig, checkpoint_name, meta_model
 from vtengine.model.linear import Linear
 from vtengine.model.names import hf_modules
 from vtengine_training.lora.config import LoraConfig
@@ -64,8 +62,7 @@ def find_targets(config: ModelConfig, lora: LoraConfig) -> list[Target]:
 
 def linear_layers(config: ModelConfig) -> list[Target]:
     """All of them, as a checkpoint has them (q, k and v each on its own), in the model's order."""
-    with torch.device("meta"):
-        model = new_model(config)
+    model = meta_model(config)
     found = []
     for path, parts in hf_modules(model).items():
         module = model.get_submodule(path)

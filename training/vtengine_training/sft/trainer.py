@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtengine.config import to_dict
-from vtengine.model import Qwen2_5_VL, VLModel, load_model, new_model, save_model
+from vtengine.model import Qwen2_5_VL, VLModel, load_model, meta_model, save_model
 from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
 from vtengine_training.eval.runner import model_folder
 from vtengine_training.files import write_whole
@@ -193,7 +193,7 @@ class Run:
         if self.adapters is not None:
             shipped = self.adapters.merged_model().to(torch.bfloat16)
         else:
-            shipped = new_model(self.model.config).to(torch.bfloat16)
+            shipped = meta_model(self.model.config).to(torch.bfloat16).to_empty(device="cpu")
             weights = {n.removeprefix("model."): w for n, w in self.optimizer.master.items() if n.startswith("model.")}
             shipped.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in weights.items()})
         source = SHIPPED / f"{self.config.profile}.toml"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vtengine.model import VLModel, hf_views, load_tensors, new_model
+from vtengine.model import VLModel, hf_views, load_tensors, meta_model
 from vtengine_training.sync.base import Publisher, WeightsInParts
 
 
@@ -82,8 +82,7 @@ def whole_copy(model: VLModel, dtype: torch.dtype, keep: bool) -> VLModel | None
     """A sharded model in one piece in the memory of the CPU, on the ranks that `keep` it. A meeting."""
     copy = None
     if keep:
-        with torch.device("meta"):
-            copy = new_model(model.config)
+        copy = meta_model(model.config)
         copy.to(dtype).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from vtengine.model import ModelConfig, new_model
+from vtengine.model import ModelConfig, meta_model
 
 MIB = 1 << 20
 FORWARD, BACKWARD = 2, 4
@@ -28,8 +26,7 @@ class ModelCost:
     @staticmethod
     def of(config: ModelConfig) -> ModelCost:
         """Counts the parameters of a model that is never made."""
-        with torch.device("meta"):
-            model = new_model(config)
+        model = meta_model(config)
         total = sum(p.numel() for p in model.parameters())
         vision = sum(p.numel() for p in model.visual.parameters())
         text = sum(p.numel() for layer in model.layers for p in layer.parameters())

@@ -10,7 +10,7 @@ import torch
 
 from vtengine.cli.models import image_processor
 from vtengine.engine.base import Backend, SamplingParams
-from vtengine.model import VLModel, new_model, save_model
+from vtengine.model import VLModel, meta_model, save_model
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import PROFILE_FILE, load_profile
 from vtengine.rollout.group import Setting
@@ -145,8 +145,7 @@ def export_model(model: VLModel, source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
     dtype = getattr(torch, model.config.dtype, model.dtype)
     if dtype != model.dtype:
-        with torch.device("meta"):
-            shipped = new_model(model.config)
+        shipped = meta_model(model.config)
         shipped.to(dtype).to_empty(device="cpu").load_state_dict(model.state_dict())
         model = shipped
     save_model(model, folder)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from vtengine.model import Checkpoint, VLModel, load_rows, new_model
+from vtengine.model import Checkpoint, VLModel, load_rows, meta_model
 from vtengine_training.lora.adapters import Adapters
 from vtengine_training.lora.config import LoraConfig
 from vtengine_training.trainer.ranks import Ranks
@@ -70,8 +70,7 @@ def shard(
     for each layer stays among them (HSDP); None: all ranks hold one.
     Raises ModelLoadError, or ValueError, on all ranks, where one of them meets NaN or a damaged file.
     """
-    with torch.device("meta"):
-        model = new_model(checkpoint.config)
+    model = meta_model(checkpoint.config)
     adapted = lora is not None and lora.rank > 0
     frozen = frozen or adapted
     model.to(dtype if frozen else torch.float32).requires_grad_(not frozen)

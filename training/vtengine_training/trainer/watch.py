@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
+from vtengine.keepalive import KEEP_ALIVE
+
 log = logging.getLogger(__name__)
 GRACE_S = 60.0
 """How long a process has to find out for itself that another one is gone, and to end with its own words."""
@@ -133,12 +135,10 @@ def _connect(port: int, token: str) -> socket.socket:
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:
-    """A machine that lost its power breaks no connection; the system then asks for a sign of life."""
+    """A machine that lost its power breaks no connection by itself."""
     connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8)):
-        if hasattr(socket, name):  # not on every system
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    for option in KEEP_ALIVE:
+        connection.setsockopt(*option)
     return connection
 
 

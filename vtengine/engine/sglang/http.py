@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from vtengine.engine.sglang.hooks import STATE
 from vtengine.engine.sglang.reply import NO_SUCH_CALL, raise_for_status
 from vtengine.engine.sglang.silence import Patience
 from vtengine.engine.sglang.transport import ADDRESS, NOT_OFFERED, ConnectionLost, ServerFacts, ServerUnsuitable
+from vtengine.keepalive import KEEP_ALIVE
 
 if TYPE_CHECKING:
     from vtengine.engine.sglang.served import ServedModel
@@ -27,15 +27,6 @@ HEALTH_S = 30.0
 CONTROL_S = 1800.0
 """Longest time that an update of the weights, or a release of memory, may take."""
 IMAGE_PAD = "<|image_pad|>"
-KEEP_ALIVE = [
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    *(
-        (socket.IPPROTO_TCP, getattr(socket, name), value)
-        for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 8))
-        if hasattr(socket, name)  # not on every system
-    ),
-]
-"""A server may be healthy, and the connection to it forgotten by what lies between: the system then breaks it."""
 
 
 class HttpTransport:
@@ -66,7 +57,7 @@ class HttpTransport:
             transport=httpx.AsyncHTTPTransport(
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
                 trust_env=False,
-                socket_options=KEEP_ALIVE,
+                socket_options=KEEP_ALIVE,  # the server may be healthy, and forgotten by what lies between
             ),
             trust_env=False,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from vtengine.engine.sglang.checks import MODEL_TYPE
 from vtengine.model import ModelConfig
 
 DEFAULT_MIN_PIXELS = 56 * 56
@@ -38,7 +39,7 @@ class ServedModel:
         """Reads config.json and, where it is there, preprocessor_config.json. Raises ValueError."""
         folder = Path(folder)
         config = ModelConfig.from_json(folder / "config.json")
-        if config.model_type != "qwen2_5_vl":
+        if config.model_type != MODEL_TYPE:
             raise ValueError(f"model {folder}: is a {config.model_type}; SGLang serves Qwen2.5-VL here: use embedded")
         low, high = _pixel_limits(folder / "preprocessor_config.json")
         ids = (config.text.vocab_size, config.image_token_id, config.video_token_id)

@@ -12,11 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vtengine.model import ModelConfig, checkpoint_name, hf_tensors, new_model
+from vtengine.model import ModelConfig, checkpoint_name, hf_tensors, meta_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +83,7 @@ def check_shapes(shapes: Shapes, config: ModelConfig | None, where: str) -> None
 @lru_cache(maxsize=4)
 def _shapes_of(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Building a model of billions, though without memory, takes a second: not for every bucket of an update."""
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in hf_tensors(new_model(config)).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in hf_tensors(meta_model(config)).items()}
     wanted.setdefault("lm_head.weight", wanted["model.embed_tokens.weight"])
     return wanted
 
