@@ -91,6 +91,18 @@ def test_what_is_left_out_has_transformers_defaults():
         ({"vision_config": {"out_hidden_size": 128, "hidden_size": 1280, "depth": 4}}, "not in 0..3"),
         ({"vision_config": {"out_hidden_size": 128, "hidden_size": 1280, "window_size": 100}}, "window_size = 100"),
         ({"vision_config": [1]}, "wrong type"),
+        (
+            {"vision_config": {"out_hidden_size": 128, "hidden_size": 64, "depth": 4, "fullatt_block_indexes": [0.5]}},
+            r"fullatt_block_indexes: \[0\.5\] not in",
+        ),
+        (
+            {"vision_config": {"out_hidden_size": 128, "spatial_merge_size": 2**19, "window_size": 14 * 2**19}},
+            r"hidden_size \* spatial_merge_size\*\*2 = ",
+        ),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [8.0, 12.0, 12.0]}}, "three whole numbers"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [-8, 20, 20]}}, "three whole numbers"),
+        ({"rope_theta": 0}, "rope_theta = 0.0: must be positive"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: must be positive"),
     ],
 )
 def test_unusable_configs(small_config, change, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
@@ -32,6 +33,11 @@ class VisionSizes:
 
     def __post_init__(self) -> None:
         check_sizes("vision_config", vars(self))
+        widths = {
+            "hidden_size * spatial_merge_size**2": self.hidden_size * self.merge_unit,
+            "in_channels * temporal_patch_size * patch_size**2": self.patch_dim,
+        }
+        check_sizes("vision_config", widths)
         if self.hidden_size % (4 * self.num_heads):
             raise ModelLoadError(
                 f"vision_config.hidden_size = {self.hidden_size}: must be a multiple of 4 * num_heads "
@@ -80,14 +86,20 @@ class TextSizes:
 
     def __post_init__(self) -> None:
         check_sizes("text_config", vars(self), exclude=("rms_norm_eps", "rope_theta", "mrope_section"))
+        check_sizes("text_config", {"num_attention_heads * head_dim": self.q_size})
         self._check_head_size()
+        for name, number in (("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)):
+            if not 0 < number < math.inf:
+                raise ModelLoadError(f"text_config.{name} = {number}: must be positive and finite")
         if self.num_heads % self.num_kv_heads:
             raise ModelLoadError(
                 f"num_key_value_heads = {self.num_kv_heads}: must divide num_attention_heads (= {self.num_heads})"
             )
-        if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2:
+        shares = self.mrope_section
+        whole = all(type(share) is int and share >= 0 for share in shares)
+        if len(shares) != 3 or not whole or sum(shares) != self.head_dim // 2:
             raise ModelLoadError(
-                f"rope_scaling.mrope_section = {list(self.mrope_section)}: must be three numbers that add up to "
+                f"rope_scaling.mrope_section = {list(shares)}: must be three whole numbers that add up to "
                 f"half the head size (= {self.head_dim // 2})"
             )
 
@@ -124,7 +136,7 @@ def check_sizes(where: str, values: Mapping[str, Any], exclude: tuple[str, ...] 
 
 def check_blocks(name: str, blocks: tuple[int, ...], depth: int) -> None:
     """Raises ModelLoadError for numbers of vision blocks that are not there."""
-    if outside := [i for i in blocks if not 0 <= i < depth]:
+    if outside := [i for i in blocks if type(i) is not int or not 0 <= i < depth]:
         raise ModelLoadError(f"vision_config.{name}: {outside} not in 0..{depth - 1} (depth)")
 
 
