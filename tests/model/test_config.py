@@ -85,8 +85,16 @@ def test_what_is_left_out_has_transformers_defaults():
         ({"num_hidden_layers": 1_000_000}, "num_layers = 1000000: must be at most 1024"),
         ({"hidden_size": 2**40}, f"hidden_size = {2**40}: must be at most"),
         ({"rms_norm_eps": "small"}, "wrong type"),
-        ({"image_token_id": 320}, "image_token_id = 320"),
-        ({"image_token_id": "pad"}, "wrong type"),
+        ({"image_token_id": 320}, r"image_token_id = 320: must be a whole number in 0\.\.319 .*tokenizer\.json"),
+        ({"image_token_id": "pad"}, "image_token_id = 'pad': must be a whole number"),
+        ({"image_token_id": 310.0}, r"image_token_id = 310\.0: must be a whole number"),
+        ({"video_token_id": None}, "video_token_id = None: must be"),
+        ({"vision_start_token_id": -1}, "vision_start_token_id = -1: must be"),
+        ({"vision_end_token_id": True}, "vision_end_token_id = True: must be"),
+        ({"bos_token_id": 320}, "bos_token_id = 320: must be"),
+        ({"eos_token_id": 151645}, "eos_token_id = 151645: must be"),
+        ({"eos_token_id": []}, r"eos_token_id = \[\]: must hold at least one id"),
+        ({"eos_token_id": [315, 1.5]}, r"eos_token_id = 1\.5: must be"),
         ({"vision_config": {"out_hidden_size": 128, "num_heads": 6}}, "multiple of 4 \\* num_heads"),
         ({"vision_config": {"out_hidden_size": 128, "hidden_size": 1280, "depth": 4}}, "not in 0..3"),
         ({"vision_config": {"out_hidden_size": 128, "hidden_size": 1280, "window_size": 100}}, "window_size = 100"),
@@ -108,6 +116,11 @@ def test_what_is_left_out_has_transformers_defaults():
 def test_unusable_configs(small_config, change, message):
     with pytest.raises(ModelLoadError, match=message):
         ModelConfig.from_json(small_config.to_json() | change)
+
+
+@pytest.mark.parametrize(("stated", "meant"), [(None, None), (315, 315), ([314, 315], 314)])
+def test_what_ends_a_turn(small_config, stated, meant):
+    assert ModelConfig.from_json(small_config.to_json() | {"eos_token_id": stated}).eos_token_id == meant
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])

@@ -29,6 +29,9 @@ _FAMILIES = {
     "qwen2_5_vl": _Family("Qwen2.5-VL", TextConfig, qwen2_5_config.read, qwen2_5_config.write),
     "qwen3_vl": _Family("Qwen3-VL", Qwen3TextConfig, qwen3_config.read, qwen3_config.write),
 }
+TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+OPTIONAL_TOKEN_IDS = ("bos_token_id", "eos_token_id")
+"""A model may do without them."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,11 @@ class ModelConfig:
                 f"vision_config.deepstack_visual_indexes: {added} blocks, must be fewer than the language model's "
                 f"layers (= {self.text.num_layers})"
             )
-        if not 0 <= self.image_token_id < self.text.vocab_size:
-            raise ModelLoadError(f"image_token_id = {self.image_token_id}: must be in 0..{self.text.vocab_size - 1}")
+        for name in TOKEN_IDS:
+            _check_token(name, getattr(self, name), self.text.vocab_size)
+        for name in OPTIONAL_TOKEN_IDS:
+            if (token := getattr(self, name)) is not None:
+                _check_token(name, token, self.text.vocab_size)
 
     @property
     def model_type(self) -> str:
@@ -126,6 +132,22 @@ def _family_of(model_type: object) -> _Family:
     return family
 
 
+def _check_token(name: str, token: object, vocab_size: int) -> None:
+    if type(token) is not int or not 0 <= token < vocab_size:
+        raise ModelLoadError(
+            f"{name} = {token!r}: must be a whole number in 0..{vocab_size - 1} (vocab_size); state in config.json the "
+            "id that this token has in tokenizer.json"
+        )
+
+
+def _first_of(name: str, tokens: list[object], vocab_size: int) -> Any:
+    if not tokens:
+        raise ModelLoadError(f"{name} = []: must hold at least one id; state that of <|im_end|> in tokenizer.json")
+    for token in tokens:
+        _check_token(name, token, vocab_size)
+    return tokens[0]
+
+
 def _build_config(data: Mapping[str, Any], family: _Family) -> ModelConfig:
     """Keys that a file leaves out have the defaults of the transformers classes, as its writer left them out."""
     vision, text = family.read(data)
@@ -140,7 +162,7 @@ def _build_config(data: Mapping[str, Any], family: _Family) -> ModelConfig:
         vision_start_token_id=data.get("vision_start_token_id", 151652),
         vision_end_token_id=data.get("vision_end_token_id", 151653),
         bos_token_id=stated.get("bos_token_id", data.get("bos_token_id", 151643)),
-        eos_token_id=eos[0] if isinstance(eos, (list, tuple)) else eos,
+        eos_token_id=_first_of("eos_token_id", eos, text.vocab_size) if isinstance(eos, list) else eos,
         dtype=str(data.get("torch_dtype") or data.get("dtype") or stated.get("dtype") or "float32").removeprefix(
             "torch."
         ),

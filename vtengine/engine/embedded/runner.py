@@ -31,7 +31,7 @@ class Runner:
         self.cache = cache
         self.encoder = encoder
         config = model.config
-        self._banned = [i for i in (config.image_token_id, config.video_token_id) if i < config.text.vocab_size]
+        self._banned = [config.image_token_id, config.video_token_id]
         self._tables = np.zeros((max_running, 64), dtype=np.int64)
         self._synced: list[tuple[list[int] | None, int]] = [(None, 0)] * max_running
         self._scratch = Scratch()
