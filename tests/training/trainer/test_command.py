@@ -169,7 +169,9 @@ def test_a_finished_run_has_nothing_to_do(command, tmp_path, monkeypatch, capsys
     arguments = command("once", "toy_reward:low_bytes", "steps=1")
     assert main(arguments) == 0
     assert main(arguments) == 0
-    assert "going on from step 1" in capsys.readouterr().err
+    assert "going on from step 1\n" in capsys.readouterr().err
+    assert main([*arguments, "--set", "checkpoint.keep=5"]) == 0
+    assert "going on from step 1; changed since: checkpoint.keep = 5 (was 2)\n" in capsys.readouterr().err
     assert (tmp_path / "once" / "model" / "model.safetensors").is_file()
 
 

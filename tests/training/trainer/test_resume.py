@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import resource
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from vtengine_training.trainer.checkpoint import CheckpointError, find_latest
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
+from vtengine_training.trainer.state import find_changes
 from vtengine_training.trainer.trajectory import pack_groups, unpack_groups
 
 from tests.training.trainer.toy import Drawn, rewarder
@@ -167,6 +168,35 @@ def test_resume_refuses_another_model_data_or_seed(make_config, tmp_path, tiny_d
                 one.resume()
         finally:
             asyncio.run(one.close())
+
+
+def test_resume_says_what_is_set_otherwise(make_config, tmp_path) -> None:
+    """Any setting but those above may be another: a run goes on at another rate or with less memory."""
+    config = make_config(steps=1)
+    run_until(config, 1)
+    update = replace(config.update, learning_rate=config.update.learning_rate / 2, recompute=True)
+    one = Run(replace(config, update=update, threads=3), rewarder())
+    try:
+        assert one.resume()
+    finally:
+        asyncio.run(one.close())
+    rate = config.update.learning_rate
+    assert one.changes == [
+        f"threads = 3 (was {config.threads})",
+        f"update.learning_rate = {rate / 2} (was {rate})",
+        "update.recompute = true (was false)",
+    ]
+
+
+def test_engine_arguments_may_differ_and_are_named(make_config) -> None:
+    before = make_config(rollout={"backend": "sglang", "engine_args": {"tp_size": 2, "mem_fraction_static": 0.7}})
+    after = replace(before, rollout=replace(before.rollout, engine_args={"tp_size": 2, "quantization": "fp8"}))
+    saved = json.loads(json.dumps(asdict(before)))
+    assert find_changes(saved, before) == []
+    assert find_changes(saved, after) == [
+        'rollout.engine_args.quantization = "fp8" (was left out)',
+        "rollout.engine_args.mem_fraction_static = left out (was 0.7)",
+    ]
 
 
 def test_groups_survive_packing(make_config) -> None:

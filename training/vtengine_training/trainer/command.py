@@ -81,7 +81,8 @@ def _run(config: GrpoConfig, ranks: Ranks, say: Callable[[str], None]) -> Run:
         ranks.from_first(lambda: stack.enter_context(only_run_in(output)))
         run = Run(config, ranks=ranks)
         if run.resume():
-            say(f"{output}: going on from step {run.step}")
+            otherwise = f"; changed since: {', '.join(run.changes)}" if run.changes else ""
+            say(f"{output}: going on from step {run.step}{otherwise}")
         if ranks.is_first:
             (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
         reporting = open_loggers(config, config.steps, run.step, note) if ranks.is_first else nullcontext(_nothing)

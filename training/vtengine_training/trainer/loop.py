@@ -55,6 +55,7 @@ class Run:
         self.empty_steps = 0
         self.counts: dict[str, int] = {}
         self.seconds_saving = 0.0
+        self.changes: list[str] = []
         self.stop_requested = False
 
     @property
@@ -147,7 +148,10 @@ class Run:
         self.seconds_saving = time.perf_counter() - began
 
     def resume(self) -> bool:
-        """Goes on from the newest checkpoint, if there is one. Raises CheckpointError where it cannot."""
+        """Goes on from the newest checkpoint, if there is one; `changes` says what is set otherwise since then.
+
+        Raises CheckpointError where it cannot.
+        """
         return state.resume(self)
 
     async def close(self) -> None:

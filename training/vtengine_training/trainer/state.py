@@ -33,6 +33,7 @@ from vtengine_training.trainer.trajectory import Group, pack_groups, unpack_grou
 
 if TYPE_CHECKING:
     from vtengine.model import VLModel
+    from vtengine_training.trainer.config import GrpoConfig
     from vtengine_training.trainer.loop import Run
 
 
@@ -128,6 +129,7 @@ def resume(run: Run) -> bool:
         )
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     _check_state(run, folder, state)
+    run.changes = find_changes(state["config"], run.config)
     parts, config = run.parts, run.config
     load_optimizer(parts.learner.optimizer, folder / "optimizer", run.ranks)
     parts.learner.version, parts.learner.skipped = state["version"], state["skipped"]
@@ -155,6 +157,28 @@ def _owned(run: Run, folder: Path, state: Mapping[str, Any]) -> list[Group]:
         return []
     groups = unpack_groups(load_file(folder / "rollouts.safetensors"), state["leftover"])
     return [group for group in groups if run.ranks.owns(group.draw)]
+
+
+def find_changes(saved: Mapping[str, Any], config: GrpoConfig) -> list[str]:
+    """What a run that goes on does otherwise than the one that saved: `field = value (was value)`.
+
+    All that `_check_state` does not compare may differ, engine arguments too: a run goes on at another rate, on another
+    machine, with less memory. saved: the config in its `state.json`.
+    """
+    before, now = _flat(saved), _flat(json.loads(json.dumps(asdict(config))))
+    names = [name for name in (now | before) if name != "output" and before.get(name) != now.get(name)]
+    return [f"{name} = {_shown(now.get(name))} (was {_shown(before.get(name))})" for name in names]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _shown(value: Any) -> str:
+    return "left out" if value is None else json.dumps(value)
 
 
 def _check_state(run: Run, folder: Path, state: Mapping[str, Any]) -> None:
