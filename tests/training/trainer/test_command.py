@@ -196,6 +196,7 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, mo
         ("loss.algorithm=ppo", "must be one of"),
         ("loss.importance_cap=2.0", "recompute"),
         ("checkpoint.keep=0", "1 or more"),
+        ("update.shard_ranks=8", "update.shard_ranks = 8: one process holds all the weights; start several with"),
         ("model=/no/such/folder", "no config.json"),
         ("data.files=[]", "JSONL"),
         ("data.files=['/no/such.jsonl']", "such.jsonl"),

@@ -83,13 +83,18 @@ class Models:
 def build_models(
     config: GrpoConfig, folder: Path, device: torch.device, banned: Collection[int], ranks: Ranks
 ) -> Models:
-    """Loads the checkpoint folder. Raises ModelLoadError, or ValueError for what several ranks cannot do."""
+    """Loads the checkpoint folder. Raises ModelLoadError, or ValueError for what this number of ranks cannot do."""
     if not ranks.is_alone and config.rollout.backend == "sglang":
         raise ValueError(
             f'rollout.backend = "sglang": each of {ranks.size} processes would start an engine, all on one device; '
             "start servers (python -m sglang.launch_server) and give their addresses: http://host:port,http://..."
         )
     update, lora = config.update, config.lora
+    if ranks.is_alone and update.shard_ranks is not None:
+        raise ValueError(
+            f"update.shard_ranks = {update.shard_ranks}: one process holds all the weights; start several with "
+            "torchrun, or leave it out"
+        )
     dtype: torch.dtype = getattr(torch, config.dtype)
     policy_of = partial(
         Policy.build,
