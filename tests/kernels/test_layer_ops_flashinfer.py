@@ -32,6 +32,10 @@ def calls(monkeypatch):
     flashinfer._silu_and_mul.cache_clear()
 
 
+def on_cuda(x):
+    return SimpleNamespace(is_cuda=True, dtype=x.dtype, shape=x.shape, element_size=x.element_size)
+
+
 def test_it_is_called_with_rows_as_it_wants_them(calls):
     wide = torch.randn(6, 96).bfloat16()
     for x in (wide, wide[:, :64], wide[::2]):
@@ -43,11 +47,12 @@ def test_it_is_called_with_rows_as_it_wants_them(calls):
 def test_auto_takes_it_in_inference_on_cuda_only(calls, monkeypatch):
     x = torch.randn(3, 64).bfloat16()
     with torch.inference_mode():
-        assert not flashinfer.takes(x) and flashinfer.takes(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16))
-        assert not flashinfer.takes(SimpleNamespace(is_cuda=True, dtype=torch.float32))
+        assert not flashinfer.takes(x) and flashinfer.takes(on_cuda(x))
+        assert not flashinfer.takes(on_cuda(x.float()))
+        assert not flashinfer.takes(on_cuda(torch.zeros(3, 2 * 3420).bfloat16()))  # Qwen2.5-VL's tower: 6840 bytes
         with pytest.raises(ValueError, match="takes no"):
             layer_ops.swiglu(x, impl="flashinfer")
-    assert not flashinfer.takes(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16))  # gradients may be wanted
+    assert not flashinfer.takes(on_cuda(x))  # gradients may be wanted
     monkeypatch.setattr(flashinfer, "takes", lambda x: torch.is_inference_mode_enabled())
     assert torch.equal(layer_ops.swiglu(x), plain.swiglu(x)) and not calls
     with torch.inference_mode():
@@ -72,3 +77,7 @@ def test_on_the_gpu_it_errs_no_more_than_torch(dtype):
         with torch.inference_mode():
             out, torchs = (layer_ops.swiglu(x, impl=impl) for impl in ("flashinfer", "torch"))
         assert (out - exact).norm() <= 1.5 * (torchs - exact).norm()
+    x = torch.randn(7, 2 * 3420, device="cuda", dtype=dtype) * 4
+    with torch.inference_mode():
+        assert not flashinfer.takes(x) and torch.equal(layer_ops.swiglu(x), plain.swiglu(x))
+    torch.cuda.synchronize()  # a kernel that read between two pieces would be known now
