@@ -25,31 +25,33 @@ class Availability:
 
 
 def report() -> list[Availability]:
-    """Every implementation of every op, the preferred one of an op first."""
+    """Every implementation of every op, the preferred one of an op first; what no "auto" takes stands last."""
     return [
         _native(
             "patchify", "images are prepared 10 to 100 times slower, with numpy, and need several times the memory"
         ),
         Availability("patchify", "ref", True, "numpy, one thread"),
         _triton("patchify"),  # for images that are brought to a GPU, where it is the only one
-        *_installed("prefix_attention"),
+        _flash_attn3("prefix_attention"),
         _native(
             "prefix_attention", "decoding copies and pads its keys and values: 1.5 to 2 times slower at 64 requests"
         ),
         _triton("prefix_attention"),
         Availability("prefix_attention", "ref", True, "torch"),
-        *_installed("paged_prefill"),
+        _flashinfer("prefix_attention", "paged attention"),
+        _flash_attn3("paged_prefill"),
         _triton("paged_prefill"),
         Availability("paged_prefill", "ref", True, "torch; the engine gathers pages instead"),
+        _flashinfer("paged_prefill", "paged attention"),
         _triton("kv_store"),
         Availability("kv_store", "torch", True, "torch, two indexed copies"),
         Availability("kv_store", "ref", True, "torch, one token at a time"),
         _flash("shared_prefix_attention"),
         Availability("shared_prefix_attention", "tiles", True, "torch, matrix products over tiles"),
         Availability("shared_prefix_attention", "ref", True, "torch"),
-        _gate("layer_ops"),
         _native("layer_ops", "norms, gates and rotary embeddings of inference make three to five passes over memory"),
         Availability("layer_ops", "torch", True, "torch"),
+        _flashinfer("layer_ops", "the gate in inference"),
         _triton("visual_scatter"),
         Availability("visual_scatter", "ref", True, "torch"),
         *_rows("token_logprob"),
@@ -101,20 +103,20 @@ def _flash(op: str) -> Availability:
     )
 
 
-def _installed(op: str) -> list[Availability]:
-    """Paged attention of other packages."""
-    from vtengine_kernels import flash_attn3, flashinfer_paged
+def _flash_attn3(op: str) -> Availability:
+    from vtengine_kernels import flash_attn3
 
-    modules = {"flash": (flash_attn3, "flash-attn 3"), "flashinfer": (flashinfer_paged, "FlashInfer")}
-    found = {name: (module.missing(), f"{says}, float16, bfloat16") for name, (module, says) in modules.items()}
-    return [Availability(op, name, reason is None, reason or says) for name, (reason, says) in found.items()]
+    reason = flash_attn3.missing()
+    return Availability(op, "flash", reason is None, reason or "flash-attn 3, float16, bfloat16")
 
 
-def _gate(op: str) -> Availability:
-    from vtengine_kernels.layer_ops import flashinfer
+def _flashinfer(op: str, does: str) -> Availability:
+    from vtengine_kernels import flashinfer_paged
 
-    reason = flashinfer.missing()
-    return Availability(op, "flashinfer", reason is None, reason or "FlashInfer, the gate in inference, 16 bits")
+    reason = flashinfer_paged.missing()
+    return Availability(
+        op, "flashinfer", reason is None, reason or f"FlashInfer, {does}, float16, bfloat16; only by name"
+    )
 
 
 def _rows(op: str) -> list[Availability]:

@@ -2,7 +2,11 @@
 
 Its wrappers take our pages as they are (layout NHD, keys and values apart). `plan` says which pages and rows there are
 and `run` computes a layer; a plan serves all layers of a pass, which give it the same tensors. Planning reads lengths
-on the host, so it cannot be captured in a CUDA graph, and captured decode steps do not come here.
+on the host, so it cannot be captured in a CUDA graph.
+
+No impl "auto" takes it: each op lists it after an implementation that takes everything. Where its compiled kernels
+(flashinfer-jit-cache) are not installed, the first call of each kind compiles for minutes or fails for want of nvcc,
+which only that call can tell, and no measurement says that it would win.
 API: docs.flashinfer.ai, BatchDecodeWithPagedKVCacheWrapper and BatchPrefillWithPagedKVCacheWrapper.
 """
 

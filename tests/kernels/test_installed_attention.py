@@ -162,6 +162,20 @@ def test_they_are_not_taken_where_they_cannot_run(installed):
             prefix_attention(*problem((1,), (3,), torch.bfloat16)[:5], impl="flash")
 
 
+def test_auto_takes_no_flashinfer(installed, monkeypatch):
+    """It may have to be compiled at its first call, in the middle of a step."""
+    monkeypatch.setattr(flash_attn3, "missing", lambda: "not here")
+    for module in (decode_flashinfer, prefill_flashinfer):
+        monkeypatch.setattr(module, "missing", lambda: None)
+        monkeypatch.setattr(module, "takes", lambda keys: True)
+    q, keys, values, tables, seen, offsets = problem((1, 1), (20, 33), torch.bfloat16)
+    prefix_attention(q, keys, values, tables, seen)
+    paged_prefill(q, keys, values, tables, seen, offsets, 1)
+    assert not flashinfer_paged.planned.cache_info().currsize
+    prefix_attention(q, keys, values, tables, seen, impl="flashinfer")
+    assert flashinfer_paged.planned.cache_info().currsize == 1
+
+
 def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

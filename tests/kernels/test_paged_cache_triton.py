@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused():
         ({"q": k.double()}, "must be equal"),
         ({"offsets": torch.tensor([0])}, r"\[N \+ 1\]"),
         ({"lengths": torch.tensor([5.0])}, "must be int64"),
-        ({"impl": "cuda"}, "must be one of auto, flash, flashinfer, triton, ref"),
+        ({"impl": "cuda"}, "must be one of auto, flash, triton, ref, flashinfer"),
     ):
         with pytest.raises(ValueError, match=message):
             paged_prefill(**good | change)

@@ -2,7 +2,7 @@
 
 Suffixes: N rows, H numbers of a row, I half of them, D head size. A row's result depends on nothing but the row.
 "torch": any device and dtype, differentiable. "cpu": float32 on the CPU, in inference mode. "flashinfer": `swiglu` in
-16 bits on CUDA, in inference mode.
+16 bits on CUDA, in inference mode, and only by name (see `flashinfer_paged`).
 ValueError: shapes or devices that do not fit, no such `impl`, or it does not take these tensors.
 RuntimeError: `impl` is not available here.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 from vtengine_kernels.dispatch import select
 from vtengine_kernels.layer_ops import flashinfer, native, plain
 
-Impl = Literal["auto", "flashinfer", "cpu", "torch"]
+Impl = Literal["auto", "cpu", "torch", "flashinfer"]
 
 _IMPLS: dict[str, ModuleType] = {"cpu": native, "torch": plain}
-_GATES = {"flashinfer": flashinfer, **_IMPLS}
+_GATES = {**_IMPLS, "flashinfer": flashinfer}
 
 __all__ = ["Impl", "rms_norm", "rotary", "swiglu"]
 

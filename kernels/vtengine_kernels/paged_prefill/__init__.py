@@ -16,9 +16,9 @@ from torch import Tensor
 from vtengine_kernels.dispatch import select
 from vtengine_kernels.paged_prefill import flash, flashinfer, ref, triton
 
-Impl = Literal["auto", "flash", "flashinfer", "triton", "ref"]
+Impl = Literal["auto", "flash", "triton", "ref", "flashinfer"]
 
-_IMPLS: dict[str, ModuleType] = {"flash": flash, "flashinfer": flashinfer, "triton": triton, "ref": ref}
+_IMPLS: dict[str, ModuleType] = {"flash": flash, "triton": triton, "ref": ref, "flashinfer": flashinfer}
 
 __all__ = ["Impl", "available", "paged_prefill"]
 
@@ -38,8 +38,8 @@ def paged_prefill(
     host. Every row has at least one query and no more than its length; lengths fit the tables (not checked, nor are
     page numbers). What lies beyond a length may hold anything, NaN too.
 
-    "flash", "flashinfer": CUDA, 16 bits, where these packages are installed. "triton": CUDA, 16-bit and float32, head
-    sizes up to 128. "ref": all.
+    "flash", "flashinfer": CUDA, 16 bits, where these packages are installed; "auto" never takes FlashInfer (see
+    `flashinfer_paged`). "triton": CUDA, 16-bit and float32, head sizes up to 128. "ref": all.
     ValueError: shapes or dtypes that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, keys, values, tables, lengths, offsets)

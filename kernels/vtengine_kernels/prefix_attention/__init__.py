@@ -19,9 +19,9 @@ from vtengine_kernels.dispatch import select
 from vtengine_kernels.prefix_attention import flash, flashinfer, native, ref, triton
 from vtengine_kernels.prefix_attention.siblings import Crossover, Siblings
 
-Impl = Literal["auto", "flash", "flashinfer", "triton", "cpu", "ref"]
+Impl = Literal["auto", "flash", "triton", "cpu", "ref", "flashinfer"]
 
-_IMPLS: dict[str, ModuleType] = {"flash": flash, "flashinfer": flashinfer, "triton": triton, "cpu": native, "ref": ref}
+_IMPLS: dict[str, ModuleType] = {"flash": flash, "triton": triton, "cpu": native, "ref": ref, "flashinfer": flashinfer}
 _SHARING = {name: _IMPLS[name] for name in ("triton", "cpu", "ref")}
 
 __all__ = ["Crossover", "Impl", "Siblings", "available", "capturable", "crossover", "prefix_attention"]
@@ -55,8 +55,8 @@ def prefix_attention(
     anything, NaN too.
 
     "flash", "flashinfer": CUDA, 16 bits, where these packages are installed; they know no siblings, so "auto" takes
-    another where there are some. "triton": CUDA, 16-bit and float32. "cpu": float32, head sizes 16, 32, 64, 80, 96,
-    128, 256. "ref": all.
+    another where there are some, and it never takes FlashInfer (see `flashinfer_paged`). "triton": CUDA, 16-bit and
+    float32. "cpu": float32, head sizes 16, 32, 64, 80, 96, 128, 256. "ref": all.
     ValueError: shapes, dtypes, layouts or devices that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, keys, values, tables, lengths)
