@@ -1,8 +1,8 @@
 """FlashInfer's gate, where it is installed: float16 and bfloat16 on CUDA, in inference mode, one pass over memory.
 
 Its input is ours, gate and up in one tensor. API: `silu_and_mul` of flashinfer/activation.py. Its kernel reads both in
-pieces of 16 bytes (include/flashinfer/activation.cuh), and versions before its pull request 5013 fault where `up` begins
-between two of them, as in the vision tower of Qwen2.5-VL (3420 numbers).
+pieces of 16 bytes (include/flashinfer/activation.cuh), and versions before its pull request 5013 fault where `up`
+begins between two of them, as in the vision tower of Qwen2.5-VL (3420 numbers).
 """
 
 from __future__ import annotations
