@@ -46,3 +46,25 @@ def test_engine_arguments_are_for_an_engine_in_the_process(vtengine: Run, questi
     for backend in ("embedded", "http://127.0.0.1:9"):
         done = vtengine(*line, "--backend", backend)
         assert done.status == 2 and f"is for --backend sglang, the backend is {backend}" in done.err
+
+
+def test_a_turn_that_takes_too_long_has_failed(
+    fake: FakeSglang, checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path
+) -> None:
+    """Of 8 tokens, 2 s; the shared prompt before them asks for one."""
+    fake.token_s = 0.25
+    line = ["generate", questions(2), "-o", tmp_path / "out.jsonl", "--model", checkpoint, "--backend", fake.url]
+    line += ["--max-new-tokens", "8"]
+    done = vtengine(*line, "--deadline-s", "1")
+    assert done.status == 3, done.err
+    for row in rows_of(tmp_path / "out.jsonl"):
+        assert row["status"] == "failed" and "not done after 1.0 s (deadline_s)" in row["error"]["message"]
+    fake.token_s = 0.0
+    done = vtengine(*line, "--deadline-s", "0", "--resume")
+    assert done.status == 0, done.err
+    assert [row["turns"][0]["completion_tokens"] for row in rows_of(tmp_path / "out.jsonl")] == [8] * 2
+
+
+def test_a_deadline_is_for_sglang(vtengine: Run, questions: Run, tmp_path: Path) -> None:
+    done = vtengine("generate", questions(1), "-o", tmp_path / "out.jsonl", "--deadline-s", "5")
+    assert done.status == 2 and "--deadline-s 5: is for --backend sglang or URL, the backend is embedded" in done.err

@@ -248,6 +248,12 @@ def _add_machine(parser: Parser) -> None:
         metavar="NAME=VALUE",
         help="of SGLang's engine, with --backend sglang: tp_size=2; may be given several times",
     )
+    add(
+        "--deadline-s",
+        type=_real(0.0, 1e6),
+        metavar="S",
+        help="longest time of a turn at SGLang, 0 for no bound; what is later has failed (default: 600)",
+    )
 
 
 def _add_view(parser: Parser) -> None:

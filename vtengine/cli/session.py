@@ -74,10 +74,14 @@ async def open_session(
 
 
 def check_backend(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for a backend that is not there, and for engine arguments that it cannot take."""
+    """Raises UsageError for a backend that is not there, and for settings that it cannot take."""
     name = arguments.backend
     if arguments.engine_arg and name != "sglang":
         raise UsageError(f"--engine-arg {arguments.engine_arg[0]}: is for --backend sglang, the backend is {name}")
+    if arguments.deadline_s is not None and name != "sglang" and not name.startswith(SERVERS):
+        raise UsageError(
+            f"--deadline-s {arguments.deadline_s:g}: is for --backend sglang or URL, the backend is {name}"
+        )
     if name == "embedded" or name.startswith(SCRIPTED):
         return
     if name == "sglang":
@@ -192,13 +196,14 @@ def _sglang(
     from vtengine.engine.sglang import SglangEngineBackend, connect_servers
 
     name, key = arguments.backend, os.environ.get(API_KEY)
+    options: dict[str, Any] = {"max_chunks_per_s": max_chunks_per_s}
+    if arguments.deadline_s is not None:
+        options["deadline_s"] = arguments.deadline_s or None
     try:
         if name != "sglang":
-            return connect_servers(name, folder, api_key=key, max_chunks_per_s=max_chunks_per_s)
+            return connect_servers(name, folder, api_key=key, **options)
         kind, extra = str(dtype).removeprefix("torch."), read_data(overrides=arguments.engine_arg)
-        return SglangEngineBackend(
-            folder, device=str(device), dtype=kind, arguments=extra, max_chunks_per_s=max_chunks_per_s
-        )
+        return SglangEngineBackend(folder, device=str(device), dtype=kind, arguments=extra, **options)
     except ValueError as error:
         raise UsageError(f"--backend {name}: {one_line(error)}") from None
 
