@@ -55,6 +55,21 @@ def test_an_older_file_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "o.jsonl.previous").read_bytes() == b'{"id": 1}\n'
 
 
+def test_no_older_file_is_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "o.jsonl"
+    for number in range(1, 5):
+        written(path, {"id": number})
+    names = ("o.jsonl.previous", "o.jsonl.previous.2", "o.jsonl.previous.3", "o.jsonl")
+    assert {name: (tmp_path / name).read_text() for name in names} == {
+        name: f'{{"id": {number}}}\n' for number, name in enumerate(names, 1)
+    }
+    (tmp_path / "o.jsonl.previous").unlink()
+    (tmp_path / "o.jsonl.previous.kept").write_text("rows put aside\n")
+    written(path, {"id": 5})
+    assert (tmp_path / "o.jsonl.previous.4").exists()
+    assert (tmp_path / "o.jsonl.previous.kept").read_text() == "rows put aside\n"
+
+
 def test_a_reader_that_has_gone_is_no_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "pipe"
     os.mkfifo(path)

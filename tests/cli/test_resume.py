@@ -151,6 +151,23 @@ def test_an_older_output_is_kept(uninterrupted: Path, vtengine: Run, scripted: R
     assert "--resume goes on" in vtengine(*arguments(tmp_path, uninterrupted, scripted())).err
 
 
+def test_an_unfinished_output_goes_on_under_its_new_name(
+    uninterrupted: Path, process: Run, vtengine: Run, scripted: Run, without_times: Run, tmp_path: Path
+) -> None:
+    out, kept = tmp_path / "out.jsonl", tmp_path / "out.jsonl.previous"
+    running = process(*arguments(tmp_path, out, scripted(SLOW)))
+    running.wait_for_rows(out, 3)
+    running.popen.kill()
+    running.finish()
+    begun = out.read_bytes()
+    done = vtengine(*arguments(tmp_path, out, scripted(SLOW), "--seed", "5"))
+    assert "of a run that was not finished" in done.err and kept.read_bytes() == begun
+    refused = vtengine(*arguments(tmp_path, kept, scripted(SLOW), "--resume", "--seed", "5"))
+    assert refused.status == 2 and "seed was 0, is 5" in refused.err
+    assert vtengine(*arguments(tmp_path, kept, scripted(SLOW), "--resume")).status == 3
+    assert without_times(kept) == without_times(uninterrupted)
+
+
 def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 

@@ -66,7 +66,7 @@ def test_help_and_usage_errors_import_nothing_heavy() -> None:
         (["generate", "absent.jsonl", "-o", "o"], ["absent.jsonl", "No such file"]),
         (["generate", ".", "-o", "o"], ["directory"]),
         (["generate", "in.jsonl", "-o", "in.jsonl"], ["input itself"]),
-        (["generate", "old.jsonl.previous", "-o", "old.jsonl"], ["old.jsonl.previous", "is the input"]),
+        (["generate", "old.jsonl.kept", "-o", "old.jsonl"], ["old.jsonl.kept", "is the input"]),
         (["generate", "old.jsonl.run", "-o", "old.jsonl"], ["old.jsonl.run", "is the input"]),
         (["generate", "/dev/null", "-o", "o"], ["/dev/null", "regular file"]),
         (["generate", "-", "-o", "o"], ["-", "regular file"]),
@@ -93,7 +93,7 @@ def test_bad_usage_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text('{"image": "p.png", "question": "q"}\n')
     (tmp_path / "out.jsonl").write_text('{"status": "answered"}\n')
-    for name in ("old.jsonl", "old.jsonl.previous", "old.jsonl.run"):
+    for name in ("old.jsonl", "old.jsonl.kept", "old.jsonl.run"):
         (tmp_path / name).write_text('{"image": "p.png", "question": "q"}\n')
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))

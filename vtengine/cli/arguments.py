@@ -20,7 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 _EXIT_STATUSES = """exit status:
   0 every row was processed; 3 some were rejected or failed (each has a row with its code); 2 bad usage;
   1 the run could not go on (disk full, engine broke); 130 Ctrl-C, 143 SIGTERM. After 1, 130 and 143, --resume goes on;
-  without it an older OUT.jsonl is kept as OUT.jsonl.previous."""
+  without it an older OUT.jsonl is kept as OUT.jsonl.previous, the next one as OUT.jsonl.previous.2, and so on."""
 
 _GENERATE = f"""examples:
   vtengine generate questions.jsonl -o answers.jsonl --model glance

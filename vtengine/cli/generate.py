@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, one_line
 from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
-from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, previous_path, settings_path
+from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, settings_path
 from vtengine.cli.progress import Progress
 from vtengine.cli.resume import KeptRows, Place, find_rows
 from vtengine.cli.scoring import is_correct
@@ -117,12 +117,11 @@ class _Task:
         if self.kept:
             self.kept.save()
         target = self.arguments.output
-        replaces = self.resume_at is None and target.is_file() and target.stat().st_size > 0
-        unfinished = replaces and settings_path(target).exists()
         output = OutputFile(target, sampling_settings(self.arguments), resume_at=self.resume_at)
-        if replaces and not self.arguments.quiet:
+        if output.previous is not None and not self.arguments.quiet:
+            unfinished = settings_path(output.previous).exists()
             hint = " (of a run that was not finished; --resume goes on with one)" if unfinished else ""
-            print(f"{target}: the older file{hint} is now {previous_path(target)}", file=sys.stderr)
+            print(f"{target}: the older file{hint} is now {output.previous}", file=sys.stderr)
         return output
 
     def close_output(self, output: OutputFile, *, finished: bool) -> None:
@@ -138,7 +137,7 @@ def _check_files(source: Path, target: Path) -> None:
         raise UsageError(f"{source}: is not a regular file; the input is read twice, so save it to a file first")
     if str(target) == "-":
         raise UsageError("-o -: name a file, or /dev/stdout")
-    for path in (target, previous_path(target), settings_path(target), kept_path(target)):
+    for path in (target, settings_path(target), kept_path(target)):
         if path.exists() and source.exists() and path.samefile(source):
             written = "the input itself" if path == target else f"written together with {path}, which is the input"
             raise UsageError(f"-o {target}: is {written}")

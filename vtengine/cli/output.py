@@ -8,6 +8,7 @@ meanwhile: of two runs that write to one file, the second is refused.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import stat
@@ -40,7 +41,7 @@ def complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 class OutputFile:
-    """Appends rows. `resume_at` cuts the file to that many bytes first; without it an older file becomes `.previous`.
+    """Appends rows. `resume_at` cuts the file to that many bytes first; without it an older file becomes `previous`.
 
     Raises UsageError when the path cannot be written. Later failures (disk full) raise CliError from `append` or
     `sync`, and leave the file with whole rows and at most one torn last line, which `--resume` cuts.
@@ -48,14 +49,16 @@ class OutputFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, resume_at: int | None = None) -> None:
         self.path = path
+        self.previous: Path | None = None
         self._marker = settings_path(path)
         self._regular = not path.exists() or stat.S_ISREG(path.stat().st_mode)
         self._synced_s = time.monotonic()
         try:
             if resume_at is None and self._regular and path.exists() and path.stat().st_size:
-                path.replace(previous_path(path))
-                if kept_path(path).exists():  # of an unfinished second try
-                    kept_path(path).replace(kept_path(previous_path(path)))
+                self.previous = free_previous(path)
+                for part in _PARTS:  # of an unfinished run there are several: it can still be resumed
+                    if part(path).exists():
+                        part(path).replace(part(self.previous))
             self._file = path.open("ab", buffering=0)
             if self._regular:
                 _lock(self._file, path)
@@ -130,11 +133,6 @@ def lock(file: IO[bytes]) -> bool:
     return True
 
 
-def previous_path(path: Path) -> Path:
-    """Where an older output is kept."""
-    return path.with_name(path.name + ".previous")
-
-
 def kept_path(path: Path) -> Path:
     """Where good rows behind a failed one wait while it is tried again."""
     return path.with_name(path.name + ".kept")
@@ -143,6 +141,16 @@ def kept_path(path: Path) -> Path:
 def settings_path(path: Path) -> Path:
     """Where the settings of an unfinished run are kept."""
     return path.with_name(path.name + ".run")
+
+
+_PARTS = (Path, kept_path, settings_path)
+
+
+def free_previous(path: Path) -> Path:
+    """Where an older output is kept: `.previous`, or if there is one `.previous.2`, and so on."""
+    names = (f"{path.name}.previous{'' if number == 1 else f'.{number}'}" for number in itertools.count(1))
+    places = (path.with_name(name) for name in names)
+    return next(place for place in places if not any(part(place).exists() for part in _PARTS))
 
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
