@@ -8,9 +8,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from vtengine_training.sync import gathered as gathered_weights
 from vtengine_training.sync.gathered import gathered
@@ -56,6 +58,19 @@ def gradients(run: Run, max_tokens: tuple[int, ...], blind: bool = False) -> dic
     return found
 
 
+def sums_over_copies(run: Run, max_tokens: tuple[int, ...]) -> list[list[int]]:
+    """[micro-batches, sums over the copies of the weights] of one mini-batch, for each bound on the tokens."""
+    found, groups = [], collect(run)
+    for bound in max_tokens:
+        learner = probe(run, max_tokens=bound)
+        minibatch = learner.build(groups)
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as summed:
+            learner.backward(minibatch, None, _Sums())
+        found.append([len(minibatch.batches), summed.call_count])
+    asyncio.run(run.close())
+    return found
+
+
 def curve(run: Run, stop: int) -> list[dict[str, float]]:
     """The metrics of a run until after step `stop`, from where it is."""
     rows: list[dict[str, float]] = []
@@ -91,6 +106,10 @@ def do(config: GrpoConfig, ranks: Ranks, out: Path, what: str) -> None:
         tensors = gradients(run, (1, 200, 10**6), what == "gradients-blind")
         if ranks.is_first:
             save_file(tensors, out)
+    elif what == "sums-over-copies":
+        counted = sums_over_copies(run, (1, 10**6))
+        if ranks.is_first:
+            out.write_text(json.dumps(counted))
     elif what.startswith("curve"):
         rows = curve(run, int(what.partition("-")[2]))
         if ranks.is_first:

@@ -129,6 +129,13 @@ def test_two_copies_in_two_pieces_each(make_config, four_ranks, tmp_path, lora) 
     close_rows(four_ranks(several, "curve-99"), rows[2:], 1e-3)
 
 
+def test_copies_are_summed_once_for_each_update(make_config, four_ranks) -> None:
+    """Each FSDP group's gradients go between nodes with the last micro-batch, however many there are."""
+    found = four_ranks(make_config(update={"shard_ranks": 2}, rollout={"prompts": 3, **ALONE}), "sums-over-copies")
+    (many, sums), (one, expected) = found
+    assert many > one and sums == expected > 0
+
+
 def test_copies_must_come_out_even() -> None:
     with pytest.raises(ValueError, match=r"shard_ranks = 2: must divide the number of ranks \(3\)"):
         Ranks(0, 3).mesh(torch.device("cpu"), 2)

@@ -47,6 +47,13 @@ class Sharded:
             cast(FSDPModule, self.whole).reshard()  # no backward pass will do it
         return result
 
+    def sum_copies(self, now: bool) -> None:
+        """HSDP: whether the next backward pass sums the gradients over the copies, those of the passes before it too.
+
+        Every rank says the same. Without copies it changes nothing.
+        """
+        cast(FSDPModule, self.whole).set_requires_all_reduce(now)
+
 
 def shard(
     checkpoint: Checkpoint,

@@ -21,6 +21,7 @@ from vtengine_training.trainer.objective import kernel_objective, kernel_tokens
 from vtengine_training.trainer.padding import needs_padding, padding
 from vtengine_training.trainer.policy import Policy
 from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.sharding import Sharded
 from vtengine_training.trainer.trajectory import Group, Trajectory
 
 Outline = list[tuple[int, list[int]]]
@@ -150,6 +151,8 @@ class Learner:
         """
         loss = 0.0
         for index, batch in enumerate(minibatch.batches):
+            if isinstance(self.policy.enter, Sharded):
+                self.policy.enter.sum_copies(index == len(minibatch.batches) - 1)
             counted = sums if index < minibatch.num_own else None
             loss += self._backward(batch, None if old is None else old[index], counted, sampled_by)
         return loss
