@@ -114,19 +114,20 @@ def test_sixteen_bits_with_adapters_in_float32(make_config, ranks) -> None:
 @pytest.mark.parametrize("lora", [{}, {"rank": 3, "vision": True}], ids=["whole", "adapters"])
 def test_two_copies_in_two_pieces_each(make_config, four_ranks, tmp_path, lora) -> None:
     """Four ranks as two nodes of two: the same loss and gradients, and a run that one process or four go on with."""
-    update = {"shard_ranks": 2, "learning_rate": 1e-3, "max_tokens": 200}
+    update = {"learning_rate": 1e-3, "max_tokens": 200}
     settings = {"lora": lora, "loss": {"kl_coef": 0.1}, "rollout": {"prompts": 3, **ALONE}, "update": update}
-    config = make_config(**settings, output=str(tmp_path / "one"))
-    expected = ranks_worker.gradients(Run(config, rewarder()), (1, 200, 10**6))
-    found = four_ranks(config, "gradients")
+    several = {**settings, "update": {**update, "shard_ranks": 2}, "output": str(tmp_path / "several")}
+    alone = make_config(**settings, output=str(tmp_path / "one"))
+    expected = ranks_worker.gradients(Run(alone, rewarder()), (1, 200, 10**6))
+    found = four_ranks(make_config(**several), "gradients")
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
         assert (found[name] - wanted).abs().max() <= 1e-6, name
-    rows = ranks_worker.curve(Run(config, rewarder()), 99)
-    several = make_config(**settings, output=str(tmp_path / "several"))
-    close_rows(four_ranks(several, "curve-1"), rows[:1], 1e-3)
-    close_rows(ranks_worker.curve(Run(several, rewarder()), 2), rows[1:2], 1e-3)
-    close_rows(four_ranks(several, "curve-99"), rows[2:], 1e-3)
+    rows = ranks_worker.curve(Run(alone, rewarder()), 99)
+    close_rows(four_ranks(make_config(**several), "curve-1"), rows[:1], 1e-3)
+    one_goes_on = make_config(**settings, output=several["output"])
+    close_rows(ranks_worker.curve(Run(one_goes_on, rewarder()), 2), rows[1:2], 1e-3)
+    close_rows(four_ranks(make_config(**several), "curve-99"), rows[2:], 1e-3)
 
 
 def test_copies_are_summed_once_for_each_update(make_config, four_ranks) -> None:
