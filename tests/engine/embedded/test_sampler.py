@@ -19,7 +19,7 @@ def draw(count=DRAWS, banned=(), logits=None, **params):
     """`count` draws from PROBS as one batch of different seeds: (frequencies [V], logprob per id)."""
     logits = PROBS.log() if logits is None else logits
     plan = SamplingPlan.build([SamplingParams(**params)] * count, range(count), banned, 5, torch.device("cpu"))
-    ids, logprobs = sample(logits.repeat(count, 1), plan, np.zeros(count, dtype=np.uint64))
+    ids, logprobs = sample(logits.repeat(count, 1), plan, plan.draws(np.zeros(count, dtype=np.uint64)))
     known = {int(i): float(p) for i, p in zip(ids, logprobs, strict=True)}
     return torch.bincount(ids, minlength=5) / count, known
 
@@ -66,10 +66,11 @@ def test_a_row_does_not_depend_on_the_others():
     logits = torch.randn(4, 5)
     seeds, counters = [3, 4, 5, 2**64 + 6], np.array([0, 7, 2, 9], dtype=np.uint64)
     device = torch.device("cpu")
-    together = sample(logits.clone(), SamplingPlan.build(params, seeds, (), 5, device), counters)
+    plan = SamplingPlan.build(params, seeds, (), 5, device)
+    together = sample(logits.clone(), plan, plan.draws(counters))
     for row in range(4):
         plan = SamplingPlan.build(params[row : row + 1], seeds[row : row + 1], (), 5, device)
-        alone = sample(logits[row : row + 1].clone(), plan, counters[row : row + 1])
+        alone = sample(logits[row : row + 1].clone(), plan, plan.draws(counters[row : row + 1]))
         assert alone[0][0] == together[0][row]
         assert alone[1][0] == pytest.approx(float(together[1][row]), abs=1e-6)
 

@@ -14,6 +14,7 @@ from vtengine.engine.embedded.decode_graphs import DecodeGraphs
 from vtengine.engine.embedded.encoder import Encoder
 from vtengine.engine.embedded.families import Families
 from vtengine.engine.embedded.sampler import SamplingPlan, sample
+from vtengine.engine.embedded.upload import upload
 
 if TYPE_CHECKING:
     from vtengine.engine.embedded.scheduler import Row
@@ -42,6 +43,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, rows: list[Row]) -> tuple[list[int], list[float]]:
         """Computes the rows; returns a sampled id and its logprob for each row that samples, in order."""
+        sequences = [row.sequence for row in rows if row.samples]
+        sampling = self._sampling(sequences) if sequences else None  # before the pass: what it sends waits for no pass
         layout = self._layout(rows)
         slots = gather_slots(layout, self.cache.page_size)
         token_ids, positions = self._inputs(rows)
@@ -50,11 +53,10 @@ class Runner:
             hidden = self.graphs.run(token_ids, positions, slots, layout, self._families.of(layout.held))
             hidden = hidden if sampled is None else hidden.index_select(0, sampled)
         else:
-            ids, places, slots_T = (torch.from_numpy(x).to(self.model.device) for x in (token_ids, positions, slots))
+            ids, places, slots_T = upload((token_ids, positions, slots), self.model.device)
             attention = PagedAttention(self.cache, layout, slots_T, self._scratch, self._families)
             hidden = self.model.decode(self.model.embed(ids, features), places, attention, sampled)
-        sequences = [row.sequence for row in rows if row.samples]
-        return self._sample(sequences, hidden) if sequences else ([], [])
+        return ([], []) if sampling is None else self._sample(sequences, hidden, *sampling)
 
     def _layout(self, rows: list[Row]) -> RowLayout:
         count = np.array([row.count for row in rows], dtype=np.int64)
@@ -129,12 +131,23 @@ class Runner:
         if sampling.all() and (layout.count == 1).all():
             return None
         last = (layout.begin + layout.count - 1)[sampling]
-        return torch.from_numpy(last).to(self.model.device)
+        return upload([last], self.model.device)[0]
 
-    def _sample(self, sequences: list[Sequence], hidden: Tensor) -> tuple[list[int], list[float]]:
-        counters = np.array([s.num_outputs for s in sequences], dtype=np.uint64)
-        logits = self.model.logits(hidden)
-        ids, found = sample(logits, self._sampling_plan(sequences, logits), counters)
+    def _sampling(self, sequences: list[Sequence]) -> tuple[SamplingPlan, Tensor | None]:
+        """The plan of these sequences and their random numbers of this step."""
+        key = tuple(s.arrival for s in sequences)
+        if self._plan is None or self._plan[0] != key:
+            params = [s.request.sampling for s in sequences]
+            seeds = [s.seed for s in sequences]
+            vocab = self.model.config.text.vocab_size
+            self._plan = key, SamplingPlan.build(params, seeds, self._banned, vocab, self.model.device)
+        plan = self._plan[1]
+        return plan, plan.draws(np.array([s.num_outputs for s in sequences], dtype=np.uint64))
+
+    def _sample(
+        self, sequences: list[Sequence], hidden: Tensor, plan: SamplingPlan, draws: Tensor | None
+    ) -> tuple[list[int], list[float]]:
+        ids, found = sample(self.model.logits(hidden), plan, draws)
         logprobs = found.tolist()
         for sequence, logprob in zip(sequences, logprobs, strict=True):
             if math.isnan(logprob):  # the id is then arbitrary, and what was cached may hold NaN too
@@ -143,15 +156,6 @@ class Runner:
                     f"in {self.model.dtype}; load it in float32, or take a checkpoint from before the training diverged"
                 )
         return ids.tolist(), logprobs
-
-    def _sampling_plan(self, sequences: list[Sequence], logits: Tensor) -> SamplingPlan:
-        key = tuple(s.arrival for s in sequences)
-        if self._plan is None or self._plan[0] != key:
-            params = [s.request.sampling for s in sequences]
-            seeds = [s.seed for s in sequences]
-            plan = SamplingPlan.build(params, seeds, self._banned, logits.shape[1], logits.device)
-            self._plan = (key, plan)
-        return self._plan[1]
 
     def forget(self) -> None:
         """Drops the visual features, the keys and values, and every reference to sequences."""

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtengine.engine.embedded.upload import upload
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -41,43 +43,64 @@ def seed_bits(seed: int) -> int:
 
 
 @dataclass(frozen=True)
-class SamplingPlan:
-    """The sampling parameters of a batch as tensors; valid as long as the batch has the same requests in it.
+class Rows:
+    """Rows of a batch that are sampled in the same way: index int64 [n], top_k int64 [n, 1], the others float32 [n, 1].
 
-    bias: (rows [B], ids [B], values [B]) or None. greedy, plain and truncated partition the rows.
+    kind: 0 greedy, 1 with a temperature only, 2 truncated.
+    """
+
+    kind: int
+    index: Tensor
+    top_k: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The sampling parameters of a batch on the device; valid as long as the batch has the same requests in it.
+
+    bias: (rows [B], ids [B], values [B]) or None. banned: ids that no request may sample, or None. parts: a partition
+    of the rows. The seeds uint64 [N] stay on the host.
     """
 
     seeds: np.ndarray
+    device: torch.device
     bias: tuple[Tensor, Tensor, Tensor] | None
-    greedy: Tensor
-    plain: Tensor
-    truncated: Tensor
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
+    banned: Tensor | None
+    parts: tuple[Rows, ...]
 
     @staticmethod
     def build(
         params: Sequence[SamplingParams], seeds: Sequence[int], banned: Sequence[int], vocab: int, device: torch.device
     ) -> SamplingPlan:
-        """banned: ids that no request may ever sample."""
-        kinds = [_kind(p) for p in params]
-
-        def floats(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
+        """banned: ids that no request may ever sample. What goes to the device goes in one copy, see `upload`."""
+        kinds = np.array([_kind(p) for p in params])
+        top_k = np.array([p.top_k or vocab for p in params], dtype=np.int64)
+        floats = [(max(p.temperature, LEAST_TEMPERATURE), p.top_p, p.min_p) for p in params]
+        numbers = np.array(floats, dtype=np.float32).T[:, :, None]
+        found = np.unique(kinds).tolist()
+        arrays = [np.array(banned, dtype=np.int64), *_bias([p.logit_bias for p in params])]
+        for index in (np.flatnonzero(kinds == kind) for kind in found):
+            arrays += [index, top_k[index, None], numbers[:, index]]
+        ids, rows, tokens, values, *sent = upload(arrays, device)
         return SamplingPlan(
-            seeds=np.asarray([seed_bits(s) for s in seeds], dtype=np.uint64),
-            bias=_bias([p.logit_bias for p in params], banned, device),
-            greedy=_rows(kinds, 0, device),
-            plain=_rows(kinds, 1, device),
-            truncated=_rows(kinds, 2, device),
-            temperature=floats([max(p.temperature, LEAST_TEMPERATURE) for p in params]),
-            top_k=torch.tensor([p.top_k or vocab for p in params], device=device),
-            top_p=floats([p.top_p for p in params]),
-            min_p=floats([p.min_p for p in params]),
+            np.asarray([seed_bits(s) for s in seeds], dtype=np.uint64),
+            device,
+            (rows, tokens, values) if len(rows) else None,
+            ids if len(ids) else None,
+            tuple(Rows(kind, *sent[3 * n : 3 * n + 2], *sent[3 * n + 2]) for n, kind in enumerate(found)),
         )
+
+    def draws(self, counters: np.ndarray) -> Tensor | None:
+        """counters uint64 [N]: how many tokens each request has sampled -> float64 [N] on the device; None: all greedy.
+
+        They do not depend on the pass: sent before it is launched, they do not wait for it.
+        """
+        if all(rows.kind == 0 for rows in self.parts):
+            return None
+        return upload([uniforms(self.seeds, counters)], self.device)[0]
 
 
 def _kind(p: SamplingParams) -> int:
@@ -86,75 +109,70 @@ def _kind(p: SamplingParams) -> int:
     return 1 if p.top_p == 1 and p.top_k == 0 and p.min_p == 0 else 2
 
 
-def _rows(kinds: list[int], kind: int, device: torch.device) -> Tensor:
-    return torch.tensor([row for row, k in enumerate(kinds) if k == kind], dtype=torch.int64, device=device)
-
-
-def _bias(
-    biases: Sequence[Mapping[int, float]], banned: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor] | None:
+def _bias(biases: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     entries = [(row, token, value) for row, bias in enumerate(biases) for token, value in bias.items()]
-    entries += [(row, token, -torch.inf) for row in range(len(biases)) for token in banned]
-    if not entries:
-        return None
-    rows, tokens, values = zip(*entries, strict=True)
-    return (
-        torch.tensor(rows, device=device),
-        torch.tensor(tokens, device=device),
-        torch.tensor(values, dtype=torch.float32, device=device),
-    )
+    rows, tokens, values = zip(*entries, strict=True) if entries else ((), (), ())
+    return np.array(rows, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32)
 
 
-def sample(logits_NV: Tensor, plan: SamplingPlan, counters: np.ndarray) -> tuple[Tensor, Tensor]:
-    """logits [N, V], counters uint64 [N]: how many tokens each request has sampled -> ids int64 [N], logprobs [N].
+def sample(logits_NV: Tensor, plan: SamplingPlan, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logits [N, V], draws float64 [N] of the plan -> ids int64 [N], logprobs float32 [N].
 
     Greedy rows report the logprob at temperature 1. Works in float32; `logits_NV` may be overwritten.
     """
     logits = logits_NV.float()
     if plan.bias is not None:
-        rows, tokens, values = plan.bias
-        logits = logits.index_put_((rows, tokens), values, accumulate=True)
-    if len(plan.greedy) == len(logits):
-        return _greedy(logits)
-    draws = torch.from_numpy(uniforms(plan.seeds, counters)).to(logits.device)
+        rows_B, ids_B, values_B = plan.bias
+        logits.index_put_((rows_B, ids_B), values_B, accumulate=True)
+    if plan.banned is not None:
+        logits.index_fill_(1, plan.banned, -torch.inf)
+    if len(plan.parts) == 1:
+        return _WAYS[plan.parts[0].kind](logits, draws, plan.parts[0])
     ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    if len(plan.greedy):
-        ids[plan.greedy], logprobs[plan.greedy] = _greedy(logits[plan.greedy])
-    for rows, draw in ((plan.plain, _plain), (plan.truncated, _truncated)):
-        if len(rows):
-            scaled = logits if len(rows) == len(logits) else logits[rows]
-            ids[rows], logprobs[rows] = draw(scaled / plan.temperature[rows, None], draws[rows], plan, rows)
+    assert draws is not None
+    for rows in plan.parts:
+        index = rows.index
+        ids[index], logprobs[index] = _WAYS[rows.kind](logits[index], draws[index], rows)
     return ids, logprobs
 
 
-def _greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _greedy(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+    del draws, rows
     best, ids = logits.max(dim=-1)
     return ids, best - logits.logsumexp(dim=-1)
 
 
-def _plain(logits: Tensor, draws: Tensor, plan: SamplingPlan, rows: Tensor) -> tuple[Tensor, Tensor]:
-    del plan, rows
-    logprobs = logits.log_softmax(dim=-1)
-    ids = _invert(logprobs.exp(), draws)
-    return ids, logprobs.gather(1, ids[:, None])[:, 0]
+def _plain(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
+    return _draw(logits / rows.temperature, draws)
 
 
-def _truncated(logits: Tensor, draws: Tensor, plan: SamplingPlan, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _truncated(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
     """top-k, then top-p of what is left (at least one id), then min-p relative to the most likely id.
 
     Drawn in the order of ids, not of ranks: ids of almost equal probability swap ranks from batch to batch.
     """
+    logits = logits / rows.temperature
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[1], device=logits.device)
-    ordered = ordered.masked_fill(ranks >= plan.top_k[rows, None], -torch.inf)
+    ordered = ordered.masked_fill(ranks >= rows.top_k, -torch.inf)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
-    drop = (before >= plan.top_p[rows, None]) | (probs < plan.min_p[rows, None] * probs[:, :1])
+    drop = (before >= rows.top_p) | (probs < rows.min_p * probs[:, :1])
     drop |= ordered == -torch.inf
     drop[:, 0] = False
     dropped = torch.empty_like(drop).scatter_(1, order, drop)
-    return _plain(logits.masked_fill(dropped, -torch.inf), draws, plan, rows)
+    return _draw(logits.masked_fill_(dropped, -torch.inf), draws)
+
+
+_WAYS = (_greedy, _plain, _truncated)
+
+
+def _draw(logits: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    assert draws is not None
+    logprobs = logits.log_softmax(dim=-1)
+    ids = _invert(logprobs.exp(), draws)
+    return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 
 def _invert(probs: Tensor, draws: Tensor) -> Tensor:
