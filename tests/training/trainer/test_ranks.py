@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from vtengine_training.trainer import ranks as ranks_module
 from vtengine_training.trainer.checkpoint import check, find_latest
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.models import build_models
@@ -257,6 +258,32 @@ def test_several_ranks_refuse_an_engine_in_each(make_config, tiny_folder) -> Non
     config = make_config(rollout={"backend": "sglang"})
     with pytest.raises(ValueError, match=r'rollout.backend = "sglang".*start servers.*addresses'):
         build_models(config, tiny_folder, torch.device("cpu"), (), Ranks(0, 2))
+
+
+def test_processes_that_do_not_meet_say_what_to_set(start_ranks, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    pair = start_ranks(str(Path(__file__).with_name("watch_worker.py")), "leaves", "leaves")
+    assert [process.wait(timeout=60) for process in pair] == [1, 1]
+    words = (tmp_path / "rank-1.err").read_text()
+    assert "ValueError: the 2 processes did not meet at MASTER_ADDR = 127.0.0.1" in words
+    assert "nowhere0" in words and "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in words
+
+
+@pytest.mark.parametrize(("local", "count", "taken"), [("3", 8, 3), ("3", 1, 0)], ids=["node", "one is shown"])
+def test_each_process_takes_a_gpu(monkeypatch, local, count, taken) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert ranks_module._own_gpu() == taken
+    ranks_module._check_gpus(["GPU-a", "GPU-b"])
+
+
+def test_too_few_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="local rank 4: there are 4 GPUs; use a smaller --nproc-per-node"):
+        ranks_module._own_gpu()
+    with pytest.raises(ValueError, match="ranks 0 and 2 have the same GPU, GPU-a; use a smaller"):
+        ranks_module._check_gpus(["GPU-a", "GPU-b", "GPU-a"])
 
 
 def test_one_process_needs_no_group() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -57,21 +57,28 @@ class Ranks:
         """Meets the processes that torchrun started, by its environment; alone without one.
 
         With a GPU each process takes the one of its local rank. wait_s: longest time that a rank waits for the others.
-        Raises ValueError where there are too few GPUs.
+        Raises ValueError where there are too few GPUs, and where the processes do not find each other.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return Ranks()
         if device.type == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            if local >= torch.cuda.device_count():
-                raise ValueError(
-                    f"local rank {local}: there are {torch.cuda.device_count()} GPUs; use a smaller --nproc-per-node"
-                )
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(_own_gpu())
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=wait_s))
-        ranks = Ranks(dist.get_rank(), size, Line(wait_s))
+        try:
+            # Without device_id: a group bound to a device is what torch makes all later ones of NCCL from, and that of
+            # trainer and servers has other members.
+            dist.init_process_group(backend, timeout=timedelta(seconds=wait_s))
+            ranks = Ranks(dist.get_rank(), size, Line(wait_s))
+        except RuntimeError as error:
+            raise ValueError(
+                f"the {size} processes did not meet at MASTER_ADDR = {os.environ.get('MASTER_ADDR')}, port "
+                f"{os.environ.get('MASTER_PORT')}: {_reason(error)}. If they run on several nodes, where a node's own "
+                "name may stand for 127.0.0.1, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on each to its interface "
+                "to the others, such as eth0"
+            ) from error
+        if device.type == "cuda":
+            _check_gpus(ranks.gather(str(torch.cuda.get_device_properties(None).uuid)))
         return replace(ranks, watch=open_watch(ranks))
 
     @property
@@ -201,10 +208,28 @@ def _others_may_be_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RanksLost(
-            f"another rank ended, or did not answer in time (rank_timeout_s); see its own words. {reason}"
+            f"another rank ended, or did not answer in time (rank_timeout_s); see its own words. {_reason(error)}"
         ) from error
+
+
+def _own_gpu() -> int:
+    """The one of the local rank; or the only one: some launchers show each process its own and no other."""
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count > 1:
+        raise ValueError(f"local rank {local}: there are {count} GPUs; use a smaller --nproc-per-node")
+    return local if count > 1 else 0
+
+
+def _check_gpus(of_ranks: Sequence[str]) -> None:
+    """Raises ValueError where two ranks have the same GPU, by its UUID."""
+    for rank, gpu in enumerate(of_ranks):
+        if (other := of_ranks.index(gpu)) != rank:
+            raise ValueError(f"ranks {other} and {rank} have the same GPU, {gpu}; use a smaller --nproc-per-node")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _read(data: Tensor, length: int) -> Any:
