@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from vtengine.model import linear as module
-from vtengine.model.linear import Linear, linear
+from vtengine.model.linear import Linear, linear, linear_float32
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 4, 7, 64, 333])
@@ -60,3 +61,30 @@ def test_both_ways_agree(better, monkeypatch):
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight), atol=1e-4, rtol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_results_on_the_cpu_are_those_of_linear(dtype):
+    x, weight = torch.randn(5, 64).to(dtype), torch.randn(30, 64).to(dtype)
+    found = linear_float32(x, weight)
+    assert found.dtype == torch.float32 and torch.equal(found, linear(x, weight).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_cuda_torch_takes_the_product(dtype):
+    """Without a GPU: by shapes, devices and dtypes only."""
+    with FakeTensorMode(), torch.inference_mode():
+        x, weight = (torch.empty(rows, 64, dtype=dtype, device="cuda") for rows in (5, 30))
+        found = linear_float32(x, weight)
+    assert found.shape == (5, 30) and found.dtype == torch.float32 and found.is_cuda
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_the_gpu_sums_of_16_bits_are_not_rounded(rows, dtype):
+    x, weight = (torch.randn(count, 1024).to("cuda", dtype) for count in (rows, 4096))
+    exact = x.double() @ weight.double().t()
+    with torch.inference_mode():
+        assert (linear_float32(x, weight) - exact).abs().max() < 1e-3
+        assert (linear(x, weight) - exact).abs().max() > 1e-2  # what a rounded product errs by

@@ -18,7 +18,7 @@ from vtengine_kernels.layer_ops import rotary
 from vtengine.model.attention import AttentionContext
 from vtengine.model.config import ModelConfig
 from vtengine.model.layers import RMSNorm, SwiGLU, inverse_frequencies, rotary_tables
-from vtengine.model.linear import Linear, linear
+from vtengine.model.linear import Linear, linear, linear_float32
 from vtengine.model.sizes import TextSizes
 from vtengine.model.tower import Tower
 
@@ -150,6 +150,12 @@ class VLModel(nn.Module):
         """[T, H] -> [T, vocab], in the model's dtype."""
         out: Tensor = linear(hidden, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
         return out
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> float32 [T, vocab]: logits for sampling, without gradients, as exact as the device has them."""
+        if self.lm_head is None or type(self.lm_head) is Linear:
+            return linear_float32(hidden, self.head_weight)
+        return self.lm_head(hidden).float()  # an adapter's
 
     @property
     def head_weight(self) -> Tensor:

@@ -42,6 +42,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product(x.contiguous(), weight, bias)
 
 
+def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, in] @ weight [out, in].T -> float32 [N, out]; no gradients.
+
+    16-bit products on CUDA keep float32 sums, as those of `token_logprob` do; on the CPU torch rounds them to 16 bits.
+    """
+    if x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return linear(x, weight).float()
+
+
 def store_by_column(model: nn.Module) -> None:
     """Turns the memory of the float32 matrices on the CPU, so that MKL's products read them in the order it packs them.
 

@@ -74,8 +74,8 @@ def test_logits_of_a_resumed_turn_equal_a_cold_run():
     low, high = image(1), image(2, h=8, w=6)
     first_ids = prompt(1, 30, [low])
     model = tiny_model()
-    seen, head = [], model.logits
-    model.logits = lambda hidden: seen.append(head(hidden)) or seen[-1].clone()
+    seen, head = [], model.scores
+    model.scores = lambda hidden: seen.append(head(hidden)) or seen[-1].clone()
 
     async def two_turns(engine):
         first = await engine.generate(request("t1", first_ids, [low]))

@@ -147,7 +147,7 @@ class Runner:
     def _sample(
         self, sequences: list[Sequence], hidden: Tensor, plan: SamplingPlan, draws: Tensor | None
     ) -> tuple[list[int], list[float]]:
-        ids, found = sample(self.model.logits(hidden), plan, draws)
+        ids, found = sample(self.model.scores(hidden), plan, draws)
         logprobs = found.tolist()
         for sequence, logprob in zip(sequences, logprobs, strict=True):
             if math.isnan(logprob):  # the id is then arbitrary, and what was cached may hold NaN too

@@ -115,12 +115,11 @@ def _bias(biases: Sequence[Mapping[int, float]]) -> tuple[np.ndarray, np.ndarray
     return np.array(rows, dtype=np.int64), np.array(tokens, dtype=np.int64), np.array(values, dtype=np.float32)
 
 
-def sample(logits_NV: Tensor, plan: SamplingPlan, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-    """logits [N, V], draws float64 [N] of the plan -> ids int64 [N], logprobs float32 [N].
+def sample(logits: Tensor, plan: SamplingPlan, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    """logits float32 [N, V], draws float64 [N] of the plan -> ids int64 [N], logprobs float32 [N].
 
-    Greedy rows report the logprob at temperature 1. Works in float32; `logits_NV` may be overwritten.
+    Greedy rows report the logprob at temperature 1. `logits` are overwritten.
     """
-    logits = logits_NV.float()
     if plan.bias is not None:
         rows_B, ids_B, values_B = plan.bias
         logits.index_put_((rows_B, ids_B), values_B, accumulate=True)
