@@ -21,14 +21,11 @@ if TYPE_CHECKING:
     import torch
 
     from vtengine.engine.base import Backend
-    from vtengine.model import VLModel
     from vtengine.rollout.group import Setting
     from vtengine.rollout.tokenizer import Tokenizer
     from vtengine.vision.decode import DecodeLimits
 
 DEFAULT_PROFILE = "vtengine"
-MIN_KV_TOKENS = 32_768
-TOKENS_PER_EPISODE = 1024  # a guess; where it is too low, episodes wait for pages
 MAX_RUNNING = 256  # sequences in one batch; more episodes wait for their turn
 SETTINGS = (
     *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "scale", "max_new_tokens"),
@@ -174,8 +171,8 @@ def _backend(
     running = min(concurrency, MAX_RUNNING)
     try:
         model = load_model(folder, device=device, dtype=dtype).requires_grad_(False)
-        kv_bytes = _kv_bytes(model, running) if arguments.kv_gb is None else int(arguments.kv_gb * 2**30)
-        config = EngineConfig(max_running=running, kv_bytes=max(1, kv_bytes), max_chunks_per_s=max_chunks_per_s)
+        kv_bytes = None if arguments.kv_gb is None else max(1, int(arguments.kv_gb * 2**30))
+        config = EngineConfig(max_running=running, kv_bytes=kv_bytes, max_chunks_per_s=max_chunks_per_s)
         return EmbeddedEngine(model, tokenizer, config)
     except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -221,17 +218,6 @@ async def _check_server(backend: Backend, name: str) -> None:
         raise CliError(f"--backend {name}: {one_line(error)}") from None
     except ValueError as error:
         raise UsageError(f"--backend {name}: {one_line(error)}") from None
-
-
-def _kv_bytes(model: VLModel, running: int) -> int:
-    """Room for keys and values: on CUDA 60 % of what the weights leave; in main memory what is needed, up to 1 GiB."""
-    import torch
-
-    if model.device.type == "cuda":
-        return int(0.6 * torch.cuda.mem_get_info(model.device)[0])
-    text = model.config.text
-    token_bytes = 2 * text.num_layers * text.num_kv_heads * text.head_dim * model.dtype.itemsize
-    return min(2**30, max(MIN_KV_TOKENS, running * TOKENS_PER_EPISODE) * token_bytes)
 
 
 def _scripted(path: Path, tokenizer: Tokenizer) -> Backend:

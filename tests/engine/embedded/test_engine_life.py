@@ -267,6 +267,19 @@ def test_bad_settings_name_the_field(field, value):
         EngineConfig(**{field: value})
 
 
+def test_the_pool_takes_what_is_asked_for_or_what_the_device_has():
+    page_bytes, gib = 100_000, 1 << 30
+    assert EngineConfig(num_pages=7, kv_bytes=1).pages_that_fit(page_bytes, gib) == 7
+    assert EngineConfig(kv_bytes=250_000).pages_that_fit(page_bytes, gib) == 2
+    assert EngineConfig().pages_that_fit(page_bytes, 80 * gib) == 48 * gib // page_bytes
+    assert EngineConfig(max_running=8).pages_that_fit(page_bytes) == 32_768 // 16
+    assert EngineConfig(max_running=128, max_batch_tokens=128).pages_that_fit(page_bytes) == 128 * 1024 // 16
+    assert EngineConfig().pages_that_fit(10 * page_bytes) == gib // page_bytes // 10
+    for config, free in ((EngineConfig(kv_bytes=99_999), None), (EngineConfig(), 160_000)):
+        with pytest.raises(ValueError, match=r"engine.kv_bytes = 9\d*: one page of this model takes 100000 bytes"):
+            config.pages_that_fit(page_bytes, free)
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_storm_of_requests_cancellations_and_updates(seed, ahead):

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 1 << 30
+FREE_SHARE = 0.6
+"""Of a GPU's free memory, for keys and values; the rest is for what passes allocate."""
+MIN_KV_TOKENS = 32_768
+TOKENS_PER_SEQUENCE = 1024
+"""A guess; where it is too low, sequences wait for pages."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """num_pages: pages of the KV pool; None: as many as fit kv_bytes.
+    """num_pages: pages of the KV pool; None: as many as fit kv_bytes. kv_bytes None: on a GPU FREE_SHARE of what is free
+    when the engine starts, in main memory what max_running sequences need, up to 1 GiB.
 
     max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that hold
     pages at once. resume False: no prefix and no visual feature is ever reused (for measurements). share_prefix:
@@ -22,7 +28,7 @@ class EngineConfig:
 
     page_size: int = 16
     num_pages: int | None = None
-    kv_bytes: int = GIB
+    kv_bytes: int | None = None
     max_batch_tokens: int = 2048
     max_running: int = 64
     vision_cache_bytes: int = GIB // 4
@@ -37,7 +43,7 @@ class EngineConfig:
         checks = (
             (self.page_size >= 1, "page_size", self.page_size, ">= 1"),
             (self.num_pages is None or self.num_pages >= 1, "num_pages", self.num_pages, ">= 1, or None"),
-            (self.kv_bytes >= 1, "kv_bytes", self.kv_bytes, ">= 1"),
+            (self.kv_bytes is None or self.kv_bytes >= 1, "kv_bytes", self.kv_bytes, ">= 1, or None"),
             (self.max_running >= 1, "max_running", self.max_running, ">= 1"),
             (self.max_batch_tokens >= self.max_running, "max_batch_tokens", self.max_batch_tokens, ">= max_running"),
             (self.vision_cache_bytes >= 0, "vision_cache_bytes", self.vision_cache_bytes, ">= 0"),
@@ -53,12 +59,18 @@ class EngineConfig:
             if not ok:
                 raise ValueError(f"engine.{name} = {value}: must be {allowed}")
 
-    def pages_that_fit(self, page_bytes: int) -> int:
-        """Pages of the pool, for pages of this many bytes (keys and values of all layers)."""
+    def pages_that_fit(self, page_bytes: int, free_bytes: int | None = None) -> int:
+        """Pages of the pool, for pages of this many bytes (keys and values of all layers). free_bytes: of a GPU."""
         if self.num_pages is not None:
             return self.num_pages
-        if self.kv_bytes < page_bytes:
+        kv_bytes = self.kv_bytes
+        if kv_bytes is None and free_bytes is not None:
+            kv_bytes = int(FREE_SHARE * free_bytes)
+        elif kv_bytes is None:
+            tokens = max(MIN_KV_TOKENS, self.max_running * TOKENS_PER_SEQUENCE)
+            kv_bytes = min(GIB, -(-tokens // self.page_size) * page_bytes)
+        if kv_bytes < page_bytes:
             raise ValueError(
-                f"engine.kv_bytes = {self.kv_bytes}: one page of this model takes {page_bytes} bytes; raise --kv-gb"
+                f"engine.kv_bytes = {kv_bytes}: one page of this model takes {page_bytes} bytes; raise --kv-gb"
             )
-        return self.kv_bytes // page_bytes
+        return kv_bytes // page_bytes

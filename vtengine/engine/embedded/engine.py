@@ -53,7 +53,7 @@ class EmbeddedEngine:
             store_by_column(self.model)
         text, dtype = model.config.text, model.dtype
         page_bytes = 2 * text.num_layers * config.page_size * text.num_kv_heads * text.head_dim * dtype.itemsize
-        num_pages = config.pages_that_fit(page_bytes)
+        num_pages = config.pages_that_fit(page_bytes, _free_bytes(self.model.device))
         cache = KVCache(
             text.num_layers, num_pages, config.page_size, text.num_kv_heads, text.head_dim, dtype, self.model.device
         )
@@ -298,6 +298,14 @@ class EmbeddedEngine:
     def _forget(self) -> None:
         self.runner.forget()
         self._ahead.forget()
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Of a GPU's memory, with what torch holds for tensors to come; None: main memory."""
+    if device.type != "cuda":
+        return None
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 @dataclass(frozen=True)
