@@ -14,8 +14,8 @@ TOKENS_PER_SEQUENCE = 1024
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """num_pages: pages of the KV pool; None: as many as fit kv_bytes. kv_bytes None: on a GPU FREE_SHARE of what is free
-    when the engine starts, in main memory what max_running sequences need, up to 1 GiB.
+    """num_pages: pages of the KV pool; None: as many as fit kv_bytes. kv_bytes None: on a GPU FREE_SHARE of what is
+    free when the engine starts, in main memory what max_running sequences need, up to 1 GiB.
 
     max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that hold
     pages at once. resume False: no prefix and no visual feature is ever reused (for measurements). share_prefix:
