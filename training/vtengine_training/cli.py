@@ -6,7 +6,9 @@ Each reads a TOML file; `--set a.b=c` changes it, `--dry-run` checks it. Imports
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -64,6 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vtengine-train: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def program() -> None:
+    """`main` as a process. Where a failed run has left its process group standing, the interpreter is not ended: the
+    group's threads would need it afterwards, and abort the process, whatever its status."""
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _sft(arguments: argparse.Namespace) -> int:
@@ -177,4 +195,4 @@ def _examples(*lines: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

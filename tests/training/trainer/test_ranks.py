@@ -211,6 +211,19 @@ def steps_of(folder: Path) -> list[dict]:
     return timeless([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()])
 
 
+ABORTING = "import atexit, os, runpy; atexit.register(os.abort); runpy.run_module('{}', run_name='__main__')"
+
+
+def test_failing_ranks_end_with_their_status_and_words(make_config, tmp_path, start_ranks) -> None:
+    """Though the interpreter's own end would abort them, as threads of a process group do now and then."""
+    config = make_config(data={"files": [str(tmp_path / "absent.jsonl")]})
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    pair = start_ranks("-c", ABORTING.format(GRPO[1]), GRPO[2], str(tmp_path / "run.toml"))
+    assert [process.wait(timeout=120) for process in pair] == [1, 2]  # its own OSError, another's words
+    for rank in range(2):
+        assert "absent.jsonl" in (tmp_path / f"rank-{rank}.err").read_text()
+
+
 @pytest.mark.slow
 def test_killed_pairs_end_as_an_uninterrupted_one(make_config, tmp_path, start_ranks) -> None:
     """kill -9 of one rank, at random moments of a step and of its save: `latest` can be loaded, the other rank ends."""

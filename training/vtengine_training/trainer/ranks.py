@@ -189,7 +189,9 @@ class Ranks:
 
     def leave(self, in_order: bool = True) -> None:
         """The end of the meetings. in_order: for all ranks alike; otherwise the others are told to end, and nothing is
-        waited for: NCCL would wait for collectives that the others never join."""
+        waited for: NCCL would wait for collectives that the others never join. The groups are then left as they are,
+        and their threads may abort this process if it ends other than by `os._exit` (`vtengine_training.cli.program`).
+        """
         if self.is_alone or not dist.is_initialized():
             return
         if not in_order:
