@@ -202,20 +202,21 @@ def _plain(value: Any) -> Any:
 
 
 def _toml_lines(data: Mapping[str, Any], prefix: str) -> list[str]:
-    lines = [f"{_key(key)} = {_toml(value)}" for key, value in data.items() if not isinstance(value, Mapping)]
+    lines = [f"{_key(key)} = {toml_value(value)}" for key, value in data.items() if not isinstance(value, Mapping)]
     for key, value in data.items():
         if isinstance(value, Mapping):
             lines += ["", f"[{prefix}{_key(key)}]", *_toml_lines(value, f"{prefix}{_key(key)}.")]
     return lines
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Plain data as what stands behind `key =`."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
     return _quoted(value) if isinstance(value, str) else repr(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from tests.engine.sglang.fake_server import FakeSglang
+from vtengine.cli.arguments import engine_options
+from vtengine.cli.session import sampling_settings
 
 Run = Callable[..., Any]
 
@@ -68,3 +71,20 @@ def test_a_turn_that_takes_too_long_has_failed(
 def test_a_deadline_is_for_sglang(vtengine: Run, questions: Run, tmp_path: Path) -> None:
     done = vtengine("generate", questions(1), "-o", tmp_path / "out.jsonl", "--deadline-s", "5")
     assert done.status == 2 and "--deadline-s 5: is for --backend sglang or URL, the backend is embedded" in done.err
+
+
+@pytest.mark.parametrize("flag", ["tp_size", "=2", "a.b=2"])
+def test_engine_arguments_have_a_name_and_a_value(vtengine: Run, questions: Run, tmp_path: Path, flag: str) -> None:
+    line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", "--backend", "sglang", "--engine-arg", flag]
+    done = vtengine(*line)
+    assert done.status == 2 and f"--engine-arg {flag}: must look like NAME=VALUE" in done.err
+
+
+def test_resume_compares_engine_arguments_that_decide_answers() -> None:
+    def settings(*given: str) -> Any:
+        flags = [word for one in given for word in ("--engine-arg", one)]
+        arguments = engine_options(["--backend", "sglang", *flags])
+        return sampling_settings(Namespace(**vars(arguments), n=1, image_root=None))["engine_arg"]
+
+    assert settings() is settings("tp_size=2", "mem-fraction-static=0.5") is None
+    assert settings("quantization=fp8", "tp-size=4") == {"quantization": "fp8"}

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtengine.cli.engine_args import deciding, read_engine_args
 from vtengine.cli.errors import CliError, UsageError, one_line
 from vtengine.cli.models import context_tokens, find_model, image_processor
-from vtengine.config import read_data
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Text, View, ViewSize
 from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile
@@ -39,6 +39,7 @@ SCRIPTED = "scripted:"  # followed by a JSON file of replies: runs without a mod
 def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What decides the contents of the rows, as JSON: compared when a run is resumed."""
     values = {name: getattr(arguments, name) for name in SETTINGS}
+    values["engine_arg"] = deciding(read_engine_args(arguments.engine_arg)) or None
     return {name: str(value.resolve()) if isinstance(value, Path) else value for name, value in values.items()}
 
 
@@ -75,6 +76,7 @@ def check_backend(arguments: argparse.Namespace) -> None:
     name = arguments.backend
     if arguments.engine_arg and name != "sglang":
         raise UsageError(f"--engine-arg {arguments.engine_arg[0]}: is for --backend sglang, the backend is {name}")
+    read_engine_args(arguments.engine_arg)
     if arguments.deadline_s is not None and name != "sglang" and not name.startswith(SERVERS):
         raise UsageError(
             f"--deadline-s {arguments.deadline_s:g}: is for --backend sglang or URL, the backend is {name}"
@@ -199,7 +201,7 @@ def _sglang(
     try:
         if name != "sglang":
             return connect_servers(name, folder, api_key=key, **options)
-        kind, extra = str(dtype).removeprefix("torch."), read_data(overrides=arguments.engine_arg)
+        kind, extra = str(dtype).removeprefix("torch."), read_engine_args(arguments.engine_arg)
         return SglangEngineBackend(folder, device=str(device), dtype=kind, arguments=extra, **options)
     except ValueError as error:
         raise UsageError(f"--backend {name}: {one_line(error)}") from None

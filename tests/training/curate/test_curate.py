@@ -13,7 +13,9 @@ from vtengine_training.data.config import DataConfig
 from vtengine_training.data.load import load_examples
 
 from vtengine.engine.base import RequestRejected
-from vtengine.engine.embedded import EmbeddedEngine
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.model import load_model
+from vtengine.rollout.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(
@@ -147,12 +149,37 @@ def test_settings_that_the_engine_refuses_label_nothing(curate, monkeypatch, cap
         ("backend=vllm", "unknown"),
         ("model=/no/such/folder", "no such folder"),
         ("rolouts=3", "did you mean rollouts"),
+        ("engine_args.tp_size=2", "engine_args: is for backend = \"sglang\", the backend is 'embedded'"),
+        ("deadline_s=30.0", "deadline_s = 30: is for SGLang, the backend is embedded"),
+        ("deadline_s=-1.0", "deadline_s = -1.0: must be 0 (no bound) or more"),
         ("reward.function=toy_answers:missing", "has no missing"),
     ],
 )
 def test_bad_usage_names_field_and_remedy(curate, override, message, capsys) -> None:
     assert curate("bad", override)[0] == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_engine_in_the_process_gets_its_arguments(curate, tiny_folder, monkeypatch, capsys) -> None:
+    """An embedded engine stands in for SGLang's; those of memory may be others when a curation goes on."""
+    made: list[dict] = []
+
+    def build(folder, **options):
+        made.append(options)
+        return EmbeddedEngine(
+            load_model(folder).requires_grad_(False), Tokenizer.load(folder), EngineConfig(kv_bytes=1 << 22)
+        )
+
+    monkeypatch.setattr("vtengine.engine.sglang.SglangEngineBackend", build)
+    monkeypatch.setattr("vtengine.engine.sglang.inprocess.installed_version", lambda: "0.5.17")
+    given = ("backend=sglang", "engine_args.quantization=fp8", "engine_args.mem-fraction-static=0.7", "deadline_s=30.0")
+    assert curate("a", *given)[0] == 0
+    assert made[0]["arguments"] == {"quantization": "fp8", "mem-fraction-static": 0.7}
+    assert made[0]["deadline_s"] == 30
+    assert curate("a", *given, "engine_args.mem-fraction-static=0.4", "deadline_s=5.0")[0] == 0
+    assert curate("a", *given, "engine_args.quantization=awq")[0] == 2
+    words = 'was begun with engine_args = {"quantization": "fp8"}, not {"quantization": "awq"}'
+    assert words in capsys.readouterr().err
 
 
 def test_agreement_with_the_labels_of_the_data() -> None:

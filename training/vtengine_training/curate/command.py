@@ -104,6 +104,7 @@ def plan(config: CurateConfig) -> list[str]:
 def _session(config: CurateConfig) -> argparse.Namespace:
     """The arguments of `vtengine generate` that this is like; what is not named here is as without the flag."""
     from vtengine.cli.arguments import build_parser
+    from vtengine.cli.engine_args import engine_flags
 
     arguments = build_parser().parse_args(["generate", "-", "-o", "-"])
     vars(arguments).update(
@@ -113,6 +114,8 @@ def _session(config: CurateConfig) -> argparse.Namespace:
         device=config.device,
         dtype=config.dtype,
         kv_gb=config.kv_gb,
+        engine_arg=engine_flags(config.engine_args),
+        deadline_s=config.deadline_s,
         resolution="high",
         max_turns=1,
         max_new_tokens=config.max_new_tokens,
