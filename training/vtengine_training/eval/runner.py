@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from vtengine.cli.models import SHIPPED_NAMES, shipped_model
+from vtengine.cli.models import SHIPPED_NAMES, image_processor, shipped_model
 from vtengine.engine.base import SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import load_model
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import load_profile
+from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile
 from vtengine.rollout.group import Setting, in_order, run_sample
 from vtengine.rollout.question import Question
 from vtengine.rollout.tokenizer import Tokenizer
@@ -27,7 +27,6 @@ from vtengine.vision.pipeline import ImagePipeline
 from vtengine_training.eval.config import EvalConfig
 from vtengine_training.files import write_whole
 from vtengine_training.glance.export import write_questions
-from vtengine_training.glance.views import LIMITS
 
 Row = dict[str, Any]
 ALL_COLUMNS = {
@@ -86,10 +85,10 @@ async def _ask_all(
         stop_token_ids=tokenizer.stop_ids,
         logit_bias={token: float("-inf") for token in tokenizer.banned_ids},
     )
-    profile = load_profile("glance")
+    profile = load_profile(folder if (folder / PROFILE_FILE).is_file() else "glance")
     found: list[Row] = []
     try:
-        with ImagePipeline(LIMITS) as pipeline:
+        with _pipeline(folder, profile) as pipeline:
             limits = Limits(resolution=resolution)  # type: ignore[arg-type]
             setting = Setting(engine, pipeline, tokenizer, profile, limits, sampling)
             questions = [Question(row["id"], row["image"], row["question"], root) for row in rows]
@@ -111,6 +110,12 @@ async def _ask_all(
     finally:
         await engine.close()
     return found
+
+
+def _pipeline(folder: Path, profile: Profile) -> ImagePipeline:
+    """As the checkpoint wants its images. Raises UsageError for what we would not make."""
+    limits, mean, std = image_processor(folder)
+    return ImagePipeline(limits, mean=mean, std=std, resize_mode=profile.resize_mode, low_view=profile.low_view)
 
 
 def _job(setting: Setting, question: Question) -> Any:
