@@ -16,6 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from vtengine_training.sync import gathered as gathered_weights
 from vtengine_training.sync.gathered import gathered
+from vtengine_training.trainer import optimizer_state
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.loop import Run
@@ -122,7 +123,7 @@ def do(config: GrpoConfig, ranks: Ranks, out: Path, what: str) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    gathered_weights.PART_BYTES = 20_000  # a toy model in several parts too
+    gathered_weights.PART_BYTES = optimizer_state.FILE_BYTES = 20_000  # a toy model in several parts too
     ranks = Ranks.join(torch.device("cpu"))
     for line in sys.stdin:
         config, out, what = json.loads(line)

@@ -1,4 +1,4 @@
-"""The optimiser's state on disk: torch's distributed checkpoints in their safetensors form, one file per rank.
+"""The optimiser's state on disk: torch's distributed checkpoints in their safetensors form, each rank in its own files.
 
 Each file says in its header (JSON) which part of which tensor it holds, so any number of ranks can read it back.
 See docs/decisions/0004-checkpoints.md.
@@ -7,12 +7,13 @@ See docs/decisions/0004-checkpoints.md.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -20,13 +21,18 @@ from vtengine_training.sft.optim import MasterAdamW
 from vtengine_training.trainer.checkpoint import CheckpointError
 from vtengine_training.trainer.ranks import Ranks
 
+FILE_BYTES = 2 << 30
+"""Of a file, about: while torch writes one, a rank holds its content twice in the CPU's memory."""
+
 
 def save_optimizer(optimizer: MasterAdamW, folder: Path, ranks: Ranks) -> None:
     """Every rank writes its pieces. Raises OSError."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    tensors = optimizer.tensors()
+    files = _files(tensors, FILE_BYTES * ranks.size)
+    writer = HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
     try:
         with _quiet():
-            dcp.save(dict(optimizer.tensors()), storage_writer=writer, no_dist=ranks.is_alone)
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=ranks.is_alone)
     except CheckpointException as error:  # not an Exception: it carries those of all ranks
         raise OSError(_reasons(error)) from error
 
@@ -51,6 +57,18 @@ def load_optimizer(optimizer: MasterAdamW, folder: Path, ranks: Ranks) -> None:
     except (CheckpointException, OSError) as error:
         raise CheckpointError(f"{folder}: cannot be read: {_reasons(error)}") from error
     optimizer.write_back()
+
+
+def _files(tensors: Mapping[str, Tensor], most: int) -> dict[str, int]:
+    """Number of each tensor's file, from 1, on all ranks alike: `most` bytes over all of them, or one larger tensor."""
+    found, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > most:
+            number, filled = number + 1, 0
+        found[name] = number
+        filled += size
+    return found
 
 
 @contextmanager
