@@ -6,7 +6,8 @@ reads a value back on the host fails as it would in a capture.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+import asyncio
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -17,19 +18,34 @@ from torch.utils._pytree import tree_leaves
 from vtengine_kernels.layer_ops import native
 
 from tests.engine.embedded.test_attention_paths import answers_are_cold
-from tests.engine.tiny import tiny_model
-from vtengine.engine.embedded import decode_graphs
+from tests.engine.tiny import Letters, tiny_model
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, decode_graphs
+from vtengine.engine.embedded.attention import KVCache
 from vtengine.engine.embedded.decode_graphs import DecodeGraphs
 
 aten = torch.ops.aten
-READS_BACK = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default}
+READS_BACK = {
+    *(aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default),  # the last two in inference mode
+    *(aten.nonzero.default, aten.equal.default, aten.masked_select.default),
+}
 
 
 class Graph:
     """What stands for torch.cuda.CUDAGraph."""
 
-    def __init__(self):
-        self.operations = []
+    def __init__(self, cuda):
+        self.cuda, self.operations = cuda, []
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # other threads prepare images meanwhile
+        self.stream = self.cuda.current
+        self.cuda.captures.append((pool, self.stream))
+        self.recording = Recording(self)
+        self.recording.__enter__()
+
+    def capture_end(self):
+        self.recording.__exit__(None, None, None)
+        assert self.cuda.current is self.stream is not self.cuda.default
 
     def replay(self):
         for operation, arguments, options, results in self.operations:
@@ -60,24 +76,29 @@ class Stream:
 
 
 @pytest.fixture
-def captures(monkeypatch):
-    """torch.cuda as far as captures need it; a list of (pool, stream) of each capture."""
-    found, current = [], Stream()
+def cuda(monkeypatch):
+    """torch.cuda as far as captures need it. captures: (pool, stream) of each."""
+    default = Stream()
+    cuda = SimpleNamespace(captures=[], default=default, current=default)
 
     @contextmanager
-    def capture(graph, pool, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"  # other threads prepare images meanwhile
-        found.append((pool, stream))
-        with Recording(graph):
+    def on(stream):
+        cuda.current, before = stream, cuda.current
+        try:
             yield
+        finally:
+            cuda.current = before
 
-    fake = SimpleNamespace(
-        CUDAGraph=Graph, Stream=Stream, graph=capture, graph_pool_handle=object,
-        current_stream=lambda: current, stream=lambda stream: nullcontext(),
-    )  # fmt: skip
-    for name, value in vars(fake).items():
+    fake = {
+        "CUDAGraph": lambda: Graph(cuda), "Stream": Stream, "graph_pool_handle": object,
+        "current_stream": lambda device: cuda.current, "stream": on,
+    }  # fmt: skip
+    for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    return found
+    monkeypatch.setattr(decode_graphs, "prefix_attention", paged)
+    monkeypatch.setattr(decode_graphs, "CONTEXT_TOKENS", (64, 256))
+    monkeypatch.setattr(native, "takes", lambda x: False)
+    return cuda
 
 
 def paged(q, keys, values, tables, lengths, siblings, impl):
@@ -88,26 +109,87 @@ def paged(q, keys, values, tables, lengths, siblings, impl):
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen)[:, :, 0]
 
 
-def test_replayed_steps_answer_as_plain_passes_do(captures, monkeypatch):
-    monkeypatch.setattr(decode_graphs, "prefix_attention", paged)
-    monkeypatch.setattr(decode_graphs, "CONTEXT_TOKENS", (64, 256))
-    monkeypatch.setattr(native, "takes", lambda x: False)
+def graphs_of(engine):
+    return DecodeGraphs(engine.model, engine.runner.cache, engine.config.max_running)
+
+
+def test_replayed_steps_answer_as_plain_passes_do(cuda):
     engines, replays = [], []
 
     def prepare(engine):
         engines.append(engine)
-        engine.runner.graphs = graphs = DecodeGraphs(engine.model, engine.runner.cache, engine.config.max_running)
+        engine.runner.graphs = graphs = graphs_of(engine)
         run = graphs.run
         graphs.run = lambda *arguments: replays.append(1) or run(*arguments)
 
     assert answers_are_cold(tiny_model(), prepare=prepare) == 8
     sizes = [size for size, *_ in engines[0].runner.graphs._replays]
-    assert len(captures) == len(sizes) < len(replays) and {1, 8} <= set(sizes) <= {1, 2, 4, 8}
-    ((_, stream),) = set(captures)  # one pool and one stream, or they would share no memory
+    assert len(cuda.captures) == len(sizes) < len(replays) and {1, 8} <= set(sizes) <= {1, 2, 4, 8}
+    ((_, stream),) = set(cuda.captures)  # one pool and one stream, or they would share no memory
     assert stream.device == engines[0].model.device
 
 
-def test_a_capture_refuses_to_read_back(captures):
-    graph = Graph()
-    with pytest.raises(AssertionError, match="in a capture"), torch.cuda.graph(graph, 0, Stream(), "thread_local"):
-        torch.ones(3).sum().item()
+def test_they_are_captured_before_the_first_request(cuda):
+    """Over rows of their own, the largest first, as far as the pool can need them; serving captures no more."""
+    engines = []
+
+    def prepare(engine):
+        engines.append(engine)
+        engine.runner.graphs = graphs = graphs_of(engine)
+        graphs.capture()
+        cache = engine.runner.cache
+        assert not any(tensor[: cache.spare_page].any() for tensor in (*cache.keys, *cache.values))
+        assert all(tensor[cache.spare_page].any() for tensor in cache.keys)
+
+    assert answers_are_cold(tiny_model(), prepare=prepare) == 8
+    sizes = (64, 32, 16, 8, 4, 2, 1)
+    assert list(engines[0].runner.graphs._replays) == [(size, width, 0) for width in (64, 16) for size in sizes]
+    assert len(cuda.captures) == 14
+    cuda.captures.clear()
+    small = KVCache(2, 20, 4, 2, 16, torch.float32, torch.device("cpu"))
+    DecodeGraphs(tiny_model(), small, 2).capture()
+    assert len(cuda.captures) == 4  # two sizes, tables of 16 and of 20 pages
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_where_a_capture_fails_the_engine_goes_on_without(cuda, caplog, at_once):
+    failing = []
+
+    def prepare(engine):
+        engine.runner.graphs = graphs = graphs_of(engine)
+        forward = graphs._forward
+
+        def breaks(*key):
+            if len(cuda.captures) == 2:
+                failing.append(graphs)
+                torch.ones(1).item()
+            return forward(*key)
+
+        graphs._forward = breaks
+        if at_once:
+            graphs.capture()
+
+    answered = answers_are_cold(tiny_model(), prepare=prepare)
+    (graphs,) = failing
+    assert answered == 8 and graphs._failed and not graphs._replays and len(cuda.captures) == 2
+    assert cuda.current is cuda.default
+    (warning,) = caplog.records
+    assert "without CUDA graphs" in warning.getMessage() and "in a capture" in warning.getMessage()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_capture_refuses_to_read_back(cuda, inference):
+    graph = Graph(cuda)
+    with torch.inference_mode(inference):
+        graph.capture_begin(0, "thread_local")
+        with pytest.raises(AssertionError, match="in a capture"):
+            torch.ones(3).sum().item()
+        graph.recording.__exit__(None, None, None)
+
+
+def test_the_engine_can_be_told_to_have_none(monkeypatch):
+    monkeypatch.setattr(DecodeGraphs, "of", lambda *_: "graphs")
+    for cuda_graphs, found in ((True, "graphs"), (False, None)):
+        engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4, cuda_graphs=cuda_graphs))
+        assert engine.runner.graphs == found
+        asyncio.run(engine.close())

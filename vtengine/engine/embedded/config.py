@@ -22,8 +22,10 @@ class EngineConfig:
     whether decoding siblings read the pages that they have in common once for all of them, which changes the time and
     no sample; None: where a measurement says that it pays. encode_ahead: whether, on a CPU, the vision tower runs for
     waiting sequences beside the passes of running ones; None: where there are threads for both. device: None is the
-    model's. num_threads: torch threads of the engine's worker; None leaves them as they are. max_chunks_per_s: of all
-    streams together; where tokens come faster, several share one (the first and the last never wait); None: no limit.
+    model's. cuda_graphs: whether decode steps on a GPU are captured in CUDA graphs when the engine is made, which takes
+    seconds; without them they are slower. num_threads: torch threads of the engine's worker; None leaves them as they
+    are. max_chunks_per_s: of all streams together; where tokens come faster, several share one (the first and the last
+    never wait); None: no limit.
     """
 
     page_size: int = 16
@@ -36,6 +38,7 @@ class EngineConfig:
     share_prefix: bool | None = None
     encode_ahead: bool | None = None
     device: str | None = None
+    cuda_graphs: bool = True
     num_threads: int | None = None
     max_chunks_per_s: float | None = None
 

@@ -65,7 +65,9 @@ class EmbeddedEngine:
             max_batch_tokens=config.max_batch_tokens, max_running=config.max_running, resume=config.resume,
         )  # fmt: skip
         self.encoder = Encoder(self.model, self.vision, config.resume)
-        self.runner = Runner(self.model, cache, self.encoder, config.max_running, config.share_prefix)
+        self.runner = Runner(
+            self.model, cache, self.encoder, config.max_running, config.share_prefix, config.cuda_graphs
+        )
         self._ahead = EncodeAhead(self.encoder, self.scheduler, config.num_threads, config.encode_ahead)
         self._stops = StopFinder(tokenizer)
         self._pace = Pace(config.max_chunks_per_s)
@@ -169,7 +171,7 @@ class EmbeddedEngine:
     def _serve(self) -> None:
         if self.config.num_threads is not None:
             torch.set_num_threads(self.config.num_threads)
-        if self.model.device.type == "cuda":  # a new thread begins on the first GPU: graphs would be captured there
+        if self.model.device.type == "cuda":  # a new thread begins on the first GPU
             torch.cuda.set_device(self.model.device)
         fault: Exception | None = None
         try:

@@ -26,7 +26,8 @@ class Runner:
     """Owns the model, the KV tensors, and a table [max_running, P] with the page table of each running sequence."""
 
     def __init__(
-        self, model: VLModel, cache: KVCache, encoder: Encoder, max_running: int, share_prefix: bool | None = None
+        self, model: VLModel, cache: KVCache, encoder: Encoder, max_running: int, share_prefix: bool | None = None,
+        cuda_graphs: bool = True,
     ) -> None:  # fmt: skip
         self.model = model
         self.cache = cache
@@ -37,7 +38,7 @@ class Runner:
         self._synced: list[tuple[list[int] | None, int]] = [(None, 0)] * max_running
         self._scratch = Scratch()
         self._families = Families.for_cache(cache.keys[0], cache.page_size, share_prefix)
-        self.graphs = DecodeGraphs.of(model, cache, max_running)
+        self.graphs = DecodeGraphs.of(model, cache, max_running) if cuda_graphs else None
         self._plan: tuple[tuple[int, ...], SamplingPlan] | None = None
 
     @torch.inference_mode()
@@ -49,10 +50,12 @@ class Runner:
         slots = gather_slots(layout, self.cache.page_size)
         token_ids, positions = self._inputs(rows)
         features, sampled = self._features(rows), self._sampled_tokens(rows, layout)
+        hidden = None
         if self.graphs is not None and features is None and self.graphs.takes(layout):
             hidden = self.graphs.run(token_ids, positions, slots, layout, self._families.of(layout.held))
-            hidden = hidden if sampled is None else hidden.index_select(0, sampled)
-        else:
+            if hidden is not None and sampled is not None:
+                hidden = hidden.index_select(0, sampled)
+        if hidden is None:
             ids, places, slots_T = upload((token_ids, positions, slots), self.model.device)
             attention = PagedAttention(self.cache, layout, slots_T, self._scratch, self._families)
             hidden = self.model.decode(self.model.embed(ids, features), places, attention, sampled)
