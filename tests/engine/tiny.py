@@ -70,9 +70,8 @@ def cold_logits(model, ids, images=()):
     """[T, vocab] of a plain forward pass without any cache."""
     token_ids = torch.tensor(ids, device=model.device)
     grids = [i.grid_thw for i in images]
-    features = (
-        torch.cat([model.visual(i.pixel_values.to(model.device), [i.grid_thw]) for i in images]) if images else None
-    )
+    pixels = [i.pixel_values.to(model.device, model.dtype) for i in images]
+    features = torch.cat([model.visual(x, [grid]) for x, grid in zip(pixels, grids, strict=True)]) if images else None
     positions, _ = mrope_positions(ids, grids, image_token_id=PAD)
     hidden = model.decode(model.embed(token_ids, features), positions.to(model.device), PackedCausal([0, len(ids)]))
     return model.logits(hidden)

@@ -1,0 +1,105 @@
+"""The engine as users run it on a GPU: 16 bits, graphs, and heads of Qwen2.5-VL-7B's sizes, which choose the kernels.
+
+The same tests run on the CPU, where passes are padded as graphs have them; so what they expect is known to be right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.engine.harness import settle
+from tests.engine.tiny import PAD, VIDEO, VOCAB, Letters, cold_logits, image, prompt, request, tiny_config
+from tests.tiny_model import TINY_VISION, tiny_text
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.embedded.decode_graphs import DecodeGraphs
+from vtengine.model import Qwen2_5_VL, hf_tensors
+
+PLACES = [
+    ("cpu", torch.float32),
+    ("cpu", torch.bfloat16),
+    pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+"""Of a logarithm of a probability. Random weights: another token or page in the cache changes them by 0.5 and more."""
+
+
+def model_of(device, dtype, seed=0):
+    """Two layers. Heads of 128 in groups of 7; in the tower of 80, and a gate of 3420 numbers."""
+    text = replace(tiny_text(VOCAB), hidden_size=14 * 128, num_heads=14, num_kv_heads=2, mrope_section=(16, 24, 24))
+    vision = replace(TINY_VISION, hidden_size=160, intermediate_size=3420, out_hidden_size=text.hidden_size)
+    config = replace(tiny_config(), text=text, vision=vision)
+    return Qwen2_5_VL.build(config, seed).eval().to(device, dtype).requires_grad_(False)
+
+
+def served(model, use, cuda_graphs=True):
+    """What `use(engine)` returns, of an engine with pages of 16 as by default."""
+
+    async def serve():
+        config = EngineConfig(num_pages=400, max_batch_tokens=128, cuda_graphs=cuda_graphs)
+        engine = EmbeddedEngine(model, Letters(), config)
+        if cuda_graphs and model.device.type == "cpu":
+            engine.runner.graphs = DecodeGraphs(model, engine.runner.cache, config.max_running, capture=False)
+        try:
+            result = await use(engine)
+            await settle(engine)
+            assert not cuda_graphs or engine.runner.graphs._replays
+            return result
+        finally:
+            await engine.close()
+
+    return asyncio.run(serve())
+
+
+def assert_close(model, ask, completion):
+    """To a pass without any cache over what was sampled, which also says that nothing better was to be had."""
+    ids = torch.tensor(completion.token_ids, device=model.device)[:, None]
+    logits = cold_logits(model, [*ask.token_ids, *completion.token_ids], ask.images)[len(ask.token_ids) - 1 : -1]
+    logits = logits.float().index_fill(1, torch.tensor([PAD, VIDEO], device=model.device), -torch.inf)
+    cold = logits.log_softmax(-1)
+    found = torch.tensor(completion.logprobs, device=model.device)
+    assert (found - cold.gather(1, ids)[:, 0]).abs().max() < TOLERANCE[model.dtype]
+    assert (cold.max(1).values - cold.gather(1, ids)[:, 0]).max() < 2 * TOLERANCE[model.dtype]
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 12])
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+def test_answers_are_those_of_a_pass_without_a_cache(device, dtype, rows, cuda_graphs):
+    """Rows of different lengths, some with images, begun in chunks; then second turns with an image more."""
+    model, new, rows = model_of(device, dtype), 6, 64 if rows == 12 and device == "cuda" else rows
+    pictures = [image(1, h=8, w=12), image(2, h=10, w=6)]
+
+    async def two_turns(engine):
+        asks = []
+        for k in range(rows):
+            shown = pictures[:1] if k % 3 == 0 else []
+            asks.append(request(f"r{k}", prompt(k, 5 + 7 * k % 90, shown), shown, max_new_tokens=new))
+        first = await asyncio.gather(*map(engine.generate, asks))
+        for k in range(0, rows, 4):
+            ids = (*asks[k].token_ids, *first[k].token_ids, *prompt(100 + k, 30, pictures[1:]))
+            asks.append(request(f"again-{k}", ids, (*asks[k].images, pictures[1]), max_new_tokens=new))
+        return asks, [*first, *await asyncio.gather(*map(engine.generate, asks[rows:]))]
+
+    asks, completions = served(model, two_turns, cuda_graphs)
+    assert any(completion.cached_tokens for completion in completions[rows:])
+    for ask, completion in zip(asks, completions, strict=True):
+        assert_close(model, ask, completion)
+
+
+@pytest.mark.parametrize(("device", "dtype"), PLACES)
+def test_new_weights_are_what_graphs_read(device, dtype):
+    model, ask = model_of(device, dtype), request("a", prompt(1, 40), max_new_tokens=6)
+    other = model_of(device, dtype, seed=1)
+
+    async def update(engine):
+        before = await engine.generate(ask)
+        await engine.load_weights(hf_tensors(other), 1)
+        return before, await engine.generate(replace(ask, request_id="b"))
+
+    before, after = served(model, update)
+    assert before.token_ids != after.token_ids and after.weight_version == 1
+    assert_close(other, ask, after)
