@@ -233,6 +233,13 @@ def _add_machine(parser: Parser) -> None:
     """Where the model runs, and with which memory."""
     add = parser.add_argument
     add("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1")
+    add(
+        "--data-parallel",
+        type=_whole(1),
+        default=1,
+        metavar="N",
+        help="engines side by side, each a process with a GPU or a share of the cores (default: 1, in this one)",
+    )
     add("--image-device", choices=("auto", "cpu"), default="auto", help="makes pixel values (auto: where the model is)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
     add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtengine.cli.engine import load_engine, start_engines
 from vtengine.cli.engine_args import deciding, read_engine_args
 from vtengine.cli.errors import CliError, UsageError, one_line
 from vtengine.cli.models import context_tokens, find_model, image_processor
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from vtengine.vision.decode import DecodeLimits
 
 DEFAULT_PROFILE = "vtengine"
-MAX_RUNNING = 256  # sequences in one batch; more episodes wait for their turn
 SETTINGS = (
     *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "scale", "max_new_tokens"),
     *("temperature", "top_p", "top_k", "seed", "n", "dtype", "image_root", "allow_http"),
@@ -81,6 +82,8 @@ def check_backend(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"--deadline-s {arguments.deadline_s:g}: is for --backend sglang or URL, the backend is {name}"
         )
+    if arguments.data_parallel > 1 and name != "embedded":
+        raise UsageError(f"--data-parallel {arguments.data_parallel}: is for --backend embedded, the backend is {name}")
     if name == "embedded" or name.startswith(SCRIPTED):
         return
     if name == "sglang":
@@ -167,22 +170,10 @@ def _backend(
         return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
     if arguments.backend != "embedded":
         return _sglang(arguments, folder, device, dtype, max_chunks_per_s)
-    from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
-    from vtengine.model import load_model
-
-    running = min(concurrency, MAX_RUNNING)
-    try:
-        model = load_model(folder, device=device, dtype=dtype).requires_grad_(False)
-        kv_bytes = None if arguments.kv_gb is None else max(1, int(arguments.kv_gb * 2**30))
-        config = EngineConfig(max_running=running, kv_bytes=kv_bytes, max_chunks_per_s=max_chunks_per_s)
-        return EmbeddedEngine(model, tokenizer, config)
-    except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        fix = "lower --kv-gb, or use --dtype bfloat16"
-        raise UsageError(
-            f"the model and its keys and values do not fit into memory; {fix}: {one_line(error)}"
-        ) from None
+    if arguments.data_parallel > 1:
+        count = arguments.data_parallel
+        return start_engines(count, folder, device, dtype, concurrency, arguments.kv_gb, max_chunks_per_s)
+    return load_engine(folder, tokenizer, device, dtype, concurrency, arguments.kv_gb, max_chunks_per_s)
 
 
 def _sglang(
@@ -208,7 +199,7 @@ def _sglang(
 
 
 async def _check_server(backend: Backend, name: str) -> None:
-    """Is SGLang there, and does it serve this model? Other backends have nothing to be asked."""
+    """Is the server or the engine's process there, and does it serve this model? Others have nothing to be asked."""
     from vtengine.engine.base import BackendFailed
 
     check = getattr(backend, "check", None)
@@ -273,7 +264,8 @@ def _image_device(arguments: argparse.Namespace, device: torch.device) -> torch.
     import torch
     from vtengine_kernels import dispatch
 
-    on_gpu = device.type == "cuda" and arguments.backend == "embedded" and arguments.image_device == "auto"
+    in_process = arguments.backend == "embedded" and arguments.data_parallel == 1
+    on_gpu = device.type == "cuda" and in_process and arguments.image_device == "auto"
     if on_gpu and any(
         (found.op, found.impl, found.available) == ("patchify", "triton", True) for found in dispatch.report()
     ):
@@ -312,7 +304,9 @@ async def _prefill_shared_prompt(setting: Setting) -> None:
     token_ids = tuple(setting.tokenizer.encode(texts))
     if not token_ids:
         return
+    request = Request("shared prompt", token_ids, (), SamplingParams(max_new_tokens=1))
+    engines = getattr(setting.backend, "engines", [setting.backend])
     try:
-        await setting.backend.generate(Request("shared prompt", token_ids, (), SamplingParams(max_new_tokens=1)))
+        await asyncio.gather(*(engine.generate(request) for engine in engines))
     except (BackendFailed, RequestRejected) as error:
         raise CliError(f"the engine cannot run the prompt: {one_line(error)}") from None

@@ -13,9 +13,9 @@ from tests.engine.sglang.backends import TINY
 from tests.engine.sglang.fake_server import REPLY, FakeSglang
 from tests.engine.tiny import PAD, image, prompt, request
 from vtengine.engine.base import BackendFailed, RequestRejected
+from vtengine.engine.routing import routing_key
 from vtengine.engine.sglang import SglangFleet, SglangHttpBackend, addresses, connect_servers
 from vtengine.engine.sglang import backend as backend_module
-from vtengine.engine.sglang.routing import routing_key
 from vtengine.engine.sglang.transport import ServerUnsuitable
 
 

@@ -109,6 +109,11 @@ class EmbeddedEngine:
         self._post(lambda: self._updates.append(update))
         await update.done
 
+    @property
+    def is_closed(self) -> bool:
+        """By `close`, or because its GPU is lost: it serves nothing any more."""
+        return self._closed
+
     def stats(self) -> dict[str, float]:
         """Counters since the start, and gauges of now (running, waiting, pages_*, *_bytes)."""
         encoder, scheduler, pool = self.encoder, self.scheduler, self.pool

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request
+from vtengine.engine.routing import routing_key
 from vtengine.engine.sglang.backend import SglangBackend
 from vtengine.engine.sglang.fleet_update import FleetUpdate
-from vtengine.engine.sglang.routing import routing_key
 from vtengine.engine.sglang.transport import ConnectionLost, NoRoom, StaleWeights
 
 if TYPE_CHECKING:

@@ -1,0 +1,129 @@
+"""Several engines as one `Backend`: a prompt stays with the engine that knows its beginning; new ones balance."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request
+from vtengine.engine.processes.engine_process import EngineLost, EngineProcess
+from vtengine.engine.routing import routing_key
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_KEYS = 1 << 16
+"""Of prompts whose engine is remembered, far more than any engine's cache holds."""
+IMBALANCE = 64
+"""Requests that an engine may have more than another before a known prompt goes there all the same."""
+RESTARTS = 3
+"""Of one engine, in all; each after a wait of so many seconds more."""
+
+log = logging.getLogger(__name__)
+
+
+class DataParallel:
+    """Belongs to one event loop. start(index): starts one of the `count` engines, all of the same weights.
+
+    One whose process ends is started again; until it is there, the others serve. What ran in it raises EngineLost, and
+    may be tried again at once. After new weights were loaded, it stays out.
+    """
+
+    def __init__(self, start: Callable[[int], EngineProcess], count: int, image_token_id: int) -> None:
+        self._start, self._image_token_id = start, image_token_id
+        self.engines = [start(index) for index in range(count)]
+        self._known: OrderedDict[str, int] = OrderedDict()
+        self._restarts: dict[int, asyncio.Task[None]] = {}
+        self._num_restarts: Counter[str] = Counter()  # of restarts, by the engine's name
+        self._is_updated = False
+
+    async def check(self) -> None:
+        """Waits for all engines. Raises what making one raised: ValueError, BackendFailed."""
+        await asyncio.gather(*(engine.check() for engine in self.engines))
+
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
+        index = await self._engine_for(request)
+        try:
+            return await self.engines[index].generate(request, on_tokens)
+        except EngineLost:
+            self._begin_restart(index)
+            raise
+
+    async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
+        """On every engine that lives."""
+        self._is_updated = True
+        for task in self._restarts.values():
+            task.cancel()
+        living = self._living()
+        if not living:
+            raise BackendFailed(f"none of {len(self.engines)} engines lives; the log tells why they ended")
+        await asyncio.gather(*(self.engines[index].load_weights(source, version) for index in living))
+
+    def stats(self) -> dict[str, float]:
+        """Sums over the engines; weight_version is the oldest of those that live."""
+        total: Counter[str] = Counter()
+        for engine in self.engines:
+            total.update(engine.stats())
+        versions = [engine.stats().get("weight_version", 0.0) for engine in self.engines if not engine.is_lost]
+        down = sum(engine.is_lost for engine in self.engines)
+        own = {"engines": len(self.engines), "engines_down": down, "engine_restarts": self._num_restarts.total()}
+        figures = dict(total) | own | {"weight_version": min(versions, default=0.0)}
+        return {name: float(value) for name, value in figures.items()}
+
+    async def close(self) -> None:
+        tasks = list(self._restarts.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(engine.close() for engine in self.engines))
+
+    def _living(self) -> list[int]:
+        return [index for index, engine in enumerate(self.engines) if not engine.is_lost]
+
+    async def _engine_for(self, request: Request) -> int:
+        """Waits, where none lives, for one that is being started again."""
+        while not (living := self._living()):
+            starting = [task for task in self._restarts.values() if not task.done()]
+            if not starting:
+                raise BackendFailed(f"none of {len(self.engines)} engines lives; the log tells why they ended")
+            await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
+        key = routing_key(request, self._image_token_id)
+        least = min(living, key=lambda index: self.engines[index].num_calls)
+        index = self._known.pop(key, least)
+        if index not in living or self.engines[index].num_calls - self.engines[least].num_calls > IMBALANCE:
+            index = least
+        self._known[key] = index
+        if len(self._known) > MAX_KEYS:
+            self._known.popitem(last=False)
+        return index
+
+    def _begin_restart(self, index: int) -> None:
+        if index not in self._restarts and not self._is_updated:
+            self._restarts[index] = asyncio.get_running_loop().create_task(self._restart(index))
+
+    async def _restart(self, index: int) -> None:
+        """The task stays where the engine is given up, so that no other begins."""
+        await self.engines[index].close()
+        name = self.engines[index].name
+        while self._num_restarts[name] < RESTARTS:
+            self._num_restarts[name] += 1
+            log.warning("engine %s has ended and is started again", name)
+            await asyncio.sleep(self._num_restarts[name])
+            engine = self._start(index)
+            try:
+                await engine.check()
+            except (ValueError, BackendFailed) as error:
+                log.warning("engine %s: %s", name, error)
+                await engine.close()
+            except BaseException:
+                await engine.close()
+                raise
+            else:
+                self.engines[index] = engine
+                del self._restarts[index]
+                return
+        log.error("engine %s was started again %d times and is left out now", name, RESTARTS)

@@ -1,0 +1,208 @@
+"""A `Backend` in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request, RequestRejected
+from vtengine.engine.processes.wire import (
+    Head,
+    Mirrored,
+    describe,
+    pack_request,
+    read_frame,
+    unpack_completion,
+    write_frame,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CLOSE_S = 30.0
+"""For an engine to end its step; then its process is killed."""
+
+
+class EngineLost(BackendFailed):
+    """The process has ended; it serves nothing any more."""
+
+
+@dataclass
+class _Call:
+    """Who waits for an answer, and who is told of tokens."""
+
+    answer: asyncio.Future[Head]
+    on_tokens: OnTokens | None = None
+
+
+class EngineProcess:
+    """Belongs to one event loop. The process starts at once; `check` waits until the engine in it is there.
+
+    make: "package.module:function", called in the process with `options` (what JSON can say); returns the `Backend`.
+    environment: of the process, over this one's. name: for messages.
+    """
+
+    def __init__(
+        self, make: str, options: Mapping[str, Any], name: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = name
+        self._line, theirs = socket.socketpair()
+        path = {"PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
+        with theirs:
+            command = [sys.executable, "-m", "vtengine.engine.processes.host", str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # the owner's own output may be a table or rows
+                pass_fds=[theirs.fileno()],
+                env=os.environ | path | dict(environment or {}),
+                start_new_session=True,  # Ctrl-C is for the owner, which then ends what runs here
+            )
+        self._frames: queue.SimpleQueue[tuple[Head, Sequence[Tensor]] | None] = queue.SimpleQueue()
+        self._frames.put(({"make": make, "options": dict(options)}, ()))
+        self._images: Mirrored[bool] = Mirrored()
+        self._calls: dict[int, _Call] = {}
+        self._numbers = itertools.count()
+        self._stats: dict[str, float] = {}
+        self._ready: asyncio.Future[None] | None = None
+        self.is_lost = False
+
+    @property
+    def num_calls(self) -> int:
+        """Under way."""
+        return len(self._calls)
+
+    async def check(self) -> None:
+        """Waits for the engine. Raises ValueError, RequestRejected or BackendFailed as making it did."""
+        if self._ready is None:
+            loop = asyncio.get_running_loop()
+            self._ready = loop.create_future()
+            for work in (self._write, self._read):
+                threading.Thread(target=work, args=(loop,), name=f"vtengine {self.name}", daemon=True).start()
+        await asyncio.shield(self._ready)
+
+    async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
+        await self.check()
+        packed, pixels = pack_request(request, self._images)
+        head = {"what": "generate", "request": packed, "streams": on_tokens is not None}
+        return unpack_completion((await self._call(head, pixels, on_tokens))["completion"])
+
+    async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
+        await self.check()
+        head: Head = {"what": "load_weights", "version": version, "path": None}
+        tensors: list[Tensor] = []
+        if isinstance(source, str | Path):
+            head["path"] = str(source)
+        else:
+            head["tensors"] = [(name, describe(tensor)) for name, tensor in source.items()]
+            tensors = list(source.values())
+        await self._call(head, tensors)
+
+    def stats(self) -> dict[str, float]:
+        """As they were when the engine last had something to say."""
+        return dict(self._stats)
+
+    async def close(self) -> None:
+        """Ends the process; what still runs in it raises EngineLost."""
+        self._frames.put(None)
+        with suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)
+        try:
+            await asyncio.to_thread(self._process.wait, CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+        self._lost()
+        self._line.close()
+
+    async def _call(self, head: Head, tensors: Sequence[Tensor], on_tokens: OnTokens | None = None) -> Head:
+        if self.is_lost:
+            raise self._fault()
+        number = next(self._numbers)
+        call = self._calls[number] = _Call(asyncio.get_running_loop().create_future(), on_tokens)
+        self._frames.put((head | {"call": number, "sent_s": time.perf_counter()}, tensors))
+        try:
+            return await call.answer
+        finally:
+            if self._calls.pop(number, None) is not None:  # the caller leaves before the end
+                self._frames.put(({"what": "cancel", "call": number}, ()))
+
+    def _write(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread: pixels of large images take their time."""
+        del loop
+        with suppress(OSError):  # told by the reading side
+            while (frame := self._frames.get()) is not None:
+                write_frame(self._line, *frame)
+
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            while (frame := read_frame(self._line)) is not None:
+                loop.call_soon_threadsafe(self._take, frame[0])
+            self._process.wait()
+            loop.call_soon_threadsafe(self._lost)
+
+    def _take(self, head: Head) -> None:
+        self._stats = head["stats"] or self._stats
+        for event in head["events"]:
+            what, call = event["event"], self._calls.get(event.get("call", -1))
+            if what == "ready":
+                _settle(self._ready, None)
+            elif what == "unready":
+                _settle(self._ready, _error(event))
+            elif call is None:
+                continue
+            elif what == "tokens":
+                _tell(call, event["token_ids"])
+            else:
+                del self._calls[event["call"]]
+                _settle(call.answer, _error(event) if what == "failed" else event)
+
+    def _fault(self) -> EngineLost:
+        status = self._process.returncode
+        return EngineLost(f"engine {self.name}: its process has ended (status {status}); its log tells why")
+
+    def _lost(self) -> None:
+        self.is_lost = True
+        calls, self._calls = self._calls, {}
+        for waiting in (self._ready, *(call.answer for call in calls.values())):
+            _settle(waiting, self._fault())
+
+
+def _settle(future: asyncio.Future[Any] | None, result: object) -> None:
+    if future is None or future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+        future.exception()  # seen: whoever waited may be gone
+    else:
+        future.set_result(result)
+
+
+def _tell(call: _Call, token_ids: Sequence[int]) -> None:
+    """What the caller's function raises ends its own request alone."""
+    if call.on_tokens is None or call.answer.done():
+        return
+    try:
+        call.on_tokens(token_ids)
+    except Exception as error:
+        _settle(call.answer, error)
+
+
+def _error(event: Head) -> Exception:
+    kind, message = event["kind"], event["message"]
+    if kind == "rejected":
+        return RequestRejected(event["code"], message, event["blame"])
+    return ValueError(message) if kind == "value" else BackendFailed(message)

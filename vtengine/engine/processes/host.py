@@ -1,0 +1,152 @@
+"""`python -m vtengine.engine.processes.host FD`: an engine, and the line to the process that owns it.
+
+The first frame names a function that makes the engine. The end of the line ends the process, so that none is left
+behind by an owner that was killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vtengine.engine.base import Backend, BackendFailed, RequestRejected
+from vtengine.engine.processes.wire import (
+    Head,
+    Mirrored,
+    pack_completion,
+    read_frame,
+    tensor_of,
+    unpack_request,
+    write_frame,
+)
+
+
+class Host:
+    """Carries out frames in the event loop; what a turn of the loop has for the owner leaves as one frame."""
+
+    def __init__(self, backend: Backend, line: socket.socket) -> None:
+        self._backend, self._line = backend, line
+        self._loop = asyncio.get_running_loop()
+        self._images: Mirrored[Tensor] = Mirrored()
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._events: list[Head] = []
+        self._ended = asyncio.Event()
+        self.is_broken = False
+
+    async def serve(self) -> None:
+        """Until the owner is gone, or the engine can serve no more (`is_broken`)."""
+        threading.Thread(target=self._read, name="vtengine-line", daemon=True).start()
+        self._tell({"event": "ready"})
+        await self._ended.wait()
+        for call in self._calls.values():
+            call.cancel()
+        await asyncio.gather(*self._calls.values(), return_exceptions=True)
+
+    def _read(self) -> None:
+        while (frame := read_frame(self._line)) is not None:
+            self._loop.call_soon_threadsafe(self._take, *frame)
+        self._loop.call_soon_threadsafe(self._ended.set)
+
+    def _take(self, head: Head, blobs: Sequence[bytearray]) -> None:
+        call, what = head["call"], head["what"]
+        if what == "cancel":
+            if call in self._calls:
+                self._calls[call].cancel()
+        elif what == "generate":
+            request = unpack_request(head["request"], blobs, self._images)  # at once: the order of frames matters
+            waited_s = time.perf_counter() - head["sent_s"]
+
+            async def generate() -> Head:
+                def on_tokens(token_ids: Sequence[int]) -> None:
+                    self._tell({"event": "tokens", "call": call, "token_ids": list(token_ids)})
+
+                completion = await self._backend.generate(request, on_tokens if head["streams"] else None)
+                return {"completion": pack_completion(completion, waited_s)}
+
+            self._begin(call, generate())
+        elif what == "load_weights":
+            source = head["path"]
+            if source is None:
+                tensors = zip(head["tensors"], blobs, strict=True)
+                source = {name: tensor_of(of, blob) for (name, of), blob in tensors}
+
+            async def load() -> Head:
+                await self._backend.load_weights(source, head["version"])
+                return {}
+
+            self._begin(call, load())
+
+    def _begin(self, call: int, work: Awaitable[Head]) -> None:
+        self._calls[call] = self._loop.create_task(self._run(call, work))
+
+    async def _run(self, call: int, work: Awaitable[Head]) -> None:
+        try:
+            self._tell({"event": "done", "call": call} | await work)
+        except Exception as error:
+            self._tell({"event": "failed", "call": call} | _fault(error))
+            if getattr(self._backend, "is_closed", False):  # a lost GPU, say: another process may find it again
+                self.is_broken = True
+                self._loop.call_soon(self._ended.set)
+        finally:
+            del self._calls[call]
+
+    def _tell(self, event: Head) -> None:
+        if not self._events:
+            self._loop.call_soon(self._flush)
+        self._events.append(event)
+
+    def _flush(self) -> None:
+        events, self._events = self._events, []
+        try:
+            write_frame(self._line, {"events": events, "stats": self._backend.stats()})
+        except OSError:
+            self._ended.set()
+
+
+def _fault(error: Exception) -> Head:
+    """By the kinds that a `Backend` raises."""
+    if isinstance(error, RequestRejected):
+        return {"kind": "rejected", "code": error.code, "message": str(error), "blame": error.blame}
+    if isinstance(error, BackendFailed):
+        return {"kind": "failed", "message": str(error)}
+    if isinstance(error, ValueError):
+        return {"kind": "value", "message": str(error)}
+    return {"kind": "failed", "message": f"{type(error).__name__}: {error}"}
+
+
+async def _serve(make: Any, options: Head, line: socket.socket) -> int:
+    try:
+        backend: Backend = make(**options)
+    except Exception as error:
+        write_frame(line, {"events": [{"event": "unready"} | _fault(error)], "stats": {}})
+        return 1
+    host = Host(backend, line)
+    try:
+        await host.serve()
+    finally:
+        await backend.close()
+    return 1 if host.is_broken else 0
+
+
+def main(descriptor: int) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the owner's affair: it ends this process by closing the line
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=descriptor) as line:
+        frame = read_frame(line)
+        if frame is None:
+            return 1
+        module, _, name = frame[0]["make"].partition(":")
+        return asyncio.run(_serve(getattr(importlib.import_module(module), name), frame[0]["options"], line))
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
