@@ -22,6 +22,12 @@ def embedded():
     return EmbeddedEngine(tiny_model(), Letters(), config)
 
 
+def own_process():
+    from tests.engine.processes.engines import process
+
+    return process("tiny")
+
+
 def sglang_fake():
     """The HTTP backend and a server without a model."""
     from tests.engine.sglang.backends import over_fake_server
@@ -36,6 +42,7 @@ def sglang_real():
 
 
 REAL = os.environ.get("VTENGINE_CONFORMANCE", "")
-BACKENDS = {REAL: sglang_real} if REAL else {"scripted": scripted, "embedded": embedded, "sglang_fake": sglang_fake}
+ALWAYS = {"scripted": scripted, "embedded": embedded, "own_process": own_process, "sglang_fake": sglang_fake}
+BACKENDS = {REAL: sglang_real} if REAL else ALWAYS
 SHARES_IN_FLIGHT = not REAL
 """Requests that run at the same time share their prefix (SGLang: once one of them has been prefilled)."""

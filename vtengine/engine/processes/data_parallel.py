@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request
-from vtengine.engine.processes.engine_process import EngineLost, EngineProcess
+from vtengine.engine.processes.engine_process import EngineProcess
 from vtengine.engine.routing import routing_key
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class DataParallel:
     """Belongs to one event loop. start(index): starts one of the `count` engines, all of the same weights.
 
-    One whose process ends is started again; until it is there, the others serve. What ran in it raises EngineLost, and
-    may be tried again at once. After new weights were loaded, it stays out.
+    One whose process ends is started again with the next request; until it is there, the others serve. What ran in it
+    raises EngineLost, and may be tried again at once. After new weights were loaded, it stays out.
     """
 
     def __init__(self, start: Callable[[int], EngineProcess], count: int, image_token_id: int) -> None:
@@ -47,11 +47,7 @@ class DataParallel:
 
     async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         index = await self._engine_for(request)
-        try:
-            return await self.engines[index].generate(request, on_tokens)
-        except EngineLost:
-            self._begin_restart(index)
-            raise
+        return await self.engines[index].generate(request, on_tokens)
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         """On every engine that lives."""
@@ -85,25 +81,24 @@ class DataParallel:
         return [index for index, engine in enumerate(self.engines) if not engine.is_lost]
 
     async def _engine_for(self, request: Request) -> int:
-        """Waits, where none lives, for one that is being started again."""
+        """Starts those again that have ended; waits for one of them where none lives."""
+        for index, engine in enumerate(self.engines):
+            if engine.is_lost and index not in self._restarts and not self._is_updated:
+                self._restarts[index] = asyncio.get_running_loop().create_task(self._restart(index))
         while not (living := self._living()):
             starting = [task for task in self._restarts.values() if not task.done()]
             if not starting:
                 raise BackendFailed(f"none of {len(self.engines)} engines lives; the log tells why they ended")
             await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
         key = routing_key(request, self._image_token_id)
-        least = min(living, key=lambda index: self.engines[index].num_calls)
+        least = min(living, key=lambda index: self.engines[index].num_running)
         index = self._known.pop(key, least)
-        if index not in living or self.engines[index].num_calls - self.engines[least].num_calls > IMBALANCE:
+        if index not in living or self.engines[index].num_running - self.engines[least].num_running > IMBALANCE:
             index = least
         self._known[key] = index
         if len(self._known) > MAX_KEYS:
             self._known.popitem(last=False)
         return index
-
-    def _begin_restart(self, index: int) -> None:
-        if index not in self._restarts and not self._is_updated:
-            self._restarts[index] = asyncio.get_running_loop().create_task(self._restart(index))
 
     async def _restart(self, index: int) -> None:
         """The task stays where the engine is given up, so that no other begins."""

@@ -78,12 +78,9 @@ class EngineProcess:
         self._numbers = itertools.count()
         self._stats: dict[str, float] = {}
         self._ready: asyncio.Future[None] | None = None
+        self.num_running = 0
+        """Requests that were given to this engine and have not ended."""
         self.is_lost = False
-
-    @property
-    def num_calls(self) -> int:
-        """Under way."""
-        return len(self._calls)
 
     async def check(self) -> None:
         """Waits for the engine. Raises ValueError, RequestRejected or BackendFailed as making it did."""
@@ -95,10 +92,14 @@ class EngineProcess:
         await asyncio.shield(self._ready)
 
     async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
-        await self.check()
-        packed, pixels = pack_request(request, self._images)
-        head = {"what": "generate", "request": packed, "streams": on_tokens is not None}
-        return unpack_completion((await self._call(head, pixels, on_tokens))["completion"])
+        self.num_running += 1
+        try:
+            await self.check()
+            packed, pixels = pack_request(request, self._images)
+            head = {"what": "generate", "request": packed, "streams": on_tokens is not None}
+            return unpack_completion((await self._call(head, pixels, on_tokens))["completion"])
+        finally:
+            self.num_running -= 1
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         await self.check()
