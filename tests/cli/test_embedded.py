@@ -31,6 +31,46 @@ def test_generate(checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run,
         assert turn["cached_tokens"] >= 32, "the shared prompt was not in the cache"
 
 
+def test_generate_on_several_engines(
+    checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows as one engine writes, but for times; the shared prompt is known to each engine."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    found = []
+    for name, more in (("one", []), ("two", ["--data-parallel", 2])):
+        path = tmp_path / f"{name}.jsonl"
+        done = vtengine("generate", questions(6), "-o", path, *flags(checkpoint), *more)
+        assert done.status == 0, done.err
+        rows = rows_of(path)
+        assert all(turn["cached_tokens"] >= 32 for row in rows for turn in row["turns"])
+        found.append([(row["id"], row["status"], [turn["text"] for turn in row["turns"]]) for row in rows])
+    assert found[0] == found[1]
+
+
+def test_a_checkpoint_that_no_process_can_load_is_one_line(
+    checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(folder), "--data-parallel", 2]
+    done = vtengine(*line)
+    assert done.status == 2 and done.err.count("\n") == 1 and "model.safetensors" in done.err
+
+
+def test_more_engines_than_cores_are_refused(checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path) -> None:
+    line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(checkpoint), "--data-parallel", 999]
+    done = vtengine(*line)
+    assert done.status == 2 and "--data-parallel 999: is more than the" in done.err
+
+
+def test_several_engines_are_embedded_ones(vtengine: Run, questions: Run, tmp_path: Path) -> None:
+    line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", "--data-parallel", 2, "--backend", "http://x:1"]
+    done = vtengine(*line)
+    assert done.status == 2 and "--data-parallel 2: is for --backend embedded" in done.err
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_generate_with_qwen3_vl(
     qwen3_checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path, stated: bool

@@ -64,8 +64,8 @@ def start_engines(
     first = device.index or 0
     there = torch.cuda.device_count() - first if on_gpu else torch.get_num_threads()
     if count > there:
-        what = f"GPUs from {device} on" if on_gpu else "cores that torch may use (see OMP_NUM_THREADS)"
-        raise UsageError(f"--data-parallel {count}: there are {there} {what}")
+        what = f"GPUs from {device} on" if on_gpu else "cores for torch (OMP_NUM_THREADS bounds them)"
+        raise UsageError(f"--data-parallel {count}: is more than the {there} {what}")
     options: dict[str, Any] = {
         "folder": str(folder),
         "dtype": str(dtype).removeprefix("torch."),
@@ -80,7 +80,8 @@ def start_engines(
         own = options | {"device": place}
         return EngineProcess(f"{__name__}:engine_of", own, f"{index} ({place})", environment)
 
-    return DataParallel(start, count, json.loads((folder / "config.json").read_text("utf-8"))["image_token_id"])
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return DataParallel(start, count, config.get("image_token_id", -1))
 
 
 def engine_of(

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -127,7 +128,8 @@ async def _serve(make: Any, options: Head, line: socket.socket) -> int:
     try:
         backend: Backend = make(**options)
     except Exception as error:
-        write_frame(line, {"events": [{"event": "unready"} | _fault(error)], "stats": {}})
+        with suppress(OSError):  # the owner may have given up already
+            write_frame(line, {"events": [{"event": "unready"} | _fault(error)], "stats": {}})
         return 1
     host = Host(backend, line)
     try:

@@ -58,7 +58,7 @@ def _read(line: socket.socket, size: int) -> bytearray:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer, though not typed as one
 
 
 def describe(tensor: Tensor) -> Head:
