@@ -24,6 +24,7 @@ from vtengine_training.glance.views import LIMITS
 from vtengine.cli.models import shipped_model
 from vtengine.cli.scoring import is_correct
 from vtengine.engine.base import Backend, SamplingParams
+from vtengine.engine.processes import DataParallel
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import load_profile
 from vtengine.rollout.group import Sample, Setting, run_batch
@@ -47,7 +48,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Run:
-    """One pass over the questions: seconds of wall and of CPU (all threads), and every episode, in order."""
+    """One pass over the questions: seconds of wall and of CPU (of all threads, engines' processes included), and every
+    episode, in order."""
 
     wall_s: float
     cpu_s: float
@@ -98,6 +100,8 @@ async def fresh_setting(
     pipeline = ImagePipeline(pixel_limits, "compact", torch.float32)
     profile = load_profile(folder if (folder / "profile.toml").is_file() else "glance")
     backend = make_backend(tokenizer)
+    if isinstance(backend, DataParallel):
+        await backend.check()
     if ask_one_in is not None:
         backend = AskingBackend(backend, tokenizer, profile, ask_one_in)
     try:
@@ -121,13 +125,17 @@ def run_once(
 
     async def go() -> Run:
         async with fresh_setting(folder, make_backend, limits, pixel_limits, ask_one_in=ask_one_in) as setting:
-            wall, busy = time.perf_counter(), time.process_time()
+            wall, busy = time.perf_counter(), _cpu_s(setting.backend)
             questions = [one.question for one in asked]
             samples = [sample async for sample in run_batch(setting, questions, concurrency=concurrency)]
-            wall, busy = time.perf_counter() - wall, time.process_time() - busy
+            wall, busy = time.perf_counter() - wall, _cpu_s(setting.backend) - busy
             return Run(wall, busy, tuple(samples), setting.backend.stats())
 
     return asyncio.run(go())
+
+
+def _cpu_s(backend: Backend) -> float:
+    return time.process_time() + backend.stats().get("cpu_s", 0.0)
 
 
 def account(runs: Sequence[Run], asked: Sequence[Asked]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from transformers_backend import TransformersBackend
 from two_turn_run import Asked, Run, account, held_out_questions, model_folder, run_once, same_replies
 
+from vtengine.cli.engine import start_engines
 from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL, load_model
@@ -24,11 +25,13 @@ from vtengine.rollout.tokenizer import Tokenizer
 
 TESTS = ["tests/engine", "tests/rollout"]
 QUESTIONS, CONCURRENCIES, ROUNDS = 256, (1, 8, 64), 3
+ENGINES = 2  # of --data-parallel, at the highest concurrency
 ASK_ONE_IN = 2
 YARDSTICKS = ((1, 1), (64, 64))  # (concurrency, most requests in one padded call)
 
 _SPEED = {
     "engine": "Engine",
+    "engines": "Processes",
     "concurrency": "Concurrency",
     "resumption": "Resumption",
     "threads": "Threads",
@@ -68,6 +71,11 @@ def embedded(model: Qwen2_5_VL, concurrency: int, resume: bool, tokenizer: Token
     return EmbeddedEngine(model, tokenizer, EngineConfig(max_running=concurrency, resume=resume))
 
 
+def side_by_side(folder: Path, concurrency: int, tokenizer: Tokenizer) -> Backend:
+    del tokenizer
+    return start_engines(ENGINES, folder, torch.device("cpu"), torch.float32, concurrency)
+
+
 def yardstick(folder: Path, batch: int, tokenizer: Tokenizer) -> Backend:
     return TransformersBackend(folder, batch)
 
@@ -75,23 +83,26 @@ def yardstick(folder: Path, batch: int, tokenizer: Tokenizer) -> Backend:
 def speed(context: Any, folder: Path, model: Qwen2_5_VL, asked: list[Asked]) -> list[dict[str, Any]]:
     """Rounds are interleaved over all sides; the yardstick, which is slow and steady, takes part in the first."""
     concurrencies = (1, 8) if context.quick else CONCURRENCIES
-    sides = [(concurrency, resume) for concurrency in concurrencies for resume in (True, False)]
-    ours: dict[tuple[int, bool], list[Run]] = {side: [] for side in sides}
+    sides = [(concurrency, resume, 1) for concurrency in concurrencies for resume in (True, False)]
+    if torch.get_num_threads() >= ENGINES:
+        sides.append((concurrencies[-1], True, ENGINES))
+    ours: dict[tuple[int, bool, int], list[Run]] = {side: [] for side in sides}
     yardsticks: dict[tuple[int, int], list[Run]] = {}
     for index in range(1 if context.quick else ROUNDS):
-        for side in sides if index % 2 == 0 else sides[::-1]:
-            backend = partial(embedded, model, *side)
-            ours[side].append(run_once(folder, backend, asked, side[0], ask_one_in=ASK_ONE_IN))
+        for concurrency, resume, engines in sides if index % 2 == 0 else sides[::-1]:
+            one, several = partial(embedded, model, concurrency, resume), partial(side_by_side, folder, concurrency)
+            done = run_once(folder, one if engines == 1 else several, asked, concurrency, ask_one_in=ASK_ONE_IN)
+            ours[concurrency, resume, engines].append(done)
         if index == 0:
             for concurrency, batch in YARDSTICKS:
                 backend = partial(yardstick, folder, batch)
                 yardsticks[concurrency, batch] = [run_once(folder, backend, asked, concurrency, ask_one_in=ASK_ONE_IN)]
     rows = [
-        {"engine": "vtengine", "concurrency": concurrency, "resumption": "on" if resume else "off", "runs": runs}
-        for (concurrency, resume), runs in ours.items()
+        {"engine": "vtengine", "engines": n, "concurrency": at, "resumption": "on" if resume else "off", "runs": runs}
+        for (at, resume, n), runs in ours.items()
     ] + [
-        {"engine": f"transformers, batch {batch}", "concurrency": concurrency, "resumption": "none", "runs": runs}
-        for (concurrency, batch), runs in yardsticks.items()
+        {"engine": f"transformers, batch {b}", "engines": 1, "concurrency": at, "resumption": "none", "runs": runs}
+        for (at, b), runs in yardsticks.items()
     ]
     return [_speed_row(row, row.pop("runs"), asked, yardsticks) for row in rows]
 

@@ -113,7 +113,7 @@ class EngineProcess:
         await self._call(head, tensors)
 
     def stats(self) -> dict[str, float]:
-        """As they were when the engine last had something to say."""
+        """As they were when the engine last had something to say; cpu_s: of all threads of its process."""
         return dict(self._stats)
 
     async def close(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import signal
 import socket
 import sys
@@ -108,7 +109,8 @@ class Host:
     def _flush(self) -> None:
         events, self._events = self._events, []
         try:
-            write_frame(self._line, {"events": events, "stats": self._backend.stats()})
+            stats = self._backend.stats() | {"cpu_s": time.process_time()}
+            write_frame(self._line, {"events": events, "stats": stats})
         except OSError:
             self._ended.set()
 
@@ -151,4 +153,6 @@ def main(descriptor: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    status = main(int(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(status)  # all is closed: the interpreter's own way out trips over threads of libraries
