@@ -125,16 +125,17 @@ def run_once(
 
     async def go() -> Run:
         async with fresh_setting(folder, make_backend, limits, pixel_limits, ask_one_in=ask_one_in) as setting:
-            wall, busy = time.perf_counter(), _cpu_s(setting.backend)
+            wall, busy = time.perf_counter(), cpu_s(setting.backend)
             questions = [one.question for one in asked]
             samples = [sample async for sample in run_batch(setting, questions, concurrency=concurrency)]
-            wall, busy = time.perf_counter() - wall, _cpu_s(setting.backend) - busy
+            wall, busy = time.perf_counter() - wall, cpu_s(setting.backend) - busy
             return Run(wall, busy, tuple(samples), setting.backend.stats())
 
     return asyncio.run(go())
 
 
-def _cpu_s(backend: Backend) -> float:
+def cpu_s(backend: Backend) -> float:
+    """CPU seconds of this process and of those that the backend's engines run in."""
     return time.process_time() + backend.stats().get("cpu_s", 0.0)
 
 

@@ -3,8 +3,10 @@
 The shipped model, greedy, fp32, 64 at a time; every other picture is made to be asked about twice. Direct: `run_batch`
 in this process. Server: the real application in this process, asked by a process of its own over 64 kept connections,
 which has its requests ready beforehand (load_client.py); the images travel as base64 in either case. Each run has a
-fresh engine and empty caches; the sides take turns within each round. `overhead` is the median over the rounds of a
-side's time over that of the direct side in the same round, less one. The server writes its log, as the command does.
+fresh engine and empty caches; the sides take turns within each round. Both with the engine in this process, where it
+shares Python's lock with the event loop, and with two engines in processes of their own (`--data-parallel 2`).
+`overhead` is the median over the rounds of a side's time over that of the direct side with as many processes, less one.
+The server writes its log, as the command does.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from child import read
-from two_turn_run import Asked, fresh_setting, held_out_questions, model_folder
+from two_turn_run import Asked, cpu_s, fresh_setting, held_out_questions, model_folder
 
+from vtengine.cli.engine import start_engines
 from vtengine.cli.serve import LOG_FORMAT
 from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
@@ -41,12 +45,14 @@ from vtengine.server.run import Server, address, bind
 TESTS = ["tests/server/test_completions.py", "tests/server/test_choices.py"]
 QUESTIONS, CONCURRENCY, ROUNDS = 192, 64, 9
 SIDES = ("direct", "server", "server, streamed")
+ENGINES = (1, 2)
 CLIENT = Path(__file__).parents[1] / "load_client.py"
 
 TABLES = {
     "serving-overhead": {
         "columns": {
             "side": "Side",
+            "engines": "Processes",
             "concurrency": "Concurrency",
             "questions_per_s": "Questions/s",
             "overhead": "Overhead",
@@ -64,7 +70,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Pass:
-    """One side, once. cpu_s: of all threads of this process; loop_s: of the one that runs the event loop alone.
+    """One side, once. cpu_s: of all threads of this process and of engines' processes; loop_s: of the event loop's.
 
     first_s, last_s: of each request, as the client saw them; empty where there is none.
     """
@@ -84,24 +90,36 @@ def run(context: Any) -> list[dict[str, Any]]:
     model = load_model(folder, dtype=torch.float32).requires_grad_(False)
     asked = held_out_questions(16 if context.quick else QUESTIONS)
     concurrency = 8 if context.quick else CONCURRENCY
+    sides = [(side, engines) for engines in ENGINES if engines <= torch.get_num_threads() for side in SIDES]
     for side in SIDES:  # warm-up: allocator, threads, compiled op
-        once(side, folder, model, asked[:16], concurrency)
+        once(side, partial(embedded, model, concurrency), folder, asked[:16], concurrency)
     gc.collect()
     gc.freeze()  # as the command does; a full collection would fall to any side
-    passes: dict[str, list[Pass]] = {side: [] for side in SIDES}
+    passes: dict[tuple[str, int], list[Pass]] = {side: [] for side in sides}
     for index in range(2 if context.quick else ROUNDS):
-        for side in SIDES[index % 3 :] + SIDES[: index % 3]:
-            passes[side].append(once(side, folder, model, asked, concurrency))
-    return [_row(side, passes, concurrency) for side in SIDES]
+        shift = index % len(sides)
+        for side, engines in sides[shift:] + sides[:shift]:
+            make = partial(embedded, model) if engines == 1 else partial(side_by_side, folder, engines)
+            passes[side, engines].append(once(side, partial(make, concurrency), folder, asked, concurrency))
+    return [_row(side, engines, passes, concurrency) for side, engines in sides]
 
 
-def once(side: str, folder: Path, model: Qwen2_5_VL, asked: Sequence[Asked], concurrency: int) -> Pass:
-    def engine(tokenizer: Tokenizer) -> Backend:
-        config = EngineConfig(max_running=concurrency, max_chunks_per_s=ServerLimits().max_text_events_per_s)
-        return EmbeddedEngine(model, tokenizer, config)
+def embedded(model: Qwen2_5_VL, concurrency: int, tokenizer: Tokenizer) -> Backend:
+    config = EngineConfig(max_running=concurrency, max_chunks_per_s=ServerLimits().max_text_events_per_s)
+    return EmbeddedEngine(model, tokenizer, config)
 
+
+def side_by_side(folder: Path, engines: int, concurrency: int, tokenizer: Tokenizer) -> Backend:
+    del tokenizer
+    pace = ServerLimits().max_text_events_per_s
+    return start_engines(engines, folder, torch.device("cpu"), torch.float32, concurrency, max_chunks_per_s=pace)
+
+
+def once(
+    side: str, make_backend: Callable[[Tokenizer], Backend], folder: Path, asked: Sequence[Asked], concurrency: int
+) -> Pass:
     async def go() -> Pass:
-        async with fresh_setting(folder, engine, ask_one_in=2) as setting:
+        async with fresh_setting(folder, make_backend, ask_one_in=2) as setting:
             if side == "direct":
                 return await _direct(setting, asked, concurrency)
             return await _served(setting, asked, concurrency, streams=side != "server")
@@ -111,18 +129,18 @@ def once(side: str, folder: Path, model: Qwen2_5_VL, asked: Sequence[Asked], con
 
 async def _direct(setting: Setting, asked: Sequence[Asked], concurrency: int) -> Pass:
     questions = [one.question for one in asked]
-    began, busy = time.perf_counter(), _cpu_s()
+    began, busy = time.perf_counter(), _busy_s(setting.backend)
     answers = [sample.episode.answer async for sample in run_batch(setting, questions, concurrency=concurrency)]
-    return Pass(time.perf_counter() - began, *_since(busy), tuple(answer or "" for answer in answers))
+    return Pass(time.perf_counter() - began, *_since(busy, setting.backend), tuple(answer or "" for answer in answers))
 
 
-def _cpu_s() -> tuple[float, float]:
-    """CPU seconds of this process and of this thread."""
-    return time.process_time(), time.thread_time()
+def _busy_s(backend: Backend) -> tuple[float, float]:
+    """CPU seconds of this process and the engines' processes, and of this thread."""
+    return cpu_s(backend), time.thread_time()
 
 
-def _since(before: tuple[float, float]) -> tuple[float, float]:
-    process_s, thread_s = _cpu_s()
+def _since(before: tuple[float, float], backend: Backend) -> tuple[float, float]:
+    process_s, thread_s = _busy_s(backend)
     return process_s - before[0], thread_s - before[1]
 
 
@@ -141,10 +159,10 @@ async def _served(setting: Setting, asked: Sequence[Asked], concurrency: int, st
         client = await asyncio.create_subprocess_exec(*line, stdin=pipe, stdout=pipe, limit=1 << 26)
         assert client.stdin is not None and client.stdout is not None
         await client.stdout.readline()
-        before = _cpu_s()
+        before = _busy_s(setting.backend)
         client.stdin.write(b"\n")
         said = await client.stdout.readline()
-        busy = _since(before)
+        busy = _since(before, setting.backend)
         report = read(CLIENT.name, await client.wait(), said)
     server.stop()
     await serving
@@ -161,8 +179,8 @@ def _body(one: Asked, streams: bool) -> dict[str, Any]:
     return {"model": "glance", "stream": streams, "messages": [{"role": "user", "content": content}]}
 
 
-def _row(side: str, passes: dict[str, list[Pass]], concurrency: int) -> dict[str, Any]:
-    mine, direct = passes[side], passes["direct"]
+def _row(side: str, engines: int, passes: dict[tuple[str, int], list[Pass]], concurrency: int) -> dict[str, Any]:
+    mine, direct = passes[side, engines], passes["direct", engines]
     count = len(mine[0].answers)
     wall_s = statistics.median(one.wall_s for one in mine)
     ratios = [one.wall_s / other.wall_s for one, other in zip(mine, direct, strict=True)]
@@ -171,11 +189,13 @@ def _row(side: str, passes: dict[str, list[Pass]], concurrency: int) -> dict[str
     return {
         "part": "overhead",
         "side": side,
+        "engines": engines,
         "concurrency": concurrency,
         "questions": count,
         "rounds": len(mine),
         "questions_per_s": count / wall_s,
         "overhead": statistics.median(ratios) - 1,
+        "overheads": [ratio - 1 for ratio in ratios],
         "cpu_ms": 1e3 * statistics.median(one.cpu_s for one in mine) / count,
         "loop_cpu_ms": 1e3 * statistics.median(one.loop_s for one in mine) / count,
         "client_cpu_ms": 1e3 * statistics.median(one.client_s for one in mine) / count if firsts else None,
