@@ -220,6 +220,40 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on():
     assert_cold(after, ask)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_an_image_that_the_gpu_has_no_room_for_fails_those_who_show_it_and_no_others(together):
+    """In one step with others: some share the beginning of its prompt, some are in the middle of their answers."""
+    small, large = image(1), image(2, h=12, w=12)
+    text = prompt(5, 20)
+    asks = [request(f"t{k}", prompt(k, 9), max_new_tokens=60) for k in range(3)]
+    asks += [request("s", (*text, *prompt(6, 9, [small])), [small]), request("beginning", (*text, 1, 2))]
+    bad = [request(f"b{k}", (*text, *prompt(7, 9, [large]), k), [large]) for k in range(2)]
+    model = tiny_model()
+    visual = model.visual.forward
+
+    def out_of_memory(pixels, grids):
+        if len(pixels) >= 144 or (len(grids) > 1 and not together):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return visual(pixels, grids)
+
+    model.visual.forward = out_of_memory
+
+    async def serve_all(engine):
+        tasks = [asyncio.create_task(engine.generate(a)) for a in asks[:3]]
+        while engine.stats()["generated_tokens"] < 9:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.create_task(engine.generate(a)) for a in (bad[0], *asks[3:], bad[1])]
+        return await asyncio.gather(*tasks, return_exceptions=True), engine.stats()
+
+    results, stats = run(serve_all, model=model, encode_ahead=False)
+    failed = [result for result in results if isinstance(result, BackendFailed)]
+    assert len(failed) == 2
+    assert all("an image of 144 patches does not fit" in str(error) for error in failed)
+    for ask, result in zip(asks, [r for r in results if not isinstance(r, BackendFailed)], strict=True):
+        assert_cold(result, ask)
+    assert stats["running"] == stats["waiting"] == stats["pages_in_use"] == 0 < stats["preemptions"]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_an_engine_whose_device_is_lost():
     """After an illegal access on a GPU every further call fails, that which empties the caches too."""

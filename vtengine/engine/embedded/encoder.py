@@ -26,6 +26,18 @@ Claims = dict[FeatureKey, list[Wanted]]
 """Who wants an image, by what the image is known by; the first of them has it encoded."""
 
 
+class ImagesTooLarge(Exception):
+    """Each of some images, alone in the tower, takes more memory than the GPU has left. sequences: who wanted them."""
+
+    def __init__(self, claimants: list[Wanted]) -> None:
+        self.sequences = {sequence for sequence, _ in claimants}
+        patches = min(len(sequence.spans[index].image.pixel_values) for sequence, index in claimants)
+        super().__init__(
+            f"an image of {patches} patches does not fit into the GPU's memory beside the weights and the cache: show "
+            "less of it (--scale), or lower --kv-gb (engine.kv_bytes)"
+        )
+
+
 class Encoder:
     """Owns the features. reuse False: each of a sequence's images is encoded for that sequence alone."""
 
@@ -39,7 +51,7 @@ class Encoder:
         self.max_patches = MAX_PATCHES.get(model.device.type, MAX_PATCHES_ELSEWHERE)
 
     def encode(self, wanted: Iterable[Wanted]) -> None:
-        """Gives each sequence the features of its image."""
+        """Gives each sequence the features of its image. Raises ImagesTooLarge once all others have theirs."""
         claims: Claims = {}
         for sequence, index in wanted:
             key = self.key(sequence, index)
@@ -48,7 +60,20 @@ class Encoder:
                 claims.setdefault(key, []).append((sequence, index))
             else:
                 sequence.features[index] = known
-        self.give(claims, self.run_tower(images_of(claims)))
+        if self._fits(claims):
+            return
+        alone = {key: self._fits({key: claimants}) for key, claimants in claims.items()}
+        if not all(alone.values()):
+            raise ImagesTooLarge([one for key, claimants in claims.items() if not alone[key] for one in claimants])
+
+    def _fits(self, claims: Claims) -> bool:
+        """Encodes and gives, unless the GPU's memory is too small for that."""
+        try:
+            features = self.run_tower(images_of(claims))
+        except torch.OutOfMemoryError:
+            return False
+        self.give(claims, features)
+        return True
 
     def key(self, sequence: Sequence, index: int) -> FeatureKey:
         image = sequence.spans[index].image

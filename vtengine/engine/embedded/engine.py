@@ -19,7 +19,7 @@ from vtengine.engine.embedded.attention import KVCache
 from vtengine.engine.embedded.caller import Caller, Outbox, set_error, set_result
 from vtengine.engine.embedded.config import EngineConfig
 from vtengine.engine.embedded.encode_ahead import EncodeAhead
-from vtengine.engine.embedded.encoder import Encoder
+from vtengine.engine.embedded.encoder import Encoder, ImagesTooLarge
 from vtengine.engine.embedded.pages import PagePool
 from vtengine.engine.embedded.radix import RadixTree
 from vtengine.engine.embedded.runner import Runner
@@ -30,7 +30,7 @@ from vtengine.engine.pace import Pace
 from vtengine.model import hf_tensors, load_model, load_tensors, store_by_column
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from vtengine.engine.base import Finish, OnTokens, Request
     from vtengine.engine.embedded.sequence import Sequence
@@ -219,7 +219,12 @@ class EmbeddedEngine:
         if rows:
             if admit:
                 self._ahead.begin()
-            token_ids, logprobs = self.runner.run(rows)
+            try:
+                token_ids, logprobs = self.runner.run(rows)
+            except ImagesTooLarge as error:
+                self.scheduler.restart(without=error.sequences)
+                self._fail(error.sequences, str(error), error)
+                return
             self.scheduler.computed(rows)
             self._commit(rows, token_ids, logprobs)
         elif self._updates:
@@ -294,12 +299,17 @@ class EmbeddedEngine:
 
     def _fail_all(self, error: Exception | None) -> None:
         """A pass failed (None: the engine was closed): every request fails; `_forget`: no page is trusted any more."""
-        for sequence in self.scheduler.drop_all():
+        message = "the engine was closed" if error is None else f"a step failed: {error!r}"
+        self._fail(self.scheduler.drop_all(), message, error)
+
+    def _fail(self, sequences: Iterable[Sequence], message: str, cause: Exception | None) -> None:
+        """Sequences that the scheduler has no more."""
+        for sequence in sequences:
             sequence.finish = "error"
             sequence.features.clear()
             if sequence.caller is not None:
-                failure = BackendFailed("the engine was closed" if error is None else f"a step failed: {error!r}")
-                failure.__cause__ = error
+                failure = BackendFailed(message)
+                failure.__cause__ = cause
                 sequence.caller.failed(failure)
 
     def _forget(self) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from vtengine.engine.base import Finish
     from vtengine.engine.embedded.pages import PagePool
     from vtengine.engine.embedded.radix import RadixTree
@@ -104,6 +106,15 @@ class Scheduler:
             return
         self._free_slot(sequence)
         self._release(sequence)
+
+    def restart(self, without: Collection[Sequence]) -> None:
+        """A pass came to nothing: takes sequences out; the others begin again, and nothing of it stays in the tree."""
+        for sequence in list(self.running):
+            self._preempt(sequence)
+        self.computed([])
+        self.tree.clear()
+        for sequence in without:
+            self.waiting.remove(sequence)
 
     def drop_all(self) -> list[Sequence]:
         """Forgets every sequence and the whole tree; returns the sequences that had not finished."""
