@@ -18,7 +18,7 @@ trap 'kill "${servers[@]}" 2>/dev/null; wait' EXIT
 trap 'exit 143' TERM INT # nothing to save yet
 for gpu in 4 5 6 7; do
     CUDA_VISIBLE_DEVICES=$gpu VTENGINE_SGLANG_HOOKS=flush SGLANG_VLM_CACHE_SIZE_MB=2048 \
-        python -m sglang.launch_server --model-path "$MODEL" --host 127.0.0.1 --port $((30000 + gpu)) \
+        TORCH_NCCL_ASYNC_ERROR_HANDLING=2 python -m sglang.launch_server --model-path "$MODEL" --host 127.0.0.1 --port $((30000 + gpu)) \
         --api-key "$VTENGINE_BACKEND_API_KEY" --dtype bfloat16 --enable-multimodal --page-size 1 \
         --mem-fraction-static 0.85 --skip-server-warmup > "sglang-$gpu.log" 2>&1 &
     servers+=($!)

@@ -111,6 +111,27 @@ def test_both_sides_end_the_group_at_the_same_time(fault, monkeypatch) -> None:
     assert published(one_version, {}, fault) == ([True, not fault], {1})
 
 
+def test_a_call_that_never_returns_is_left_behind(monkeypatch) -> None:
+    """As NCCL's, whose communicator is made in the first broadcast, where a server has died just before."""
+    stuck, released = threading.Event(), threading.Event()
+
+    def sticks(self, tensor):
+        stuck.set()
+        released.wait()
+
+    async def dies(publisher, fleet, fakes):
+        with pytest.raises(BackendFailed, match="none of 1 servers lives"):
+            await publisher.publish(1)
+
+    monkeypatch.setattr(group_module.Group, "broadcast", sticks)
+    much_later = threading.Timer(60, released.set)
+    much_later.start()
+    published(dies, {"update_weights_from_distributed": (1, KILLED)})
+    assert stuck.is_set() and not released.is_set()
+    much_later.cancel()
+    released.set()
+
+
 def test_all_that_die_end_the_run_with_their_names() -> None:
     async def all_die(publisher, fleet, fakes):
         with pytest.raises(BackendFailed, match="none of 2 servers lives"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +20,9 @@ OPENING = timedelta(seconds=45)
 """Longest time that the others may take to come: they are idle, and have been told."""
 TIMEOUT = timedelta(minutes=5)
 """Of a broadcast."""
+NCCL_MODE = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+CLEAN_UP_ONLY = "2"
+"""After a fault torch's watchdog ends the group. Its default ends the process, for a server that is done without."""
 
 
 @dataclass(eq=False)
@@ -27,7 +33,8 @@ class Group:
     def broadcast(self, tensor: Tensor) -> None:
         """From this process to all others; returns once it is sent. Raises ConnectionLost where one of them is gone."""
         try:
-            dist.broadcast(tensor, src=0, group=self.handle)
+            work = dist.broadcast(tensor, src=0, group=self.handle, async_op=True)
+            work.wait(TIMEOUT)  # without a time NCCL's returns at once
         except RuntimeError as error:
             raise ConnectionLost(f"broadcast of weights: {_first_line(error)}") from None
 
@@ -65,11 +72,25 @@ def open_group(name: str, backend: str, address: str, port: int, world_size: int
 def _open(name: str, backend: str, address: str, port: int, world_size: int) -> Any:
     store = dist.TCPStore(address, port, world_size, is_master=True, timeout=OPENING, multi_tenant=True)
     new_group: Any = c10d._new_process_group_helper
-    handle, _ = new_group(
-        world_size, 0, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=OPENING
-    )
+    with _environment(NCCL_MODE, CLEAN_UP_ONLY):  # read as a group is made; that of the ranks keeps its own
+        handle, _ = new_group(
+            world_size, 0, [], dist.Backend(backend), dist.PrefixStore(name, store), group_name=name, timeout=OPENING
+        )
     c10d._world.pg_group_ranks[handle] = {i: i for i in range(world_size)}
     return handle
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from vtengine.engine.sglang.fleet import SglangFleet
 from vtengine.engine.sglang.fleet_update import GRACE_S, together
 from vtengine.engine.sglang.transport import ConnectionLost
 from vtengine_training.sync.base import Weights
+from vtengine_training.sync.daemon import in_daemon
 from vtengine_training.sync.group import Group, open_group
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class ByBroadcast:
     """A process group of the trainer (rank 0) and all of SGLang's processes, opened for each update.
 
     backend: nccl, or gloo where tensors are on a CPU. NCCL cannot join trainer and engine on one GPU: use ByTensor.
-    address: of this machine, as the servers reach it.
+    address: of this machine, as the servers reach it. Calls into the group have threads that nothing waits for: NCCL
+    meets in the first broadcast, and its wait for a server that died before then has no end.
     """
 
     backend: Literal["nccl", "gloo"] = "nccl"
@@ -116,7 +118,7 @@ class ByBroadcast:
             for bucket in buckets:
                 update.check(bucket)
                 flat = flatten(bucket)["flattened_tensor"]
-                sending = asyncio.to_thread(group.broadcast, flat)
+                sending = in_daemon(group.broadcast, flat)
                 await together([update.receive(bucket, group.name), sending], GRACE_S)
 
     @asynccontextmanager
@@ -124,21 +126,21 @@ class ByBroadcast:
         port = free_port()
         name = f"vtengine-{version}-{port}"  # another attempt meets in another group
         place = (name, self.backend, self.address, port, update.ranks + 1)
-        opening = asyncio.create_task(asyncio.to_thread(open_group, *place))
+        opening = in_daemon(open_group, *place)
         try:
             # To both ends: whoever waits for a server that is lost waits until the opening gives up.
             await together([opening, update.join(name, self.address, port, self.backend)])
             group = opening.result()
             yield group
         except BaseException:
-            ends = [update.leave(name)]
+            ends: list[Awaitable[None]] = [update.leave(name)]
             if opening.done() and not opening.cancelled() and opening.exception() is None:
-                ends.append(asyncio.to_thread(opening.result().abort))
+                ends.append(in_daemon(opening.result().abort))
             with suppress(BackendFailed, TimeoutError):
                 await asyncio.wait_for(together(ends), GRACE_S)
             raise
         # At the same time: on one machine NCCL ends a group only when all of its processes end it.
-        await together([asyncio.to_thread(group.close), update.leave(name)], GRACE_S)
+        await together([in_daemon(group.close), update.leave(name)], GRACE_S)
 
 
 def free_port() -> int:
