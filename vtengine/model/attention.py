@@ -195,5 +195,6 @@ def _torchs_flash(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [n + 1] cumulative lengths."""
-    return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+    """int32 [n + 1] cumulative lengths. From pinned memory, or the host would wait for what runs on the GPU."""
+    offsets = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    return offsets.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else offsets

@@ -111,16 +111,20 @@ class VLModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def embed(self, token_ids: Tensor, visual_features: Tensor | None = None) -> Tensor:
+    def embed(
+        self, token_ids: Tensor, visual_features: Tensor | None = None, places: Tensor | None = None
+    ) -> Tensor:
         """token_ids int64 [T] -> [T, H]; rows of image_token_id become the rows of visual_features [V, H], in order.
 
+        places: int64 [V], where these ids are; None: they are looked for, and on CUDA the host waits for the answer.
         Features of more than H columns come from towers that speak to several layers (see `decode`): then [T, as many],
         0 for text. Raises ValueError unless there are exactly V such ids. With None the ids are looked up as they are.
         """
         embeds = F.embedding(token_ids, self.embed_tokens.weight)
         if visual_features is None:
             return embeds
-        places = (token_ids == self.config.image_token_id).nonzero().view(-1)
+        if places is None:
+            places = (token_ids == self.config.image_token_id).nonzero().view(-1)
         if len(places) != len(visual_features):
             raise ValueError(
                 f"token_ids hold {len(places)} ids {self.config.image_token_id} (image), visual_features "

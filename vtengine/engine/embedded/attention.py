@@ -19,6 +19,7 @@ from vtengine_kernels.paged_prefill import paged_prefill
 from vtengine_kernels.prefix_attention import Siblings, available, prefix_attention
 
 from vtengine.engine.embedded.families import Families
+from vtengine.engine.embedded.upload import upload
 from vtengine.model.attention import PackedCausal
 
 # Rows of one batched call may pad its keys to at most this many times the shortest row.
@@ -154,7 +155,7 @@ class _Short:
         siblings = families.of([layout.held[n] for n in row])
         if siblings is not None and device.type == "cuda":
             siblings = siblings.with_work(lengths, device)
-        at, tables, seen = (_tensor(array, device) for array in (tokens, layout.pages[row], lengths))
+        at, tables, seen = upload((tokens, layout.pages[row], lengths), device)
         return _Short(at, tables, seen, siblings, whole=len(tokens) == int(layout.count.sum()))
 
     def attend(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
@@ -175,7 +176,7 @@ class _Long:
     def plan(layout: RowLayout, rows: np.ndarray, device: torch.device) -> _Long:
         count = layout.count[rows]
         arrays = (_tokens(layout, rows), layout.pages[rows], layout.length[rows], np.cumsum([0, *count]))
-        tokens, tables, lengths, offsets = (_tensor(array, device) for array in arrays)
+        tokens, tables, lengths, offsets = upload(arrays, device)
         return _Long(tokens, tables, lengths, offsets, int(count.max()))
 
     def attend(self, q: Tensor, cache: KVCache, layer: int) -> Tensor:
@@ -197,7 +198,7 @@ class _Fresh:
         packed = PackedCausal([0, *np.cumsum(count).tolist()])
         tokens = _tokens(layout, rows)
         whole = len(tokens) == int(layout.count.sum())
-        return _Fresh(packed, _tensor(tokens, device), whole)
+        return _Fresh(packed, upload([tokens], device)[0], whole)
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,6 @@ def _tokens(layout: RowLayout, rows: np.ndarray) -> np.ndarray:
     return np.repeat(layout.begin[rows] - (np.cumsum(count) - count), count) + np.arange(count.sum())
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 def _group(layout: RowLayout, rows: np.ndarray) -> list[np.ndarray]:

@@ -56,9 +56,10 @@ class Runner:
             if hidden is not None and sampled is not None:
                 hidden = hidden.index_select(0, sampled)
         if hidden is None:
-            ids, places, slots_T = upload((token_ids, positions, slots), self.model.device)
+            shown = np.flatnonzero(token_ids == self.model.config.image_token_id)
+            ids, places, slots_T, shown_V = upload((token_ids, positions, slots, shown), self.model.device)
             attention = PagedAttention(self.cache, layout, slots_T, self._scratch, self._families)
-            hidden = self.model.decode(self.model.embed(ids, features), places, attention, sampled)
+            hidden = self.model.decode(self.model.embed(ids, features, shown_V), places, attention, sampled)
         return ([], []) if sampling is None else self._sample(sequences, hidden, *sampling)
 
     def _layout(self, rows: list[Row]) -> RowLayout:
