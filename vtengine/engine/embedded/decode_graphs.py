@@ -81,6 +81,7 @@ class DecodeGraphs:
                 self._send(size, width)
                 if self._replay(size, width, 0) is None:
                     return
+        torch.cuda.empty_cache()  # what the passes before the captures left to their stream, which no other may use
 
     def takes(self, layout: RowLayout) -> bool:
         """Whether every row is one token, and no context is too long."""
@@ -119,7 +120,8 @@ class DecodeGraphs:
         numbers = size * (FIRST_PAGE + width)
         self._steps[:numbers].copy_(self._sent[:numbers], non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            # In the thread that makes the engine the current device may be another GPU, whose event this is not.
+            self._copied.record(torch.cuda.current_stream(self._model.device))
 
     def _set_work(self, siblings: Siblings, layout: RowLayout, size: int) -> int:
         """Fills the buffer; returns how much of it a graph is to go through. Rows that fill up a batch get no items."""
