@@ -115,7 +115,7 @@ async def _rounds(
 ) -> list[tuple[float, list[tuple[Completion, Completion]]]]:
     """(seconds, both turns of every episode) of each round, which all show other pictures.
 
-    One engine does them all, after a round that is not counted: in it kernels are compiled and graphs captured.
+    One engine does them all, after a round that is not counted: in it the kernels of prefill are compiled.
     """
     tokens = sum(side**2 // 4 for side in sides) + 2 * (TEXT_TOKENS + NEW_TOKENS)
     pages = PICTURES * siblings * (tokens // 16 + 2)
