@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vtengine.engine.embedded.runner import Runner
+
 Run = Callable[..., Any]
 
 
@@ -205,6 +207,23 @@ def test_what_does_not_fit_is_said(
     for much_or_little in ("1000000", "0.0000001"):
         done = vtengine("generate", path, "-o", out, *flags(checkpoint), "--kv-gb", much_or_little)
         assert done.status == 2 and "--kv-gb" in done.err and done.err.count("\n") == 1
+
+
+def test_graphs_can_be_left_out(
+    checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    of = Runner.__init__
+
+    def spied(self: Runner, *arguments: Any) -> None:
+        asked.append(arguments[-1])
+        of(self, *arguments)
+
+    monkeypatch.setattr(Runner, "__init__", spied)
+    for flag in ([], ["--no-cuda-graphs"]):
+        command = ["generate", questions(1), "-o", tmp_path / f"out{len(flag)}.jsonl", *flags(checkpoint), *flag]
+        assert vtengine(*command).status == 0
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize("temperature", ["1e-40", "1e-5", "100"])

@@ -248,6 +248,7 @@ def _add_machine(parser: Parser) -> None:
         metavar="GB",
         help="memory for keys and values (default: by device)",
     )
+    add("--no-cuda-graphs", action="store_true", help="decode on a GPU step by step, slower: to find a fault")
     add(
         "--engine-arg",
         action="append",

@@ -26,6 +26,7 @@ def load_engine(
     concurrency: int,
     kv_gb: float | None = None,
     max_chunks_per_s: float | None = None,
+    cuda_graphs: bool = True,
 ) -> EmbeddedEngine:
     """kv_gb: GiB of keys and values; None: by the engine's rule. Raises UsageError where memory is short."""
     from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
@@ -35,7 +36,9 @@ def load_engine(
     try:
         model = load_model(folder, device=device, dtype=dtype).requires_grad_(False)
         kv_bytes = None if kv_gb is None else max(1, int(kv_gb * 2**30))
-        config = EngineConfig(max_running=running, kv_bytes=kv_bytes, max_chunks_per_s=max_chunks_per_s)
+        config = EngineConfig(
+            max_running=running, kv_bytes=kv_bytes, max_chunks_per_s=max_chunks_per_s, cuda_graphs=cuda_graphs
+        )
         return EmbeddedEngine(model, tokenizer, config)
     except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -54,6 +57,7 @@ def start_engines(
     concurrency: int,
     kv_gb: float | None = None,
     max_chunks_per_s: float | None = None,
+    cuda_graphs: bool = True,
 ) -> DataParallel:
     """On CUDA one for each GPU from `device` on; on a CPU each has its share of the cores. Raises UsageError."""
     import torch
@@ -72,6 +76,7 @@ def start_engines(
         "concurrency": concurrency,
         "kv_gb": kv_gb,
         "max_chunks_per_s": max_chunks_per_s and max_chunks_per_s / count,
+        "cuda_graphs": cuda_graphs,
     }
     environment = {} if on_gpu else {"OMP_NUM_THREADS": str(there // count)}
 
@@ -85,8 +90,9 @@ def start_engines(
 
 
 def engine_of(
-    folder: str, device: str, dtype: str, concurrency: int, kv_gb: float | None, max_chunks_per_s: float | None
-) -> EmbeddedEngine:
+    folder: str, device: str, dtype: str, concurrency: int, kv_gb: float | None, max_chunks_per_s: float | None,
+    cuda_graphs: bool,
+) -> EmbeddedEngine:  # fmt: skip
     """What a process of `start_engines` begins with. Raises ValueError."""
     import torch
 
@@ -95,6 +101,6 @@ def engine_of(
     path = Path(folder)
     place, kind = torch.device(device), getattr(torch, dtype)
     try:
-        return load_engine(path, Tokenizer.load(path), place, kind, concurrency, kv_gb, max_chunks_per_s)
+        return load_engine(path, Tokenizer.load(path), place, kind, concurrency, kv_gb, max_chunks_per_s, cuda_graphs)
     except (CliError, OSError) as error:
         raise ValueError(one_line(error)) from None

@@ -170,10 +170,10 @@ def _backend(
         return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
     if arguments.backend != "embedded":
         return _sglang(arguments, folder, device, dtype, max_chunks_per_s)
-    if arguments.data_parallel > 1:
-        count = arguments.data_parallel
-        return start_engines(count, folder, device, dtype, concurrency, arguments.kv_gb, max_chunks_per_s)
-    return load_engine(folder, tokenizer, device, dtype, concurrency, arguments.kv_gb, max_chunks_per_s)
+    count, kv_gb, graphs = arguments.data_parallel, arguments.kv_gb, not arguments.no_cuda_graphs
+    if count > 1:
+        return start_engines(count, folder, device, dtype, concurrency, kv_gb, max_chunks_per_s, graphs)
+    return load_engine(folder, tokenizer, device, dtype, concurrency, kv_gb, max_chunks_per_s, graphs)
 
 
 def _sglang(

@@ -111,9 +111,7 @@ class VLModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    def embed(
-        self, token_ids: Tensor, visual_features: Tensor | None = None, places: Tensor | None = None
-    ) -> Tensor:
+    def embed(self, token_ids: Tensor, visual_features: Tensor | None = None, places: Tensor | None = None) -> Tensor:
         """token_ids int64 [T] -> [T, H]; rows of image_token_id become the rows of visual_features [V, H], in order.
 
         places: int64 [V], where these ids are; None: they are looked for, and on CUDA the host waits for the answer.

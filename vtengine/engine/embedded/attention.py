@@ -259,8 +259,6 @@ def _tokens(layout: RowLayout, rows: np.ndarray) -> np.ndarray:
     return np.repeat(layout.begin[rows] - (np.cumsum(count) - count), count) + np.arange(count.sum())
 
 
-
-
 def _group(layout: RowLayout, rows: np.ndarray) -> list[np.ndarray]:
     """Splits rows into batches: single tokens, short rows and long rows apart, each of similar length."""
     kinds = np.where(layout.count[rows] == 1, 0, np.where(layout.count[rows] <= SHORT_ROW_TOKENS, 1, 2))
