@@ -177,7 +177,7 @@ def _pick(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # without end: CUDA graphs hold the addresses
 @torch.inference_mode(False)
 def _on_device(
     axes: Callable[[tuple[int, int, int]], Tensor], section: tuple[int, int, int], device: torch.device

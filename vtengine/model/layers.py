@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
         return self.down(layer_ops.swiglu(self.gate_up(x)))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # without end: CUDA graphs hold the addresses
 @torch.inference_mode(False)
 def inverse_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
     """float32 [dim / 2]: theta ** (-2i / dim)."""

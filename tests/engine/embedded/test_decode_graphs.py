@@ -7,6 +7,7 @@ reads a value back on the host fails as it would in a capture.
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from vtengine_kernels.layer_ops import native
 
 from tests.engine.embedded.test_attention_paths import answers_are_cold
-from tests.engine.tiny import Letters, tiny_model
+from tests.engine.tiny import Letters, prompt, request, tiny_model
+from vtengine.engine.base import BackendFailed
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, decode_graphs
 from vtengine.engine.embedded.attention import KVCache
 from vtengine.engine.embedded.decode_graphs import DecodeGraphs
@@ -187,9 +189,28 @@ def test_a_capture_refuses_to_read_back(cuda, inference):
         graph.recording.__exit__(None, None, None)
 
 
-def test_the_engine_can_be_told_to_have_none(monkeypatch):
-    monkeypatch.setattr(DecodeGraphs, "of", lambda *_: "graphs")
-    for cuda_graphs, found in ((True, "graphs"), (False, None)):
+def test_the_engine_has_them_captured_where_they_are_replayed_or_has_none(monkeypatch):
+    """The worker does it, before the engine is there to be used."""
+    threads = []
+
+    def of(model, cache, max_rows):
+        return SimpleNamespace(capture=lambda: threads.append(threading.current_thread()), takes=lambda layout: False)
+
+    monkeypatch.setattr(DecodeGraphs, "of", of)
+    for cuda_graphs in (True, False):
         engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4, cuda_graphs=cuda_graphs))
-        assert engine.runner.graphs == found
+        assert (engine.runner.graphs is not None) is cuda_graphs and threads == [engine._worker] * cuda_graphs
         asyncio.run(engine.close())
+        threads.clear()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_loses_its_device_in_the_captures(monkeypatch):
+    def lost():
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(DecodeGraphs, "of", lambda *_: SimpleNamespace(capture=lost))
+    engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4))
+    engine._worker.join(30)
+    with pytest.raises(BackendFailed, match="closed"):
+        asyncio.run(engine.generate(request("a", prompt(1, 9))))

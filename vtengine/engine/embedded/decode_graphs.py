@@ -65,16 +65,16 @@ class DecodeGraphs:
 
     @staticmethod
     def of(model: VLModel, cache: KVCache, max_rows: int) -> DecodeGraphs | None:
-        """Captured; None where graphs cannot be: on a CPU, and without a kernel that reads pages in place."""
-        if capturable(cache.keys[0]) is None:
-            return None
-        graphs = DecodeGraphs(model, cache, max_rows)
-        graphs.capture()
-        return graphs
+        """None where graphs cannot be: on a CPU, and without a kernel that reads pages in place."""
+        return DecodeGraphs(model, cache, max_rows) if capturable(cache.keys[0]) is not None else None
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """All but siblings'. The largest first: those that follow find room in its memory."""
+        """All but siblings'. The largest first: those that follow find room in its memory.
+
+        To be called in the thread that replays them, on the model's device. torch's workspaces for cuBLAS, which graphs
+        write to, may end with the thread that they were made for (pytorch issue 192061).
+        """
         for width in reversed(self._widths):
             for size in reversed(self._sizes):
                 self._next_step(size, width)
@@ -120,8 +120,7 @@ class DecodeGraphs:
         numbers = size * (FIRST_PAGE + width)
         self._steps[:numbers].copy_(self._sent[:numbers], non_blocking=True)
         if self._copied is not None:
-            # In the thread that makes the engine the current device may be another GPU, whose event this is not.
-            self._copied.record(torch.cuda.current_stream(self._model.device))
+            self._copied.record()
 
     def _set_work(self, siblings: Siblings, layout: RowLayout, size: int) -> int:
         """Fills the buffer; returns how much of it a graph is to go through. Rows that fill up a batch get no items."""

@@ -79,7 +79,9 @@ class EmbeddedEngine:
         self._closed = False
         self._counters = dict.fromkeys(("steps", "batch_tokens", "prefill_tokens", "generated_tokens", "requests"), 0)
         self._worker = threading.Thread(target=self._serve, name="vtengine-engine", daemon=True)
+        self._begun = threading.Event()
         self._worker.start()
+        self._begun.wait()  # a synchronisation of the GPU by who made the engine would break a capture
 
     # ---- coroutines -------------------------------------------------------------------------------------------------
 
@@ -180,6 +182,9 @@ class EmbeddedEngine:
             torch.cuda.set_device(self.model.device)
         fault: Exception | None = None
         try:
+            if self.runner.graphs is not None:
+                self.runner.graphs.capture()
+            self._begun.set()
             while self._take_commands():
                 try:
                     self.step()
@@ -190,6 +195,7 @@ class EmbeddedEngine:
                     fault = None
                 self._outbox.deliver()
         finally:  # with a fault where a GPU is lost: its caches cannot even be emptied, but nobody waits for ever
+            self._begun.set()
             with self._wake:
                 self._closed = True
             self._take_commands()
