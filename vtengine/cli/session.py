@@ -122,7 +122,7 @@ def _build(
 
     profile = _profile(arguments.profile, folder)
     tokenizer = Tokenizer.load(folder)
-    device, dtype = _device(arguments.device), _dtype(arguments)
+    device, dtype = find_device(arguments.device), _dtype(arguments)
     backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency, max_chunks_per_s)
     over_http = arguments.backend.startswith(SERVERS)  # bytes are told from float32 pixels, not from bfloat16
     pixels_dtype = dtype if dtype == torch.bfloat16 and not over_http else torch.float32
@@ -243,7 +243,7 @@ def _profile(name: str | None, folder: Path) -> Profile:
     return load_profile(folder if (folder / PROFILE_FILE).is_file() else DEFAULT_PROFILE)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     import torch
 
     if name == "auto":
@@ -277,7 +277,7 @@ def _dtype(arguments: argparse.Namespace) -> torch.dtype:
     import torch
 
     if arguments.dtype == "auto":
-        return torch.bfloat16 if _device(arguments.device).type == "cuda" else torch.float32
+        return torch.bfloat16 if find_device(arguments.device).type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
 
 
