@@ -19,6 +19,7 @@ from vtengine_kernels.patchify import triton as patchify
 from vtengine_kernels.prefix_attention import split
 from vtengine_kernels.shared_prefix_attention import merge
 from vtengine_kernels.token_logprob import triton as token_logprob
+from vtengine_kernels.token_sample import triton as token_sample
 from vtengine_kernels.visual_scatter import triton as visual_scatter
 
 from tests.kernels.ahead_of_time import ARCHITECTURES, Needs, compiled
@@ -110,6 +111,18 @@ def _prefill(dtype: str, group: int, size: int) -> Spec:
     return Spec("paged_prefill", paged_prefill, "_paged_prefill_kernel", variant, types, constants, warps, STRIDES)
 
 
+def _sample(kernel: str, greedy: bool, **constants: int) -> Spec:
+    floats = {"draws": "fp64", "sum": "fp64", "where": "i32", "ids": "i64"}
+    names = ("scores", "temperature", "best", *floats, "logprobs")
+    types = {f"{name}_ptr": f"*{floats.get(name, 'fp32')}" for name in names}
+    absent = ("temperature_ptr", *(("draws_ptr",) if kernel == "_pick_kernel" else ())) if greedy else ()
+    for name in absent:
+        del types[name]
+    constants = dict.fromkeys(absent) | {"BLOCK": token_sample.MAX_BLOCK, **constants}
+    variant = "greedy" if greedy else "a draw"
+    return Spec("token_sample", token_sample, kernel, variant, types, constants, token_sample.NUM_WARPS, HEAD)
+
+
 def _patchify(kernel: str, out: Mapping[str, str], **changes: Any) -> Spec:
     types = {"source_ptr": "*u8", "first_ptr": "*i32", "weight_ptr": "*i32", **out}
     constants = {"ACROSS": False, "BITS": 22, **patchify.BLOCK, **changes}
@@ -160,6 +173,11 @@ SPECS = (
     _spans("bf16", 1, 7, 128),
     _spans("bf16", split.ROWS, 7, 128),
     _merge("bf16", 28, 128),
+    *(
+        _sample(kernel, greedy, **constants)
+        for kernel, constants in (("_blocks_kernel", {}), ("_pick_kernel", {"PARTS": 64}))
+        for greedy in (True, False)
+    ),
     Spec(
         "visual_scatter",
         visual_scatter,

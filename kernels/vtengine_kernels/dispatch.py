@@ -54,6 +54,9 @@ def report() -> list[Availability]:
         _flashinfer("layer_ops", "the gate in inference"),
         _triton("visual_scatter"),
         Availability("visual_scatter", "ref", True, "torch"),
+        _triton("token_sample"),
+        Availability("token_sample", "torch", True, "torch"),
+        Availability("token_sample", "ref", True, "torch, in float64"),
         *_rows("token_logprob"),
         *_rows("grpo_loss"),
     ]

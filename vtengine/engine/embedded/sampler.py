@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from vtengine_kernels.token_sample import token_sample
 
 from vtengine.engine.embedded.upload import upload
 
@@ -44,7 +45,7 @@ def seed_bits(seed: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a batch that are sampled in the same way: index int64 [n], top_k int64 [n, 1], the others float32 [n, 1].
+    """Rows of a batch that are sampled in the same way: index and top_k int64 [n], the others float32 [n].
 
     kind: 0 greedy, 1 with a temperature only, 2 truncated.
     """
@@ -79,11 +80,11 @@ class SamplingPlan:
         kinds = np.array([_kind(p) for p in params])
         top_k = np.array([p.top_k or vocab for p in params], dtype=np.int64)
         floats = [(max(p.temperature, LEAST_TEMPERATURE), p.top_p, p.min_p) for p in params]
-        numbers = np.array(floats, dtype=np.float32).T[:, :, None]
+        numbers = np.array(floats, dtype=np.float32).T
         found = np.unique(kinds).tolist()
         arrays = [np.array(banned, dtype=np.int64), *_bias([p.logit_bias for p in params])]
         for index in (np.flatnonzero(kinds == kind) for kind in found):
-            arrays += [index, top_k[index, None], numbers[:, index]]
+            arrays += [index, top_k[index], numbers[:, index]]
         ids, rows, tokens, values, *sent = upload(arrays, device)
         return SamplingPlan(
             np.asarray([seed_bits(s) for s in seeds], dtype=np.uint64),
@@ -98,7 +99,7 @@ class SamplingPlan:
 
         They do not depend on the pass: sent before it is launched, they do not wait for it.
         """
-        if all(rows.kind == 0 for rows in self.parts):
+        if self.parts[-1].kind == 0:  # kinds ascend
             return None
         return upload([uniforms(self.seeds, counters)], self.device)[0]
 
@@ -138,12 +139,11 @@ def sample(logits: Tensor, plan: SamplingPlan, draws: Tensor | None) -> tuple[Te
 
 def _greedy(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
     del draws, rows
-    best, ids = logits.max(dim=-1)
-    return ids, best - logits.logsumexp(dim=-1)
+    return token_sample(logits)
 
 
 def _plain(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
-    return _draw(logits / rows.temperature, draws)
+    return token_sample(logits, draws, rows.temperature)
 
 
 def _truncated(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -151,31 +151,17 @@ def _truncated(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor
 
     Drawn in the order of ids, not of ranks: ids of almost equal probability swap ranks from batch to batch.
     """
-    logits = logits / rows.temperature
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    scaled = logits / rows.temperature[:, None]
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(logits.shape[1], device=logits.device)
-    ordered = ordered.masked_fill(ranks >= rows.top_k, -torch.inf)
+    ordered = ordered.masked_fill(ranks >= rows.top_k[:, None], -torch.inf)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
-    drop = (before >= rows.top_p) | (probs < rows.min_p * probs[:, :1])
+    drop = (before >= rows.top_p[:, None]) | (probs < rows.min_p[:, None] * probs[:, :1])
     drop |= ordered == -torch.inf
     drop[:, 0] = False
     dropped = torch.empty_like(drop).scatter_(1, order, drop)
-    return _draw(logits.masked_fill_(dropped, -torch.inf), draws)
+    return token_sample(logits.masked_fill_(dropped, -torch.inf), draws, rows.temperature)
 
 
 _WAYS = (_greedy, _plain, _truncated)
-
-
-def _draw(logits: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert draws is not None
-    logprobs = logits.log_softmax(dim=-1)
-    ids = _invert(logprobs.exp(), draws)
-    return ids, logprobs.gather(1, ids[:, None])[:, 0]
-
-
-def _invert(probs: Tensor, draws: Tensor) -> Tensor:
-    """The first id whose cumulative probability exceeds the draw; never one of probability 0."""
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    target = draws[:, None].clamp(max=1 - 2.0**-52) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=probs.shape[1] - 1)
