@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from tests.engine.tiny import PAD, Letters, tiny_model
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
@@ -15,6 +16,11 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 def tiny(seed=0):
     config = EngineConfig(page_size=1, num_pages=400, max_batch_tokens=64, max_running=8)
     return EmbeddedEngine(tiny_model(seed).requires_grad_(False), Letters(), config)
+
+
+def loading(seconds):
+    time.sleep(seconds)
+    return fragile()
 
 
 def refusing():

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request
-from vtengine.engine.processes.engine_process import EngineProcess
+from vtengine.engine.processes.engine_process import EngineLost, EngineProcess
+from vtengine.engine.processes.wire import on_cpu
 from vtengine.engine.routing import routing_key
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class DataParallel:
         self._known: OrderedDict[str, int] = OrderedDict()
         self._restarts: dict[int, asyncio.Task[None]] = {}
         self._num_restarts: Counter[str] = Counter()  # of restarts, by the engine's name
-        self._is_updated = False
+        self._is_updated = self._is_closed = False
 
     async def check(self) -> None:
         """Waits for all engines. Raises what making one raised: ValueError, BackendFailed."""
@@ -50,14 +51,19 @@ class DataParallel:
         return await self.engines[index].generate(request, on_tokens)
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
-        """On every engine that lives."""
-        self._is_updated = True
-        for task in self._restarts.values():
-            task.cancel()
-        living = self._living()
-        if not living:
-            raise BackendFailed(f"none of {len(self.engines)} engines lives; the log tells why they ended")
-        await asyncio.gather(*(self.engines[index].load_weights(source, version) for index in living))
+        """On every engine that lives; one that ends meanwhile is left out. Raises what any other raised, at the end."""
+        if not isinstance(source, str | Path):  # once, not for each engine
+            source = dict(zip(source, await asyncio.to_thread(on_cpu, source.values()), strict=True))
+        before, self._is_updated = self._is_updated, True
+        await self._stop_restarts()
+        loads = [self.engines[index].load_weights(source, version) for index in self._living()]
+        found = await asyncio.gather(*loads, return_exceptions=True)
+        self._is_updated = before or None in found
+        faults = [fault for fault in found if fault is not None and not isinstance(fault, EngineLost)]
+        if faults:
+            raise faults[0]
+        if None not in found:
+            raise self._none_lives()
 
     def stats(self) -> dict[str, float]:
         """Sums over the engines; weight_version is the oldest of those that live."""
@@ -71,11 +77,21 @@ class DataParallel:
         return {name: float(value) for name, value in figures.items()}
 
     async def close(self) -> None:
-        tasks = list(self._restarts.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self._is_closed = True
+        await self._stop_restarts()
         await asyncio.gather(*(engine.close() for engine in self.engines))
+
+    async def _stop_restarts(self) -> None:
+        """Of those that go on; an engine that was given up stays so."""
+        going = {index: task for index, task in self._restarts.items() if not task.done()}
+        for task in going.values():
+            task.cancel()
+        await asyncio.gather(*going.values(), return_exceptions=True)
+        for index in going:
+            self._restarts.pop(index, None)
+
+    def _none_lives(self) -> BackendFailed:
+        return BackendFailed(f"none of {len(self.engines)} engines lives; the log tells why they ended")
 
     def _living(self) -> list[int]:
         return [index for index, engine in enumerate(self.engines) if not engine.is_lost]
@@ -83,12 +99,12 @@ class DataParallel:
     async def _engine_for(self, request: Request) -> int:
         """Starts those again that have ended; waits for one of them where none lives."""
         for index, engine in enumerate(self.engines):
-            if engine.is_lost and index not in self._restarts and not self._is_updated:
+            if engine.is_lost and index not in self._restarts and not (self._is_updated or self._is_closed):
                 self._restarts[index] = asyncio.get_running_loop().create_task(self._restart(index))
         while not (living := self._living()):
             starting = [task for task in self._restarts.values() if not task.done()]
             if not starting:
-                raise BackendFailed(f"none of {len(self.engines)} engines lives; the log tells why they ended")
+                raise self._none_lives()
             await asyncio.wait(starting, return_when=asyncio.FIRST_COMPLETED)
         key = routing_key(request, self._image_token_id)
         least = min(living, key=lambda index: self.engines[index].num_running)
@@ -108,17 +124,20 @@ class DataParallel:
             self._num_restarts[name] += 1
             log.warning("engine %s has ended and is started again", name)
             await asyncio.sleep(self._num_restarts[name])
-            engine = self._start(index)
             try:
-                await engine.check()
-            except (ValueError, BackendFailed) as error:
+                self.engines[index] = await self._started(index)
+            except (ValueError, OSError, BackendFailed) as error:
                 log.warning("engine %s: %s", name, error)
-                await engine.close()
-            except BaseException:
-                await engine.close()
-                raise
             else:
-                self.engines[index] = engine
                 del self._restarts[index]
                 return
         log.error("engine %s was started again %d times and is left out now", name, RESTARTS)
+
+    async def _started(self, index: int) -> EngineProcess:
+        engine = self._start(index)
+        try:
+            await engine.check()
+        except BaseException:
+            await engine.close()
+            raise
+        return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import queue
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from vtengine.engine.processes.wire import (
     Head,
     Mirrored,
     describe,
+    on_cpu,
     pack_request,
     read_frame,
     unpack_completion,
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 
 CLOSE_S = 30.0
 """For an engine to end its step; then its process is killed."""
+
+
+log = logging.getLogger(__name__)
 
 
 class EngineLost(BackendFailed):
@@ -62,7 +68,8 @@ class EngineProcess:
         self._line, theirs = socket.socketpair()
         path = {"PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
         with theirs:
-            command = [sys.executable, "-m", "vtengine.engine.processes.host", str(theirs.fileno())]
+            # -P: nothing is imported from the folder that somebody works in, unless this process would
+            command = [sys.executable, "-P", "-m", "vtengine.engine.processes.host", str(theirs.fileno())]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -84,11 +91,13 @@ class EngineProcess:
 
     async def check(self) -> None:
         """Waits for the engine. Raises ValueError, RequestRejected or BackendFailed as making it did."""
+        loop = asyncio.get_running_loop()
         if self._ready is None:
-            loop = asyncio.get_running_loop()
             self._ready = loop.create_future()
-            for work in (self._write, self._read):
-                threading.Thread(target=work, args=(loop,), name=f"vtengine {self.name}", daemon=True).start()
+            for work in (self._write, partial(self._read, loop)):
+                threading.Thread(target=work, name=f"vtengine {self.name}", daemon=True).start()
+        if self._ready.get_loop() is not loop:
+            raise RuntimeError(f"engine {self.name}: belongs to the event loop that used it first; use that one")
         await asyncio.shield(self._ready)
 
     async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
@@ -103,13 +112,13 @@ class EngineProcess:
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         await self.check()
-        head: Head = {"what": "load_weights", "version": version, "path": None}
+        head: Head = {"what": "load_weights", "version": version, "path": None, "tensors": []}
         tensors: list[Tensor] = []
         if isinstance(source, str | Path):
             head["path"] = str(source)
         else:
-            head["tensors"] = [(name, describe(tensor)) for name, tensor in source.items()]
-            tensors = list(source.values())
+            tensors = await asyncio.to_thread(on_cpu, source.values())
+            head["tensors"] = [(name, describe(tensor)) for name, tensor in zip(source, tensors, strict=True)]
         await self._call(head, tensors)
 
     def stats(self) -> dict[str, float]:
@@ -119,8 +128,9 @@ class EngineProcess:
     async def close(self) -> None:
         """Ends the process; what still runs in it raises EngineLost."""
         self._frames.put(None)
-        with suppress(OSError):
-            self._line.shutdown(socket.SHUT_RDWR)
+        self._hang_up()
+        if self._ready is None or not self._ready.done():  # it listens once its model is loaded, and has nothing to end
+            self._process.kill()
         try:
             await asyncio.to_thread(self._process.wait, CLOSE_S)
         except subprocess.TimeoutExpired:
@@ -141,19 +151,34 @@ class EngineProcess:
             if self._calls.pop(number, None) is not None:  # the caller leaves before the end
                 self._frames.put(({"what": "cancel", "call": number}, ()))
 
-    def _write(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _write(self) -> None:
         """In a thread: pixels of large images take their time."""
-        del loop
-        with suppress(OSError):  # told by the reading side
+        try:
             while (frame := self._frames.get()) is not None:
                 write_frame(self._line, *frame)
+        except OSError:
+            pass  # told by the reading side
+        except Exception:
+            log.exception("engine %s: a frame could not be made", self.name)
+        finally:
+            self._hang_up()  # a frame that is missing puts both sides out of step
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        try:
             while (frame := read_frame(self._line)) is not None:
                 loop.call_soon_threadsafe(self._take, frame[0])
+        except RuntimeError:
+            pass  # the loop is closed: nobody waits any more
+        finally:
+            self._hang_up()
             self._process.wait()
-            loop.call_soon_threadsafe(self._lost)
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._lost)
+
+    def _hang_up(self) -> None:
+        """Which ends the process."""
+        with suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)
 
     def _take(self, head: Head) -> None:
         self._stats = head["stats"] or self._stats

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vtengine.engine.base import Backend, BackendFailed, RequestRejected
+from vtengine.engine.base import Backend, BackendFailed, Request, RequestRejected
 from vtengine.engine.processes.wire import (
     Head,
     Mirrored,
@@ -30,6 +33,8 @@ from vtengine.engine.processes.wire import (
     unpack_request,
     write_frame,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Host:
@@ -54,52 +59,60 @@ class Host:
         await asyncio.gather(*self._calls.values(), return_exceptions=True)
 
     def _read(self) -> None:
-        while (frame := read_frame(self._line)) is not None:
-            self._loop.call_soon_threadsafe(self._take, *frame)
-        self._loop.call_soon_threadsafe(self._ended.set)
+        try:
+            while (frame := read_frame(self._line)) is not None:
+                self._loop.call_soon_threadsafe(self._take, *frame)
+        finally:
+            self._loop.call_soon_threadsafe(self._ended.set)
 
     def _take(self, head: Head, blobs: Sequence[bytearray]) -> None:
-        call, what = head["call"], head["what"]
+        """A frame that cannot be understood ends the process: both sides hold other images from there on."""
+        try:
+            self._begin(head["call"], head, blobs)
+        except Exception:
+            log.exception("frame %s", head["what"])
+            self._break()
+
+    def _begin(self, call: int, head: Head, blobs: Sequence[bytearray]) -> None:
+        what = head["what"]
         if what == "cancel":
             if call in self._calls:
                 self._calls[call].cancel()
-        elif what == "generate":
+            return
+        work: Callable[[], Awaitable[Head]]
+        if what == "generate":
             request = unpack_request(head["request"], blobs, self._images)  # at once: the order of frames matters
             waited_s = time.perf_counter() - head["sent_s"]
-
-            async def generate() -> Head:
-                def on_tokens(token_ids: Sequence[int]) -> None:
-                    self._tell({"event": "tokens", "call": call, "token_ids": list(token_ids)})
-
-                completion = await self._backend.generate(request, on_tokens if head["streams"] else None)
-                return {"completion": pack_completion(completion, waited_s)}
-
-            self._begin(call, generate())
-        elif what == "load_weights":
-            source = head["path"]
-            if source is None:
-                tensors = zip(head["tensors"], blobs, strict=True)
-                source = {name: tensor_of(of, blob) for (name, of), blob in tensors}
-
-            async def load() -> Head:
-                await self._backend.load_weights(source, head["version"])
-                return {}
-
-            self._begin(call, load())
-
-    def _begin(self, call: int, work: Awaitable[Head]) -> None:
+            work = partial(self._generate, call, request, head["streams"], waited_s)
+        else:
+            tensors = {name: tensor_of(of, blob) for (name, of), blob in zip(head["tensors"], blobs, strict=True)}
+            source = Path(head["path"]) if head["path"] is not None else tensors
+            work = partial(self._load_weights, source, head["version"])
         self._calls[call] = self._loop.create_task(self._run(call, work))
+        self._calls[call].add_done_callback(lambda _: self._calls.pop(call))
 
-    async def _run(self, call: int, work: Awaitable[Head]) -> None:
+    async def _generate(self, call: int, request: Request, streams: bool, waited_s: float) -> Head:
+        def on_tokens(token_ids: Sequence[int]) -> None:
+            self._tell({"event": "tokens", "call": call, "token_ids": list(token_ids)})
+
+        completion = await self._backend.generate(request, on_tokens if streams else None)
+        return {"completion": pack_completion(completion, waited_s)}
+
+    async def _load_weights(self, source: Path | dict[str, Tensor], version: int) -> Head:
+        await self._backend.load_weights(source, version)
+        return {}
+
+    async def _run(self, call: int, work: Callable[[], Awaitable[Head]]) -> None:
         try:
-            self._tell({"event": "done", "call": call} | await work)
+            self._tell({"event": "done", "call": call} | await work())
         except Exception as error:
             self._tell({"event": "failed", "call": call} | _fault(error))
             if getattr(self._backend, "is_closed", False):  # a lost GPU, say: another process may find it again
-                self.is_broken = True
-                self._loop.call_soon(self._ended.set)
-        finally:
-            del self._calls[call]
+                self._loop.call_soon(self._break)
+
+    def _break(self) -> None:
+        self.is_broken = True
+        self._ended.set()
 
     def _tell(self, event: Head) -> None:
         if not self._events:
@@ -113,6 +126,9 @@ class Host:
             write_frame(self._line, {"events": events, "stats": stats})
         except OSError:
             self._ended.set()
+        except Exception:
+            log.exception("%d events", len(events))
+            self._break()
 
 
 def _fault(error: Exception) -> Head:

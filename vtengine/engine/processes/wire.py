@@ -9,8 +9,7 @@ import json
 import socket
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -28,7 +27,7 @@ IMAGE_BYTES = 256 << 20
 
 def write_frame(line: socket.socket, head: Head, tensors: Sequence[Tensor] = ()) -> None:
     """Blocks until all is handed to the system. Raises OSError where the other side is gone."""
-    blobs = [_bytes_of(tensor) for tensor in tensors]
+    blobs = [_bytes_of(tensor) for tensor in on_cpu(tensors)]
     text = json.dumps(head | {"blobs": [len(blob) for blob in blobs]}).encode()
     line.sendall(_LENGTH.pack(len(text)) + text)
     for blob in blobs:
@@ -56,8 +55,13 @@ def _read(line: socket.socket, size: int) -> bytearray:
     return data
 
 
+def on_cpu(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Contiguous, as they travel; what is so already is not copied."""
+    return [tensor.detach().cpu().contiguous() for tensor in tensors]
+
+
 def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
+    flat = tensor.flatten()
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # a buffer, though not typed as one
 
 
@@ -87,6 +91,8 @@ class Mirrored(Generic[Held]):
 
     def put(self, key: str, held: Held, num_bytes: int) -> None:
         """The key must not be there. One that is too large for the cache is not kept, by either side."""
+        if num_bytes > self._max_bytes:
+            return
         self._held[key] = held, num_bytes
         self._num_bytes += num_bytes
         while self._num_bytes > self._max_bytes:
@@ -95,31 +101,33 @@ class Mirrored(Generic[Held]):
 
 
 def pack_request(request: Request, known: Mirrored[bool]) -> tuple[Head, list[Tensor]]:
-    """The request, and the pixels that the other side does not hold yet."""
-    sampling = asdict(request.sampling) | {"logit_bias": list(request.sampling.logit_bias.items())}
-    images, pixels = [], []
-    for image in request.images:
-        tensor = image.pixel_values
-        head = {"content_hash": image.content_hash, "grid_thw": image.grid_thw, "patch": image.patch}
-        head |= describe(tensor)
-        head["is_sent"] = known.get(_key(head)) is None
-        if head["is_sent"]:
-            pixels.append(tensor)
-            known.put(_key(head), True, tensor.nbytes)
-        images.append(head)
-    return {
-        "request_id": request.request_id,
-        "token_ids": request.token_ids,
-        "images": images,
-        "sampling": sampling,
-        "began_s": request.began_s,
-    }, pixels
+    """The request, and the pixels that the other side does not hold yet.
+
+    Raises TypeError for what JSON cannot say, before `known` takes note of pixels that would never be sent.
+    """
+    sampling = vars(request.sampling) | {"logit_bias": list(request.sampling.logit_bias.items())}
+    images = [
+        {"content_hash": image.content_hash, "grid_thw": image.grid_thw, "patch": image.patch}
+        | describe(image.pixel_values)
+        for image in request.images
+    ]
+    names = ("request_id", "token_ids", "began_s")
+    text = json.dumps({name: getattr(request, name) for name in names} | {"images": images, "sampling": sampling})
+    is_sent, pixels = [], []
+    for head, image in zip(images, request.images, strict=True):
+        key = _key(head)
+        is_sent.append(known.get(key) is None)
+        if is_sent[-1]:
+            pixels.append(image.pixel_values)
+            known.put(key, True, image.pixel_values.nbytes)
+    return {"request": text, "is_sent": is_sent}, pixels
 
 
-def unpack_request(head: Head, blobs: Sequence[bytearray], known: Mirrored[Tensor]) -> Request:
-    images, left = [], iter(blobs)
-    for of in head["images"]:
-        pixels = None if of["is_sent"] else known.get(_key(of))
+def unpack_request(packed: Head, blobs: Sequence[bytearray], known: Mirrored[Tensor]) -> Request:
+    head, left = json.loads(packed["request"]), iter(blobs)
+    images = []
+    for of, is_sent in zip(head["images"], packed["is_sent"], strict=True):
+        pixels = None if is_sent else known.get(_key(of))
         if pixels is None:
             pixels = tensor_of(of, next(left))
             known.put(_key(of), pixels, pixels.nbytes)
@@ -136,7 +144,7 @@ def _key(head: Head) -> str:
 
 def pack_completion(completion: Completion, waited_s: float) -> Head:
     """waited_s: from the request's sending to its arrival, which belongs to its latency."""
-    head = asdict(completion)
+    head = vars(completion)
     return head | {name: head[name] + waited_s for name in ("ttft_s", "latency_s")}
 
 
