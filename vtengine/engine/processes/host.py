@@ -63,7 +63,8 @@ class Host:
             while (frame := read_frame(self._line)) is not None:
                 self._loop.call_soon_threadsafe(self._take, *frame)
         finally:
-            self._loop.call_soon_threadsafe(self._ended.set)
+            with suppress(RuntimeError):  # the loop is closed: it has ended already
+                self._loop.call_soon_threadsafe(self._ended.set)
 
     def _take(self, head: Head, blobs: Sequence[bytearray]) -> None:
         """A frame that cannot be understood ends the process: both sides hold other images from there on."""
