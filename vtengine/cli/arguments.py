@@ -240,13 +240,18 @@ def _add_machine(parser: Parser) -> None:
         metavar="N",
         help="engines side by side, each a process with a GPU or a share of the cores (default: 1, in this one)",
     )
-    add("--image-device", choices=("auto", "cpu"), default="auto", help="makes pixel values (auto: where the model is)")
+    add(
+        "--image-device",
+        choices=("auto", "cpu"),
+        default="auto",
+        help="makes pixel values (auto: beside a model in this process)",
+    )
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
     add(
         "--kv-gb",
         type=_real(0.0, 1e6, open_low=True),
         metavar="GB",
-        help="memory for keys and values (default: by device)",
+        help="memory for keys and values, of each engine (default: by device)",
     )
     add("--no-cuda-graphs", action="store_true", help="decode on a GPU step by step, slower: to find a fault")
     add(

@@ -23,6 +23,11 @@ def loading(seconds):
     return fragile()
 
 
+def with_a_child(seconds):
+    os.system(f"sleep {seconds} &")
+    return fragile()
+
+
 def refusing():
     raise ValueError("folder: holds no model; give another")
 

@@ -110,6 +110,18 @@ def test_a_request_cancelled_before_it_began_leaves_nothing(host_and_line, recwa
     assert not [str(one.message) for one in recwarn if "never awaited" in str(one.message)]
 
 
+def test_a_killed_engine_is_missed_though_a_process_of_its_own_lives_on():
+    """Which would hold the line open, had it inherited it."""
+
+    async def kill(engine):
+        await engine.check()
+        os.kill(engine._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineLost):
+            await asyncio.wait_for(engine.generate(good()), 10)
+
+    run(process("with_a_child", seconds=15), kill)
+
+
 def test_closing_does_not_wait_for_a_model_to_load():
     began = time.monotonic()
     with pytest.raises(TimeoutError):

@@ -162,6 +162,7 @@ def main(descriptor: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # the owner's affair: it ends this process by closing the line
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as line:
+        line.set_inheritable(False)  # what lives on after this process would hold it open
         frame = read_frame(line)
         if frame is None:
             return 1
