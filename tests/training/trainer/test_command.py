@@ -179,7 +179,14 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, mo
     monkeypatch.syspath_prepend(Path(__file__).parent)
     assert main([*command("dry", "toy_reward:low_bytes"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    for expected in ("[rollout]", "# Plan", "2 prompts x 4 samples", "# memory: about", "# compute:"):
+    for expected in (
+        "[rollout]",
+        "# Plan",
+        "2 prompts x 4 samples",
+        "# memory: about",
+        "# together: about",
+        "# compute:",
+    ):
         assert expected in said
     assert not (tmp_path / "dry").exists()
 

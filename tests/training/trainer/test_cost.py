@@ -90,8 +90,10 @@ def test_bytes_of_weights_and_moments(model: VLModel) -> None:
     assert cost.training_bytes(2, True, ranks=4) == 2 * cost.total + -(-18 * cost.total // 4)
     assert cost.ends + numel(model.layers) + numel(model.visual.blocks) == cost.total
     layer = numel(model.layers[0])
-    assert cost.gathered_bytes(2, learns=True) == 8 * cost.ends + 10 * layer
-    assert cost.gathered_bytes(2, learns=False) == 2 * cost.ends + 4 * layer
+    assert cost.gathered_bytes(2, learns=True) == 4 * cost.ends + 12 * layer
+    assert cost.gathered_bytes(2, learns=False) == 4 * cost.ends + 6 * layer
+    assert cost.ends_gradient_bytes(2) == 6 * cost.ends
+    assert (cost.head_gradient_bytes(2), cost.head_gradient_bytes(4)) == (6 * cost.head, 4 * cost.head)
 
 
 def test_operations_are_those_that_torch_counts(model: VLModel) -> None:

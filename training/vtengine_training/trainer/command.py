@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
@@ -22,7 +21,6 @@ from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 from vtengine_training.trainer.config import GrpoConfig
 
 if TYPE_CHECKING:
-    from vtengine_training.trainer.cost import ModelCost
     from vtengine_training.trainer.loop import Run
     from vtengine_training.trainer.ranks import Ranks
 
@@ -160,49 +158,20 @@ def _penalty(config: PenaltyConfig) -> str:
 def _estimate(config: GrpoConfig) -> list[str]:
     from vtengine.model import ModelConfig
     from vtengine_training.eval.runner import model_folder
-    from vtengine_training.lora.targets import find_targets
-    from vtengine_training.trainer.cost import MIB, ModelCost
+    from vtengine_training.trainer.cost import ModelCost
+    from vtengine_training.trainer.memory_plan import MemoryPlan, num_adapted
 
     try:
         folder = model_folder(config.model)
     except ValueError as error:
         return [f"no estimate: {error}"]
-    model = ModelConfig.from_json(folder / "config.json")
-    cost = ModelCost.of(model)
-    element = 4 if config.dtype == "float32" else 2
-    update = config.update
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    memory = "memory" if ranks == 1 else f"memory of each of {ranks} processes"
-    own_engine = config.rollout.backend == "embedded"
-    pieces = min(ranks, update.shard_ranks or ranks)
-    weights = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, pieces, own_engine)
-    adapters = sum(target.parameters(config.lora.rank) for target in find_targets(model, config.lora))
-    if config.lora.rank:
-        weights = cost.adapter_bytes(element, adapters, pieces, own_engine)
+    cost = ModelCost.of(ModelConfig.from_json(folder / "config.json"))
     frozen = bool(config.lora.rank)
-    keys = f"{config.rollout.kv_mib} MiB for keys and values, " if own_engine else ""
-    gathered = cost.gathered_bytes(element, learns=not frozen) / MIB
-    whole = f"{gathered:,.0f} MiB for what is whole during a pass, " if ranks > 1 else ""
-    copies = 1 if update.logits == "fused" else 3
-    logits = copies * 4 * update.logits_chunk * model.text.vocab_size
     token = cost.training_flops(1, 0, 0, frozen=frozen) / 1e9
     patch = cost.training_flops(0, 0, 1, config.trains_vision, frozen) / 1e9
     return [
         f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision"
-        + (f"; {adapters:,} in adapters learn in their place" if frozen else ""),
-        f"{memory}: about {weights / MIB:,.0f} MiB for weights, gradients, masters and moments, "
-        f"{keys}{whole}{logits / MIB:,.0f} MiB for logits",
-        _activations(config, cost, element),
+        + (f"; {num_adapted(config, cost):,} in adapters learn in their place" if frozen else ""),
+        *MemoryPlan.of(config, cost).lines(config),
         f"compute: {token:.3g} GFLOP per packed token, {patch:.3g} GFLOP per image patch, forward and backward",
     ]
-
-
-def _activations(config: GrpoConfig, cost: ModelCost, element: int) -> str:
-    from vtengine_training.trainer.cost import MIB
-
-    update = config.update
-    kept = cost.activation_bytes(update.max_tokens, element, update.recompute) / MIB
-    tower = cost.tower_bytes(4000, element, update.recompute) / MIB
-    vision = f"; {tower:,.0f} MiB more for every 1,000 visual tokens in it" if config.trains_vision else ""
-    hint = "" if update.recompute else " (update.recompute = true: much less)"
-    return f"activations: about {kept:,.0f} MiB for a micro-batch of {update.max_tokens} tokens{vision}{hint}"

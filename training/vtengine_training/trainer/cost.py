@@ -73,10 +73,19 @@ class ModelCost:
         return element_bytes * patches * (_all_layers(tower.depth, kept, tower.hidden_size, recompute) + ends)
 
     def gathered_bytes(self, element_bytes: int, learns: bool) -> int:
-        """What one of several ranks has whole for a pass: the ends, two layers, and where they learn the gradients of
-        both in the working dtype and in float32, to be summed over the ranks."""
+        """What one of several ranks has whole all through a pass: the ends and two layers, torch's buffers that they
+        came in, and where they learn a layer's gradients in the working dtype and, to be summed over the ranks, in
+        float32."""
         layer = self.text // self.model.config.text.num_layers
-        return element_bytes * (self.ends + 2 * layer) + (element_bytes + 4) * (self.ends + layer) * learns
+        return element_bytes * (2 * self.ends + 3 * layer) + (element_bytes + 4) * layer * learns
+
+    def ends_gradient_bytes(self, element_bytes: int) -> int:
+        """The same two gradients of the ends, which are there when the backward pass is over."""
+        return (element_bytes + 4) * self.ends
+
+    def head_gradient_bytes(self, element_bytes: int) -> int:
+        """Of the output projection: summed over chunks in float32, then in the working dtype."""
+        return (4 if element_bytes == 4 else 4 + element_bytes) * self.head
 
     def adapter_bytes(self, element_bytes: int, adapters: int, ranks: int = 1, engine_copy: bool = True) -> int:
         """The same as `training_bytes` where `adapters` parameters learn in place of the weights. No reference: it is
