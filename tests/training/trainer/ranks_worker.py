@@ -38,19 +38,25 @@ def text_only(one: Trajectory) -> Trajectory:
     return replace(one, **arrays, positions=one.positions[:, torch.from_numpy(keep)], images=())
 
 
-def gradients(run: Run, max_tokens: tuple[int, ...], blind: bool = False) -> dict[str, torch.Tensor]:
-    """loss.M and M.NAME: loss and whole gradients of one mini-batch cut at M tokens. blind: the draws of rank 0 of 2
-    have no images."""
+def gradients(run: Run, max_tokens: tuple[int, ...], what: str = "") -> dict[str, torch.Tensor]:
+    """loss.M and M.NAME: loss and whole gradients of one mini-batch cut at M tokens. what: "blind": the draws of rank 0
+    of 2 have no images; "uneven": all that count are its own, and tokens.M [ranks] are packed tokens."""
     found: dict[str, torch.Tensor] = {}
     groups = collect(run)
-    if blind:
+    if what == "uneven":
+        groups = [group for group in groups if group.draw % 2 == 0]
+    if what == "blind":
         groups = [
             group if group.draw % 2 else replace(group, trajectories=tuple(map(text_only, group.trajectories)))
             for group in groups
         ]
     for bound in max_tokens:
         learner = probe(run, max_tokens=bound)
-        loss = run.ranks.sum(learner.backward(learner.build(groups), None, _Sums()))
+        minibatch = learner.build(groups)
+        if what == "uneven":
+            tokens = sum(len(batch.token_ids) for batch in minibatch.batches[: minibatch.num_own])
+            found[f"tokens.{bound}"] = torch.tensor(run.ranks.gather(tokens))
+        loss = run.ranks.sum(learner.backward(minibatch, None, _Sums()))
         found[f"loss.{bound}"] = torch.tensor([loss], dtype=torch.float64)
         for name, parameter in learner.policy.model.named_parameters():
             if parameter.grad is not None:
@@ -104,7 +110,7 @@ def do(config: GrpoConfig, ranks: Ranks, out: Path, what: str) -> None:
     torch.manual_seed(0)  # whatever case came before
     run = Run(config, rewarder(), ranks)
     if what.startswith("gradients"):
-        tensors = gradients(run, (1, 200, 10**6), what == "gradients-blind")
+        tensors = gradients(run, (1, 200, 10**6), what.partition("-")[2])
         if ranks.is_first:
             save_file(tensors, out)
     elif what == "sums-over-copies":

@@ -65,12 +65,25 @@ def test_same_loss_and_gradients(make_config, ranks, prompts, changes) -> None:
 
 def test_a_rank_whose_batch_shows_no_image_keeps_nobody_waiting(make_config, ranks) -> None:
     config = make_config(rollout={"prompts": 4, "max_refill": 6.0, **ALONE})
-    expected = ranks_worker.gradients(Run(config, rewarder()), (1, 200, 10**6), blind=True)
+    expected = ranks_worker.gradients(Run(config, rewarder()), (1, 200, 10**6), "blind")
     found = ranks(config, "gradients-blind")
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
         assert (found[name] - wanted).abs().max() <= 1e-6, name
     assert any(wanted.abs().max() > 1e-4 for name, wanted in expected.items() if ".visual." in name)
+
+
+def test_groups_move_to_ranks_that_have_less(make_config, ranks) -> None:
+    """All that teach something were sampled by one rank: the other one gets its share, images and all."""
+    config = make_config(rollout={"prompts": 8, "max_refill": 6.0, **ALONE})
+    expected = ranks_worker.gradients(Run(config, rewarder()), (1, 200, 10**6), "uneven")
+    found = ranks(config, "gradients-uneven")
+    for bound in ("1", "200", "1000000"):
+        one, shares = expected.pop(f"tokens.{bound}"), found.pop(f"tokens.{bound}")
+        assert shares.max() < 0.7 * one.sum()
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (found[name] - wanted).abs().max() <= 1e-6, name
 
 
 BF16_TOLERANCE = 0.02

@@ -70,11 +70,8 @@ def plan_micro_batches(
     batches: list[list[tuple[int, int]]] = []
     used = 0
     for g, group in enumerate(groups):
-        tail = [len(one) for one in group]  # packed tokens behind the sibling before
-        for t in range(1, len(group)):
-            if share_prefix and same_prompt(group[t - 1], group[t]):
-                tail[t] -= group[t].prompt_length
-        whole = len(group[0]) + sum(tail[1:])
+        tail = packed_lengths(group, share_prefix)
+        whole = sum(tail)
         if batches and used + whole > max_tokens >= whole:
             batches.append([])
             used = 0
@@ -86,6 +83,15 @@ def plan_micro_batches(
             batches[-1].append((g, t))
             used += added
     return batches
+
+
+def packed_lengths(group: Sequence[Trajectory], share_prefix: bool) -> list[int]:
+    """Packed tokens of each sibling behind the one before."""
+    lengths = [len(one) for one in group]
+    for t in range(1, len(group)):
+        if share_prefix and same_prompt(group[t - 1], group[t]):
+            lengths[t] -= group[t].prompt_length
+    return lengths
 
 
 def same_prompt(first: Trajectory, second: Trajectory) -> bool:

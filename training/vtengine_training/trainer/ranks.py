@@ -118,6 +118,17 @@ class Ranks:
             dist.all_gather(received, padded, self.line.group)
         return [_read(one, int(length)) for one, length in zip(received, lengths, strict=True)]
 
+    def exchange(self, parcels: Sequence[bytes]) -> list[bytes]:
+        """parcels[k] goes to rank k; what came from each rank, in their order."""
+        sizes = [len(parcel) for parcel in parcels]
+        coming = [row[self.rank] for row in self.gather(sizes)]
+        sent = torch.from_numpy(np.frombuffer(bytearray().join(parcels), dtype=np.uint8))
+        received = torch.empty(sum(coming), dtype=torch.uint8)
+        assert self.line is not None
+        with _others_may_be_lost():
+            dist.all_to_all_single(received, sent, coming, sizes, group=self.line.group)
+        return [part.numpy().tobytes() for part in received.split(coming)]
+
     def first(self, value: Any = None) -> Any:
         """The first rank's `value`."""
         return self.gather(value if self.is_first else None)[0]

@@ -15,6 +15,7 @@ from vtengine_training.grpo.config import LossConfig
 from vtengine_training.grpo.loss import LossResult, Tokens, grpo_loss, mismatch_figures
 from vtengine_training.grpo.weights import token_weights
 from vtengine_training.sft.optim import MasterAdamW
+from vtengine_training.trainer.balance import balanced
 from vtengine_training.trainer.batch import MicroBatch, build_batch, plan_micro_batches
 from vtengine_training.trainer.config import UpdateConfig
 from vtengine_training.trainer.objective import kernel_objective, kernel_tokens
@@ -47,9 +48,10 @@ class MiniBatch:
 class Learner:
     """Turns groups into updates. `version` counts the updates made; `skipped` those in a row that were not finite.
 
-    Each rank brings its own groups. Mini-batches are cut from those of all ranks in the order of their draws, as equal
-    as can be, and the weights of the tokens are set over all of the step: loss and gradients are the same for any
-    number of ranks, and a sample counts as much in a mini-batch with one group fewer as in the others.
+    Each rank brings its own groups, and may learn from others'. Mini-batches are cut from those of all ranks in the
+    order of their draws, as equal as can be, and the weights of the tokens are set over all of the step: loss and
+    gradients are the same for any number of ranks, and a sample counts as much in a mini-batch with one group fewer as
+    in the others.
 
     A micro-batch is on the model's device only while it is worked on.
     """
@@ -94,11 +96,14 @@ class Learner:
 
     def _minibatches(self, groups: Sequence[Group]) -> Iterator[MiniBatch]:
         outline = self._outline(groups)
-        parts = self._parts(outline)
+        yield from self._build(groups, outline, self._parts(outline))
+
+    def _build(self, groups: Sequence[Group], outline: Outline, parts: Sequence[Outline]) -> Iterator[MiniBatch]:
         weights = self._weights(outline, len(parts))
-        for part in parts:
-            draws = {draw for draw, _ in part}
-            yield self._cut([group for group in groups if group.draw in draws], weights)
+        draws = [{draw for draw, _ in part} for part in parts]
+        own = balanced(groups, draws, self.ranks, self.update.share_prefix)
+        for part in draws:
+            yield self._cut([group for group in own if group.draw in part], weights)
 
     def _outline(self, groups: Sequence[Group]) -> Outline:
         own = [(group.draw, [one.num_trainable for one in group.trajectories]) for group in groups]
@@ -121,7 +126,8 @@ class Learner:
 
     def build(self, groups: Sequence[Group]) -> MiniBatch:
         """The groups of all ranks as one mini-batch."""
-        return self._cut(groups, self._weights(self._outline(groups), 1))
+        outline = self._outline(groups)
+        return next(self._build(groups, outline, [outline]))
 
     def _cut(self, groups: Sequence[Group], weights: Mapping[Member, float]) -> MiniBatch:
         """This rank's groups of a mini-batch in micro-batches, as many as the rank with the most has."""
