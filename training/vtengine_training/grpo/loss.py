@@ -56,12 +56,12 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
     total = policy
     counted = tokens.weights != 0
 
-    def summed(values: Tensor) -> float:
-        return float(torch.where(counted, values, 0).sum())
+    def summed(values: Tensor) -> Tensor:
+        return torch.where(counted, values, 0).sum()
 
     figures = {
-        "tokens": float(counted.sum()),
-        "loss/policy": float(policy.detach()),
+        "tokens": counted.sum(),
+        "loss/policy": policy,
         "clip_frac": summed(clipped),
         "approx_kl": summed(tokens.old - logprobs.detach()),
     }
@@ -77,8 +77,8 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
         total = total - config.entropy_coef * (entropy * tokens.weights).sum()
     if entropy is not None:
         figures["entropy"] = summed(entropy.detach())
-    figures["loss/total"] = float(total.detach())
-    return LossResult(total, figures)
+    figures["loss/total"] = total
+    return LossResult(total, _numbers(figures))
 
 
 def policy_loss(
@@ -137,8 +137,16 @@ def mismatch_figures(trainer: Tensor, rollout: Tensor) -> dict[str, float]:
     if not len(trainer):
         return {}
     difference = (trainer - rollout).double()
-    return {
-        "mismatch/kl": float((difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - difference - 1).sum()),
-        "mismatch/abs_diff": float(difference.abs().sum()),
-        "mismatch/max": float(difference.abs().max()),
-    }
+    return _numbers(
+        {
+            "mismatch/kl": (difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - difference - 1).sum(),
+            "mismatch/abs_diff": difference.abs().sum(),
+            "mismatch/max": difference.abs().max(),
+        }
+    )
+
+
+def _numbers(figures: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars in one copy: a GPU is waited for once."""
+    values = torch.stack([figure.detach().double() for figure in figures.values()]).tolist()
+    return dict(zip(figures, values, strict=True))
