@@ -26,7 +26,7 @@ from tests.kernels.ahead_of_time import ARCHITECTURES, Needs, compiled
 
 __all__ = ["ARCHITECTURES", "SPECS", "TABLES", "TESTS", "Spec", "needs", "run"]
 
-TESTS = ["tests/kernels/test_grpo_loss_triton.py"]
+TESTS = ["tests/kernels/test_grpo_loss_triton.py", "tests/kernels/test_token_sample.py"]
 TABLES = {
     "triton-resources": {
         "columns": {
