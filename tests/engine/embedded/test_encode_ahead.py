@@ -7,10 +7,13 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from tests.engine.harness import assert_cold, mixed_requests, run, settle
 from tests.engine.tiny import image, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed
+from vtengine.engine.embedded.encoder import Encoder
+from vtengine.engine.embedded.vision_cache import VisionCache
 from vtengine.model import hf_tensors
 
 
@@ -49,7 +52,9 @@ def with_picture(name, seed, **sampling):
     return request(name, prompt(seed, 12, [image(seed)]), [image(seed)], **sampling)
 
 
-def test_what_runs_goes_on_while_the_tower_works_and_answers_are_cold():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_runs_goes_on_while_the_tower_works_and_answers_are_cold(device):
+    model = tiny_model().requires_grad_(False).to(device)
     asks = [with_picture(f"r{k}", k, max_new_tokens=5) for k in range(4)]
 
     async def beside(engine):
@@ -66,10 +71,10 @@ def test_what_runs_goes_on_while_the_tower_works_and_answers_are_cold():
             engine.cancel("text")
             return completions, [name for names in runs for name in names], engine.stats()
 
-    completions, encoded, stats = run(beside, encode_ahead=True, max_batch_tokens=512)
+    completions, encoded, stats = run(beside, model, encode_ahead=True, max_batch_tokens=512)
     assert sorted(encoded) == [f"image-{k}" for k in range(4)] and stats["images_encoded"] == 4
     for completion, ask in zip(completions, asks, strict=True):
-        assert_cold(completion, ask)
+        assert_cold(completion, ask, model)
         assert completion.images_encoded == (True,)
 
 
@@ -202,3 +207,40 @@ def test_a_crowd_with_several_pictures_each_gets_its_cold_answers(budget):
 
     for completion, ask in zip(run(crowd, encode_ahead=True, max_batch_tokens=budget), asks, strict=True):
         assert_cold(completion, ask)
+
+
+def test_on_a_gpu_the_tower_waits_for_its_pixels_and_the_engine_for_the_tower(monkeypatch):
+    """Streams that only note what is asked of them: the order is what a GPU depends on."""
+    noted = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            noted.append(f"{self.name} waits for {other.name}")
+
+        def synchronize(self):
+            noted.append(f"host waits for {self.name}")
+
+    @contextmanager
+    def on(stream):
+        noted.append(f"begins on {stream.name}")
+        yield
+        noted.append(f"ends on {stream.name}")
+
+    class Features(torch.Tensor):
+        def record_stream(self, stream):
+            noted.append(f"{stream.name} reads")
+
+    encoder = Encoder(tiny_model().requires_grad_(False), VisionCache(0), reuse=True)
+    run_tower = encoder._run_tower
+    monkeypatch.setattr(encoder, "_stream", Stream("tower"))
+    monkeypatch.setattr(encoder, "_run_tower", lambda images: [f.as_subclass(Features) for f in run_tower(images)])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream("passes"))
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    assert len(encoder.run_tower([image(1), image(2)])) == 2
+    assert noted == [
+        *("tower waits for passes", "begins on tower", "ends on tower"),
+        *("passes reads", "passes reads", "host waits for tower"),
+    ]

@@ -1,7 +1,8 @@
 """The vision tower for sequences that wait, in a thread of its own beside the passes of those that run.
 
-Neither the tower nor a pass of the language model keeps every core busy all the time: two of them beside each other, on
-half of the threads each, end sooner than one after the other on all. On a CPU only.
+On a CPU neither the tower nor a pass of the language model keeps every core busy all the time: two of them beside each
+other, on half of the threads each, end sooner than one after the other on all. On a GPU decoding waits for memory and
+the tower computes; on a stream each (see Encoder), nobody's next token waits for a stranger's picture.
 """
 
 from __future__ import annotations
@@ -39,9 +40,13 @@ class EncodeAhead:
         self._scheduler = scheduler
         self._threads = num_threads or torch.get_num_threads()
         self._tower_threads = max(1, self._threads // 2)
-        is_wanted = self._threads > 1 if wanted is None else wanted
-        self._is_on = is_wanted and encoder.model.device.type == "cpu"
-        self._tower = ThreadPoolExecutor(1, "vtengine-tower", torch.set_num_threads, (self._tower_threads,))
+        device = encoder.model.device
+        self._is_on_cpu = device.type == "cpu"
+        self._is_on = (self._threads > 1 or not self._is_on_cpu) if wanted is None else wanted
+        prepare, of = (
+            (torch.set_num_threads, self._tower_threads) if self._is_on_cpu else (torch.cuda.set_device, device)
+        )
+        self._tower = ThreadPoolExecutor(1, "vtengine-tower", prepare, (of,))
         self._begun: deque[tuple[Claims, Future[list[Tensor]]]] = deque()
 
     @property
@@ -74,7 +79,7 @@ class EncodeAhead:
             sequence.held = bool(missing)
         if new:
             self._begun.append((new, self._tower.submit(self._encoder.run_tower, images_of(new))))
-            torch.set_num_threads(max(1, self._threads - self._tower_threads))
+            self._share_threads(self._threads - self._tower_threads)
 
     def collect(self, wait: bool) -> None:
         """Hands out what the tower has done. wait: for its next batch, if any was begun. Raises what failed there."""
@@ -98,8 +103,12 @@ class EncodeAhead:
         """The oldest batch; after the last one all threads are the engine's again."""
         oldest = self._begun.popleft()
         if not self._begun:
-            torch.set_num_threads(self._threads)
+            self._share_threads(self._threads)
         return oldest
+
+    def _share_threads(self, count: int) -> None:
+        if self._is_on_cpu:
+            torch.set_num_threads(max(1, count))
 
     def _missing(self, sequence: Sequence) -> list[tuple[FeatureKey, int]]:
         """Images of a waiting sequence for which it needs features, by key and index."""

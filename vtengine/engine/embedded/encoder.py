@@ -39,7 +39,10 @@ class ImagesTooLarge(Exception):
 
 
 class Encoder:
-    """Owns the features. reuse False: each of a sequence's images is encoded for that sequence alone."""
+    """Owns the features. reuse False: each of a sequence's images is encoded for that sequence alone.
+
+    On CUDA the tower has a stream of its own, whichever thread runs it, so that a thread beside the engine's can.
+    """
 
     def __init__(self, model: VLModel, cache: VisionCache, reuse: bool) -> None:
         self.model = model
@@ -49,6 +52,7 @@ class Encoder:
         self.num_encoded = 0
         self.num_shared = 0
         self.max_patches = MAX_PATCHES.get(model.device.type, MAX_PATCHES_ELSEWHERE)
+        self._stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
     def encode(self, wanted: Iterable[Wanted]) -> None:
         """Gives each sequence the features of its image. Raises ImagesTooLarge once all others have theirs."""
@@ -90,9 +94,22 @@ class Encoder:
             self.num_shared += len(claimants) - 1
         self.num_encoded += len(claims)
 
-    @torch.inference_mode()
     def run_tower(self, images: list[ImageInput]) -> list[Tensor]:
-        """Features per image; similar pixel layouts go through the tower together. For any thread."""
+        """Features per image, there when this returns. For any thread."""
+        if self._stream is None:
+            return self._run_tower(images)
+        passes = torch.cuda.default_stream(self.model.device)
+        self._stream.wait_stream(passes)  # pixels may have been made there
+        with torch.cuda.stream(self._stream):
+            features = self._run_tower(images)
+        for of_image in features:
+            of_image.record_stream(passes)  # where they are read: their memory is not given to the tower before that
+        self._stream.synchronize()
+        return features
+
+    @torch.inference_mode()
+    def _run_tower(self, images: list[ImageInput]) -> list[Tensor]:
+        """Similar pixel layouts go through the tower together."""
         features: dict[int, Tensor] = {}
         for width in sorted({image.pixel_values.shape[1] for image in images}):
             batch: list[int] = []
