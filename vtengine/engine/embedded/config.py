@@ -17,15 +17,15 @@ class EngineConfig:
     """num_pages: pages of the KV pool; None: as many as fit kv_bytes. kv_bytes None: on a GPU FREE_SHARE of what is
     free when the engine starts, in main memory what max_running sequences need, up to 1 GiB.
 
-    max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that hold
-    pages at once. resume False: no prefix and no visual feature is ever reused (for measurements). share_prefix:
-    whether decoding siblings read the pages that they have in common once for all of them, which changes the time and
-    no sample; None: where a measurement says that it pays. encode_ahead: whether the vision tower runs for waiting
-    sequences beside the passes of running ones; None: on a GPU, and where a CPU has threads for both. device: None is
-    the model's. cuda_graphs: whether decode steps on a GPU are captured in CUDA graphs when the engine is made, which takes
-    seconds; without them they are slower. num_threads: torch threads of the engine's worker; None leaves them as they
-    are. max_chunks_per_s: of all streams together; where tokens come faster, several share one (the first and the last
-    never wait); None: no limit.
+    max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that
+    hold pages at once. resume False: no prefix and no visual feature is ever reused (for measurements).
+    share_prefix: whether decoding siblings read the pages that they have in common once for all of them, which
+    changes the time and no sample; None: where a measurement says that it pays. encode_ahead: whether the vision
+    tower runs for waiting sequences beside the passes of running ones; None: on a GPU, and where a CPU has threads
+    for both. device: None is the model's. cuda_graphs: whether decode steps on a GPU are captured in CUDA graphs
+    when the engine is made, which takes seconds; without them they are slower. num_threads: torch threads of the
+    engine's worker; None leaves them as they are. max_chunks_per_s: of all streams together; where tokens come
+    faster, several share one (the first and the last never wait); None: no limit.
     """
 
     page_size: int = 16
