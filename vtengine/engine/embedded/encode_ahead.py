@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,10 +44,8 @@ class EncodeAhead:
         device = encoder.model.device
         self._is_on_cpu = device.type == "cpu"
         self._is_on = (self._threads > 1 or not self._is_on_cpu) if wanted is None else wanted
-        prepare, of = (
-            (torch.set_num_threads, self._tower_threads) if self._is_on_cpu else (torch.cuda.set_device, device)
-        )
-        self._tower = ThreadPoolExecutor(1, "vtengine-tower", prepare, (of,))
+        on_cpu, on_gpu = partial(torch.set_num_threads, self._tower_threads), partial(torch.cuda.set_device, device)
+        self._tower = ThreadPoolExecutor(1, "vtengine-tower", on_cpu if self._is_on_cpu else on_gpu)
         self._begun: deque[tuple[Claims, Future[list[Tensor]]]] = deque()
 
     @property
