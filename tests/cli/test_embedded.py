@@ -61,6 +61,21 @@ def test_a_checkpoint_that_no_process_can_load_is_one_line(
     assert done.status == 2 and done.err.count("\n") == 1 and "model.safetensors" in done.err
 
 
+def test_no_process_is_started_for_a_folder_that_cannot_be_used(
+    checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would load on after the command has ended."""
+    started: list[Any] = []
+    monkeypatch.setattr("vtengine.cli.session.start_engines", lambda *arguments: started.append(arguments))
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    (folder / "preprocessor_config.json").write_text('{"patch_size": 15}')
+    line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(folder), "--data-parallel", 2]
+    done = vtengine(*line)
+    assert done.status == 2 and "patch_size = 15" in done.err
+    assert not started
+
+
 def test_more_engines_than_cores_are_refused(checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path) -> None:
     line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(checkpoint), "--data-parallel", 999]
     done = vtengine(*line)

@@ -123,7 +123,6 @@ def _build(
     profile = _profile(arguments.profile, folder)
     tokenizer = Tokenizer.load(folder)
     device, dtype = find_device(arguments.device), _dtype(arguments)
-    backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency, max_chunks_per_s)
     over_http = arguments.backend.startswith(SERVERS)  # bytes are told from float32 pixels, not from bfloat16
     pixels_dtype = dtype if dtype == torch.bfloat16 and not over_http else torch.float32
     processor, images = image_processor(folder), decode_limits or DecodeLimits()
@@ -154,6 +153,8 @@ def _build(
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
+    # the last thing that can fail: nobody would close it
+    backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency, max_chunks_per_s)
     return Setting(backend, pipeline, tokenizer, profile, limits, sampling)
 
 
