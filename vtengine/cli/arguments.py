@@ -113,7 +113,7 @@ class _Options(Parser):
 
 def engine_options(flags: Sequence[str]) -> argparse.Namespace:
     """The flags that `generate`, `ask` and `serve` share, without a command around them. Raises ValueError."""
-    parser = _Options("options")
+    parser = _Options("options", allow_abbrev=False)  # keywords of a call mean the same whatever is added
     _add_engine(parser)
     return parser.parse_args(flags)
 
