@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_up import MadeUp
 from two_turn_run import model_folder
 
-from vtengine.engine.base import Completion, ImageInput, Request, SamplingParams
+from vtengine.engine.base import Completion
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL, load_model
 from vtengine.rollout.tokenizer import Tokenizer
 
 TESTS = ["tests/engine"]
 NUM_PAGES, MAX_RUNNING = 512, 64
-TEXT_TOKENS, NEW_TOKENS = 24, 16
+NEW_TOKENS = 16
 SIDE = 224  # pixels; 64 visual tokens
 BATCHES, SIDES, TURNS = (1, 2, 4, 8, 16, 32, 64, 128), (112, 224, 448, 672, 896, 1120), 8
 
@@ -61,35 +62,18 @@ def run(context: Any) -> list[dict[str, Any]]:
 
 class _Bench:
     def __init__(self, model: Qwen2_5_VL, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer, self.num_images = model, tokenizer, 0
+        self.model, self.tokenizer, self.made_up = model, tokenizer, MadeUp(tokenizer)
 
     def engine(self, resume: bool = True) -> EmbeddedEngine:
         config = EngineConfig(num_pages=NUM_PAGES, max_running=MAX_RUNNING, resume=resume)
         return EmbeddedEngine(self.model, self.tokenizer, config)
 
-    def image(self, side: int) -> ImageInput:
-        """A square of noise, never seen before."""
-        self.num_images += 1
-        grid = (1, side // 14, side // 14)
-        generator = torch.Generator().manual_seed(self.num_images)
-        pixels = torch.randn(grid[1] * grid[2], 588, generator=generator)
-        return ImageInput(f"growth-{self.num_images}", grid, pixels)
-
-    def ask(self, image: ImageInput) -> list[int]:
-        """A prompt of one image and TEXT_TOKENS other tokens, of which no two prompts share a page."""
-        start, end = (self.tokenizer.special_id(name) for name in ("<|vision_start|>", "<|vision_end|>"))
-        assert start is not None and end is not None
-        text = [(7 * self.num_images + 3 * index) % 200 for index in range(TEXT_TOKENS)]
-        return [*text[:8], start, *[self.tokenizer.image_pad_id] * image.visual_tokens, end, *text[8:]]
-
-    def request(self, name: str, ids: list[int], images: list[ImageInput], new_tokens: int = NEW_TOKENS) -> Request:
-        bans = {token: float("-inf") for token in self.tokenizer.special_ids}
-        return Request(name, tuple(ids), tuple(images), SamplingParams(max_new_tokens=new_tokens, logit_bias=bans))
-
     async def batch(self, size: int, side: int = SIDE, new_tokens: int = NEW_TOKENS) -> tuple[float, float]:
         """(wall seconds, peak of pages in use) of `size` questions at once."""
-        images = [self.image(side) for _ in range(size)]
-        requests = [self.request(str(i), self.ask(image), [image], new_tokens) for i, image in enumerate(images)]
+        images = [self.made_up.image(side) for _ in range(size)]
+        requests = [
+            self.made_up.request(str(i), self.made_up.ask(image), [image], new_tokens) for i, image in enumerate(images)
+        ]
         engine = self.engine()
         started_s, peak = time.perf_counter(), 0.0
         pending = {asyncio.create_task(engine.generate(request)) for request in requests}
@@ -114,9 +98,9 @@ class _Bench:
         """One conversation; every turn appends an image and some text to all that was said."""
         engine, ids, images, completions = self.engine(resume), [], [], []
         for turn in range(turns):
-            images.append(self.image(SIDE))
-            ids += self.ask(images[-1])
-            completions.append(await engine.generate(self.request(str(turn), ids, images)))
+            images.append(self.made_up.image(SIDE))
+            ids += self.made_up.ask(images[-1])
+            completions.append(await engine.generate(self.made_up.request(str(turn), ids, images, NEW_TOKENS)))
             ids += completions[-1].token_ids
         await engine.close()
         return completions
