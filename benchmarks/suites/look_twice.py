@@ -3,8 +3,8 @@
 Straight on the embedded engine, all questions of a run at once, pictures of noise and replies of fixed length, so that
 one thing changes at a time. high: one turn with the whole picture. Adaptive: a turn with a quarter of its pixels; a
 share of the questions then asks (a call of CALL_TOKENS) and gets the whole picture as a second turn. `break_even`: the
-share at which both cost the same, where the costs of share 0 and 1 are joined by a line; from 1 on, looking low first
-never costs more.
+share at which both cost the same, on straight lines between those that were measured; none where low first never costs
+more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +106,17 @@ class _Bench:
             "rounds": rounds,
             "high_ms": 1e3 * statistics.median(high) / QUESTIONS,
             **{f"cost_{share:g}": cost[share] for share in SHARES},
-            "break_even": (1 - cost[0.0]) / (cost[1.0] - cost[0.0]),
+            "break_even": break_even([cost[share] for share in SHARES]),
         }
+
+
+def break_even(costs: Sequence[float]) -> float | None:
+    """The first share whose cost is 1; costs: at SHARES."""
+    points = list(zip(SHARES, costs, strict=True))
+    for (share, cost), (next_share, next_cost) in pairwise(points):
+        if cost <= 1 < next_cost:
+            return share + (next_share - share) * (1 - cost) / (next_cost - cost)
+    return None if costs[0] <= 1 else 0.0
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
