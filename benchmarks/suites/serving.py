@@ -31,7 +31,7 @@ import torch
 from child import read
 from two_turn_run import Asked, cpu_s, fresh_setting, held_out_questions, model_folder
 
-from vtengine.cli.engine import start_engines
+from vtengine.cli.engine import EngineSetup, start_engines
 from vtengine.cli.serve import LOG_FORMAT
 from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
@@ -112,7 +112,7 @@ def embedded(model: Qwen2_5_VL, concurrency: int, tokenizer: Tokenizer) -> Backe
 def side_by_side(folder: Path, engines: int, concurrency: int, tokenizer: Tokenizer) -> Backend:
     del tokenizer
     pace = ServerLimits().max_text_events_per_s
-    return start_engines(engines, folder, torch.device("cpu"), torch.float32, concurrency, max_chunks_per_s=pace)
+    return start_engines(engines, EngineSetup(str(folder), "cpu", "float32", concurrency, max_chunks_per_s=pace))
 
 
 def once(

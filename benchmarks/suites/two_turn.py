@@ -16,7 +16,7 @@ import torch
 from transformers_backend import TransformersBackend
 from two_turn_run import Asked, Run, account, held_out_questions, model_folder, run_once, same_replies
 
-from vtengine.cli.engine import start_engines
+from vtengine.cli.engine import EngineSetup, start_engines
 from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL, load_model
@@ -73,7 +73,7 @@ def embedded(model: Qwen2_5_VL, concurrency: int, resume: bool, tokenizer: Token
 
 def side_by_side(folder: Path, concurrency: int, tokenizer: Tokenizer) -> Backend:
     del tokenizer
-    return start_engines(ENGINES, folder, torch.device("cpu"), torch.float32, concurrency)
+    return start_engines(ENGINES, EngineSetup(str(folder), "cpu", "float32", concurrency))
 
 
 def yardstick(folder: Path, batch: int, tokenizer: Tokenizer) -> Backend:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.cli.errors import CliError, UsageError, one_line
 
 if TYPE_CHECKING:
-    import torch
-
     from vtengine.engine.embedded import EmbeddedEngine
     from vtengine.engine.processes import DataParallel
     from vtengine.rollout.tokenizer import Tokenizer
@@ -18,89 +17,78 @@ if TYPE_CHECKING:
 MAX_RUNNING = 256  # sequences in one batch; more episodes wait for their turn
 
 
-def load_engine(
-    folder: Path,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    dtype: torch.dtype,
-    concurrency: int,
-    kv_gb: float | None = None,
-    max_chunks_per_s: float | None = None,
-    cuda_graphs: bool = True,
-) -> EmbeddedEngine:
-    """kv_gb: GiB of keys and values; None: by the engine's rule. Raises UsageError where memory is short."""
-    from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
-    from vtengine.model import load_model
+@dataclass(frozen=True)
+class EngineSetup:
+    """What an engine is made from, in words that can go to another process.
 
-    running = min(concurrency, MAX_RUNNING)
-    try:
-        model = load_model(folder, device=device, dtype=dtype).requires_grad_(False)
-        kv_bytes = None if kv_gb is None else max(1, int(kv_gb * 2**30))
-        config = EngineConfig(
-            max_running=running, kv_bytes=kv_bytes, max_chunks_per_s=max_chunks_per_s, cuda_graphs=cuda_graphs
-        )
-        return EmbeddedEngine(model, tokenizer, config)
-    except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        fix = "lower --kv-gb, or use --dtype bfloat16"
-        raise UsageError(
-            f"the model and its keys and values do not fit into memory; {fix}: {one_line(error)}"
-        ) from None
+    folder: of the checkpoint. device, dtype: by torch's names ("cuda:1", "bfloat16"). kv_gb: GiB of keys and values;
+    None: by the engine's rule. max_chunks_per_s, cuda_graphs: see EngineConfig.
+    """
+
+    folder: str
+    device: str
+    dtype: str
+    concurrency: int
+    kv_gb: float | None = None
+    max_chunks_per_s: float | None = None
+    cuda_graphs: bool = True
+
+    def load(self, tokenizer: Tokenizer) -> EmbeddedEngine:
+        """Raises UsageError where memory is short."""
+        import torch
+
+        from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+        from vtengine.model import load_model
+
+        try:
+            dtype: torch.dtype = getattr(torch, self.dtype)
+            model = load_model(self.folder, device=torch.device(self.device), dtype=dtype).requires_grad_(False)
+            config = EngineConfig(
+                max_running=min(self.concurrency, MAX_RUNNING),
+                kv_bytes=None if self.kv_gb is None else max(1, int(self.kv_gb * 2**30)),
+                max_chunks_per_s=self.max_chunks_per_s,
+                cuda_graphs=self.cuda_graphs,
+            )
+            return EmbeddedEngine(model, tokenizer, config)
+        except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            fix = "lower --kv-gb, or use --dtype bfloat16"
+            raise UsageError(
+                f"the model and its keys and values do not fit into memory; {fix}: {one_line(error)}"
+            ) from None
 
 
-def start_engines(
-    count: int,
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    concurrency: int,
-    kv_gb: float | None = None,
-    max_chunks_per_s: float | None = None,
-    cuda_graphs: bool = True,
-) -> DataParallel:
-    """On CUDA one for each GPU from `device` on; on a CPU each has its share of the cores. Raises UsageError."""
+def start_engines(count: int, setup: EngineSetup) -> DataParallel:
+    """On CUDA one for each GPU from the set-up's on; on a CPU each has its share of the cores. Raises UsageError."""
     import torch
 
     from vtengine.engine.processes import DataParallel, EngineProcess
 
-    on_gpu = device.type == "cuda"
-    first = device.index or 0
+    device = torch.device(setup.device)
+    on_gpu, first = device.type == "cuda", device.index or 0
     there = torch.cuda.device_count() - first if on_gpu else torch.get_num_threads()
     if count > there:
         what = f"GPUs from {device} on" if on_gpu else "cores for torch (OMP_NUM_THREADS bounds them)"
         raise UsageError(f"--data-parallel {count}: is more than the {there} {what}")
-    options: dict[str, Any] = {
-        "folder": str(folder),
-        "dtype": str(dtype).removeprefix("torch."),
-        "concurrency": concurrency,
-        "kv_gb": kv_gb,
-        "max_chunks_per_s": max_chunks_per_s and max_chunks_per_s / count,
-        "cuda_graphs": cuda_graphs,
-    }
     environment = {} if on_gpu else {"OMP_NUM_THREADS": str(there // count)}
+    pace = setup.max_chunks_per_s and setup.max_chunks_per_s / count
 
     def start(index: int) -> EngineProcess:
-        place = f"cuda:{first + index}" if on_gpu else str(device)
-        own = options | {"device": place}
-        return EngineProcess(f"{__name__}:engine_of", own, f"{index} ({place})", environment)
+        place = f"cuda:{first + index}" if on_gpu else setup.device
+        own = replace(setup, device=place, max_chunks_per_s=pace)
+        return EngineProcess(f"{__name__}:engine_of", asdict(own), f"{index} ({place})", environment)
 
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = json.loads((Path(setup.folder) / "config.json").read_text("utf-8"))
     return DataParallel(start, count, config.get("image_token_id", -1))
 
 
-def engine_of(
-    folder: str, device: str, dtype: str, concurrency: int, kv_gb: float | None, max_chunks_per_s: float | None,
-    cuda_graphs: bool,
-) -> EmbeddedEngine:  # fmt: skip
-    """What a process of `start_engines` begins with. Raises ValueError."""
-    import torch
-
+def engine_of(**setup: Any) -> EmbeddedEngine:
+    """What a process of `start_engines` begins with: the fields of an EngineSetup. Raises ValueError."""
     from vtengine.rollout.tokenizer import Tokenizer
 
-    path = Path(folder)
-    place, kind = torch.device(device), getattr(torch, dtype)
+    found = EngineSetup(**setup)
     try:
-        return load_engine(path, Tokenizer.load(path), place, kind, concurrency, kv_gb, max_chunks_per_s, cuda_graphs)
+        return found.load(Tokenizer.load(found.folder))
     except (CliError, OSError) as error:
         raise ValueError(one_line(error)) from None

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtengine.cli.engine import load_engine, start_engines
+from vtengine.cli.engine import EngineSetup, start_engines
 from vtengine.cli.engine_args import deciding, read_engine_args
 from vtengine.cli.errors import CliError, UsageError, one_line
 from vtengine.cli.models import context_tokens, find_model, image_processor
@@ -171,10 +171,11 @@ def _backend(
         return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
     if arguments.backend != "embedded":
         return _sglang(arguments, folder, device, dtype, max_chunks_per_s)
-    count, kv_gb, graphs = arguments.data_parallel, arguments.kv_gb, not arguments.no_cuda_graphs
-    if count > 1:
-        return start_engines(count, folder, device, dtype, concurrency, kv_gb, max_chunks_per_s, graphs)
-    return load_engine(folder, tokenizer, device, dtype, concurrency, kv_gb, max_chunks_per_s, graphs)
+    kind, graphs = str(dtype).removeprefix("torch."), not arguments.no_cuda_graphs
+    setup = EngineSetup(str(folder), str(device), kind, concurrency, arguments.kv_gb, max_chunks_per_s, graphs)
+    if arguments.data_parallel > 1:
+        return start_engines(arguments.data_parallel, setup)
+    return setup.load(tokenizer)
 
 
 def _sglang(
