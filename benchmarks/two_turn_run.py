@@ -26,7 +26,7 @@ from vtengine.cli.scoring import is_correct
 from vtengine.engine.base import Backend, SamplingParams
 from vtengine.engine.processes import DataParallel
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import load_profile
+from vtengine.protocol.profile import own_profile
 from vtengine.rollout.group import Sample, Setting, run_batch
 from vtengine.rollout.question import Question
 from vtengine.rollout.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ async def fresh_setting(
     """
     tokenizer = Tokenizer.load(folder)
     pipeline = ImagePipeline(pixel_limits, "compact", torch.float32)
-    profile = load_profile(folder if (folder / "profile.toml").is_file() else "glance")
+    profile = own_profile(folder, "glance")
     backend = make_backend(tokenizer)
     if isinstance(backend, DataParallel):
         await backend.check()

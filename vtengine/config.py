@@ -86,6 +86,14 @@ def to_toml(config: Any) -> str:
     return "\n".join(_toml_lines(to_dict(config), "")).strip() + "\n"
 
 
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
 def _apply(data: dict[str, Any], override: str) -> None:
     path, sign, text = override.partition("=")
     keys = [key.strip() for key in path.split(".")]

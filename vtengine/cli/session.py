@@ -17,7 +17,7 @@ from vtengine.cli.errors import CliError, UsageError, one_line
 from vtengine.cli.models import context_tokens, find_model, image_processor
 from vtengine.protocol.conversation import Conversation, Limits
 from vtengine.protocol.messages import Text, View, ViewSize
-from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile
+from vtengine.protocol.profile import Profile, load_profile, own_profile
 
 if TYPE_CHECKING:
     import torch
@@ -242,7 +242,7 @@ def _profile(name: str | None, folder: Path) -> Profile:
             return load_profile(name)
         except (ValueError, OSError) as error:
             raise UsageError(f"--profile {name}: {one_line(error)}") from None
-    return load_profile(folder if (folder / PROFILE_FILE).is_file() else DEFAULT_PROFILE)
+    return own_profile(folder, DEFAULT_PROFILE)
 
 
 def find_device(name: str) -> torch.device:

@@ -164,6 +164,11 @@ def shipped_profiles() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.toml")))
 
 
+def own_profile(folder: Path, otherwise: str) -> Profile:
+    """A checkpoint's own, or that of this name where it has none. Raises ValueError."""
+    return load_profile(folder if (folder / PROFILE_FILE).is_file() else otherwise)
+
+
 def load_profile(source: str | Path = "vtengine") -> Profile:
     """A shipped profile by name, a .toml file, or a folder holding profile.toml. Raises ValueError."""
     path = Path(source)

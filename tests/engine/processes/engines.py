@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 
@@ -60,3 +61,15 @@ def process(name, index=0, **options):
 
 def several(name, count=2, **options):
     return DataParallel(lambda index: process(name, index, **options), count, PAD)
+
+
+def run(backend, function, seconds=60):
+    """What an async function of the backend returns; closes it."""
+
+    async def main():
+        try:
+            return await asyncio.wait_for(function(backend), seconds)
+        finally:
+            await backend.close()
+
+    return asyncio.run(main())

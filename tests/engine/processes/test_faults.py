@@ -15,23 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.processes.engines import PAD, fragile, process, several
+from tests.engine.processes.engines import PAD, fragile, process, run, several
 from tests.engine.tiny import image, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed
 from vtengine.engine.processes import DataParallel, EngineLost
 from vtengine.engine.processes.host import Host
 from vtengine.engine.processes.wire import Mirrored, pack_request
 from vtengine.model import hf_tensors
-
-
-def run(backend, function):
-    async def main():
-        try:
-            return await asyncio.wait_for(function(backend), 60)
-        finally:
-            await backend.close()
-
-    return asyncio.run(main())
 
 
 def good(name="good"):

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 
+from tests.engine.processes.engines import run as run_over
 from tests.engine.processes.engines import several, tiny
 from tests.engine.tiny import image, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed
@@ -34,14 +36,7 @@ def on_two(loop):
     loop.run(backend.close())
 
 
-def run(backend, function):
-    async def main():
-        try:
-            return await asyncio.wait_for(function(backend), 90)
-        finally:
-            await backend.close()
-
-    return asyncio.run(main())
+run = partial(run_over, seconds=90)
 
 
 def asks(count, **sampling):

@@ -18,7 +18,7 @@ from vtengine.engine.base import SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import load_model
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile
+from vtengine.protocol.profile import Profile, own_profile
 from vtengine.rollout.group import Setting, in_order, run_sample
 from vtengine.rollout.question import Question
 from vtengine.rollout.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ async def _ask_all(
         stop_token_ids=tokenizer.stop_ids,
         logit_bias={token: float("-inf") for token in tokenizer.banned_ids},
     )
-    profile = load_profile(folder if (folder / PROFILE_FILE).is_file() else "glance")
+    profile = own_profile(folder, "glance")
     found: list[Row] = []
     try:
         with _pipeline(folder, profile) as pipeline:

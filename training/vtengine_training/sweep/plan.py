@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtengine.config import ConfigError, build, read_data, to_toml
+from vtengine.config import ConfigError, build, flat, read_data, to_toml
 from vtengine_training.sft.config import SftConfig
 from vtengine_training.sweep.config import SweepConfig
 from vtengine_training.trainer.config import GrpoConfig
@@ -57,14 +57,6 @@ def grid(sweep: Mapping[str, Any]) -> list[Settings]:
     if not axes:
         return []
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Nested tables as dotted keys."""
-    found: Settings = {}
-    for key, value in table.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return found
 
 
 def put(data: dict[str, Any], key: str, value: Any) -> None:

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from vtengine.engine.base import BackendFailed
 from vtengine.engine.sglang.transport import ConnectionLost
+from vtengine_training.errors import first_line
 
 OPENING = timedelta(seconds=45)
 """Longest time that the others may take to come: they are idle, and have been told."""
@@ -36,7 +37,7 @@ class Group:
             work = dist.broadcast(tensor, src=0, group=self.handle, async_op=True)
             work.wait(TIMEOUT)  # without a time NCCL's returns at once
         except RuntimeError as error:
-            raise ConnectionLost(f"broadcast of weights: {_first_line(error)}") from None
+            raise ConnectionLost(f"broadcast of weights: {first_line(error)}") from None
 
     def close(self) -> None:
         dist.destroy_process_group(self.handle)
@@ -59,7 +60,7 @@ def open_group(name: str, backend: str, address: str, port: int, world_size: int
     try:
         handle = _open(name, backend, address, port, world_size)
     except RuntimeError as error:
-        fault = _first_line(error)
+        fault = first_line(error)
     if fault:  # outside of the clause: with the error the store is freed, and those that wait at it can go on
         raise BackendFailed(
             f"the servers did not come to {address}:{port} within {OPENING.seconds} s ({fault}); "
@@ -91,7 +92,3 @@ def _environment(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -12,7 +12,7 @@ from vtengine.cli.models import image_processor
 from vtengine.engine.base import Backend, SamplingParams
 from vtengine.model import VLModel, meta_model, save_model
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import PROFILE_FILE, load_profile
+from vtengine.protocol.profile import load_profile, own_profile
 from vtengine.rollout.group import Setting
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
@@ -103,8 +103,7 @@ def build_setting(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: T
     rollout = config.rollout
     engine = build_engine(config, folder, model, tokenizer, ranks)
     cache_bytes = rollout.image_cache_mib * MIB
-    own = folder if (folder / PROFILE_FILE).is_file() else "vtengine"
-    profile = load_profile(config.profile or own)
+    profile = load_profile(config.profile) if config.profile else own_profile(folder, "vtengine")
     processor = image_processor(folder)
     bounds = processor.limits
     if config.max_pixels is not None:

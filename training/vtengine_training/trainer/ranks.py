@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from vtengine_training.errors import first_line
 from vtengine_training.trainer.watch import Watch, open_watch
 
 T = TypeVar("T")
@@ -73,9 +74,9 @@ class Ranks:
         except RuntimeError as error:
             raise ValueError(
                 f"the {size} processes did not meet at MASTER_ADDR = {os.environ.get('MASTER_ADDR')}, port "
-                f"{os.environ.get('MASTER_PORT')}: {_reason(error)}. If they run on several nodes, where a node's own "
-                "name may stand for 127.0.0.1, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on each to its interface "
-                "to the others, such as eth0"
+                f"{os.environ.get('MASTER_PORT')}: {first_line(error)}. If they run on several nodes, where a node's "
+                "own name may stand for 127.0.0.1, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on each to its "
+                "interface to the others, such as eth0"
             ) from error
         if device.type == "cuda":
             _check_gpus(ranks.gather(str(torch.cuda.get_device_properties(None).uuid)))
@@ -222,7 +223,7 @@ def _others_may_be_lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RanksLost(
-            f"another rank ended, or did not answer in time (rank_timeout_s); see its own words. {_reason(error)}"
+            f"another rank ended, or did not answer in time (rank_timeout_s); see its own words. {first_line(error)}"
         ) from error
 
 
@@ -239,10 +240,6 @@ def _check_gpus(of_ranks: Sequence[str]) -> None:
     for rank, gpu in enumerate(of_ranks):
         if (other := of_ranks.index(gpu)) != rank:
             raise ValueError(f"ranks {other} and {rank} have the same GPU, {gpu}; use a smaller --nproc-per-node")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _read(data: Tensor, length: int) -> Any:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vtengine.config import to_dict
+from vtengine.config import flat, to_dict
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.lora.adapters import save_adapter
 from vtengine_training.lora.config import LoraConfig
@@ -165,16 +165,9 @@ def find_changes(saved: Mapping[str, Any], config: GrpoConfig) -> list[str]:
     All that `_check_state` does not compare may differ, engine arguments too: a run goes on at another rate, on another
     machine, with less memory. saved: the config in its `state.json`.
     """
-    before, now = _flat(saved), _flat(json.loads(json.dumps(asdict(config))))
+    before, now = flat(saved), flat(json.loads(json.dumps(asdict(config))))
     names = [name for name in (now | before) if name != "output" and before.get(name) != now.get(name)]
     return [f"{name} = {_shown(now.get(name))} (was {_shown(before.get(name))})" for name in names]
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _shown(value: Any) -> str:

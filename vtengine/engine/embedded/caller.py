@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from vtengine.engine.waiting import set_error, set_result, tell
 
 if TYPE_CHECKING:
     from vtengine.engine.base import Completion, OnTokens
@@ -58,28 +60,8 @@ class Caller:
 
     def _hand_over(self, on_tokens: OnTokens) -> None:
         self._begun = True
-        self._outbox.add(self._loop, partial(_tell, self.completion, on_tokens, self._kept))
+        self._outbox.add(self._loop, partial(tell, self.completion, on_tokens, self._kept))
         self._kept = []
-
-
-def set_result(future: asyncio.Future[Any], result: object) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def set_error(future: asyncio.Future[Any], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
-
-
-def _tell(completion: asyncio.Future[Completion], on_tokens: OnTokens, token_ids: list[int]) -> None:
-    """Unless the caller is gone. What it raises is its own affair, not that of the others in the outbox."""
-    if completion.done():
-        return
-    try:
-        on_tokens(token_ids)
-    except Exception as error:
-        completion.set_exception(error)
 
 
 def _call_all(calls: list[Callable[[], None]]) -> None:

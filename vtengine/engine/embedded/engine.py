@@ -16,7 +16,7 @@ import torch
 from vtengine.engine.base import BackendFailed, Completion, RequestRejected
 from vtengine.engine.embedded.admission import prepare
 from vtengine.engine.embedded.attention import KVCache
-from vtengine.engine.embedded.caller import Caller, Outbox, set_error, set_result
+from vtengine.engine.embedded.caller import Caller, Outbox
 from vtengine.engine.embedded.config import EngineConfig
 from vtengine.engine.embedded.encode_ahead import EncodeAhead
 from vtengine.engine.embedded.encoder import Encoder, ImagesTooLarge
@@ -27,6 +27,7 @@ from vtengine.engine.embedded.scheduler import Row, Scheduler
 from vtengine.engine.embedded.stop import Decoder, StopFinder
 from vtengine.engine.embedded.vision_cache import VisionCache
 from vtengine.engine.pace import Pace
+from vtengine.engine.waiting import set_error, set_result
 from vtengine.model import hf_tensors, load_model, load_tensors, store_by_column
 
 if TYPE_CHECKING:

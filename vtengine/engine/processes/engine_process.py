@@ -30,6 +30,7 @@ from vtengine.engine.processes.wire import (
     unpack_completion,
     write_frame,
 )
+from vtengine.engine.waiting import set_error, set_result, tell
 
 if TYPE_CHECKING:
     import torch
@@ -184,17 +185,18 @@ class EngineProcess:
         self._stats = head["stats"] or self._stats
         for event in head["events"]:
             what, call = event["event"], self._calls.get(event.get("call", -1))
-            if what == "ready":
-                _settle(self._ready, None)
+            if what == "ready" and self._ready is not None:
+                set_result(self._ready, None)
             elif what == "unready":
-                _settle(self._ready, _error(event))
+                self._not_ready(_error(event))
             elif call is None:
                 continue
-            elif what == "tokens":
-                _tell(call, event["token_ids"])
-            else:
-                del self._calls[event["call"]]
-                _settle(call.answer, _error(event) if what == "failed" else event)
+            elif what == "tokens" and call.on_tokens is not None:
+                tell(call.answer, call.on_tokens, event["token_ids"])
+            elif what == "failed":
+                set_error(self._calls.pop(event["call"]).answer, _error(event))
+            elif what == "done":
+                set_result(self._calls.pop(event["call"]).answer, event)
 
     def _fault(self) -> EngineLost:
         status = self._process.returncode
@@ -203,28 +205,14 @@ class EngineProcess:
     def _lost(self) -> None:
         self.is_lost = True
         calls, self._calls = self._calls, {}
-        for waiting in (self._ready, *(call.answer for call in calls.values())):
-            _settle(waiting, self._fault())
+        self._not_ready(self._fault())
+        for call in calls.values():
+            set_error(call.answer, self._fault())
 
-
-def _settle(future: asyncio.Future[Any] | None, result: object) -> None:
-    if future is None or future.done():
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-        future.exception()  # seen: whoever waited may be gone
-    else:
-        future.set_result(result)
-
-
-def _tell(call: _Call, token_ids: Sequence[int]) -> None:
-    """What the caller's function raises ends its own request alone."""
-    if call.on_tokens is None or call.answer.done():
-        return
-    try:
-        call.on_tokens(token_ids)
-    except Exception as error:
-        _settle(call.answer, error)
+    def _not_ready(self, error: Exception) -> None:
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()  # seen: perhaps nobody waits any more
 
 
 def _error(event: Head) -> Exception:
