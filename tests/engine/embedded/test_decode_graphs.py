@@ -199,7 +199,7 @@ def test_the_engine_has_them_captured_where_they_are_replayed_or_has_none(monkey
     monkeypatch.setattr(DecodeGraphs, "of", of)
     for cuda_graphs in (True, False):
         engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4, cuda_graphs=cuda_graphs))
-        assert (engine.runner.graphs is not None) is cuda_graphs and threads == [engine._worker] * cuda_graphs
+        assert (engine.runner.graphs is not None) is cuda_graphs and threads == [engine.worker.thread] * cuda_graphs
         asyncio.run(engine.close())
         threads.clear()
 
@@ -211,6 +211,6 @@ def test_nobody_waits_for_an_engine_that_loses_its_device_in_the_captures(monkey
 
     monkeypatch.setattr(DecodeGraphs, "of", lambda *_: SimpleNamespace(capture=lost))
     engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4))
-    engine._worker.join(30)
+    engine.worker.thread.join(30)
     with pytest.raises(BackendFailed, match="closed"):
         asyncio.run(engine.generate(request("a", prompt(1, 9))))

@@ -123,7 +123,7 @@ def test_the_picture_of_a_second_turn_comes_before_those_of_later_first_turns():
         with tower(engine) as (go, runs):
             await somebody_runs(engine)
             tasks = [asyncio.create_task(engine.generate(with_picture(f"r{k}", k))) for k in range(4)]
-            await until(lambda: len(engine._ahead._begun) == 2)
+            await until(lambda: len(engine.worker.ahead._begun) == 2)
             tasks.append(asyncio.create_task(engine.generate(with_picture("second turn", 9, began_s=0.0))))
             await until(lambda: len(engine.scheduler.waiting) == 5)
             go.set()
@@ -147,7 +147,7 @@ def test_new_weights_encode_anew_what_waits():
             task = asyncio.create_task(engine.generate(ask))
             await until(lambda: runs)
             update = asyncio.create_task(engine.load_weights(weights, version=1))
-            await until(lambda: engine._updates)
+            await until(lambda: engine.worker.updates)
             go.set()
             await update
             return await text, await task

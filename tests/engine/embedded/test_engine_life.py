@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -367,6 +366,6 @@ def test_the_worker_works_on_the_device_of_the_model(monkeypatch):
     engine = EmbeddedEngine(tiny_model(), Letters())
     asyncio.run(engine.close())
     assert chosen == []
-    engine.model = SimpleNamespace(device=torch.device("cuda:1"))
-    engine._serve()  # ends at once: it is closed
+    engine.worker.device = torch.device("cuda:1")
+    engine.worker.serve()  # ends at once: it is closed
     assert chosen == [torch.device("cuda:1")]
