@@ -69,6 +69,14 @@ def test_defaults_file_and_overrides(tmp_path: Path) -> None:
     assert isinstance(config.optim.lr, float)
 
 
+def test_a_machines_defaults_give_way_to_file_and_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, 'out = "runs"\nsize = 2\n')
+    config = load_config(Config, path, ["level=2"], {"size": 7, "level": 1, "compile": True})
+    assert (config.size, config.level, config.compile) == (2, 2, True)
+    with pytest.raises(ConfigError, match="siz: unknown key"):
+        load_config(Config, path, (), {"siz": 7})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vtengine.cli.arguments import engine_options
-from vtengine.cli.session import open_session
+from vtengine.cli.session import default_concurrency, open_session
 from vtengine.protocol.messages import ErrorInfo
 from vtengine.rollout.group import Setting, run_batch
 from vtengine.rollout.question import Question
@@ -28,7 +28,8 @@ class AnswerBatches:
 
     model, backend and options are those of `vtengine ask`: AnswerBatches("glance", max_turns=1, temperature=1.0); what
     may be given several times takes a list.
-    concurrency: episodes at a time. image_root: relative paths start there, and none may leave it.
+    concurrency: episodes at a time, by default as in `vtengine generate`. image_root: relative paths start there, and
+    none may leave it.
     Columns in: `image` (a path, a data URL, or the bytes of a file), `question`, and `id` where there is one.
     Columns out: those, and ANSWERS (`row`: the record of `vtengine generate`, as JSON); a column `answer` that came in
     is called `expected`. A bad row does not end a batch.
@@ -40,7 +41,7 @@ class AnswerBatches:
         model: str = "glance",
         backend: str = "embedded",
         image_root: str = ".",
-        concurrency: int = 32,
+        concurrency: int | None = None,
         **options: Any,
     ) -> None:
         flags = ["--model", str(model), "--backend", backend]
@@ -49,7 +50,8 @@ class AnswerBatches:
             for one in value if isinstance(value, list | tuple) else [value]:
                 flags += [switch] if one is True else [] if one is False or one is None else [switch, str(one)]
         self.arguments = engine_options(flags)
-        self.image_root, self.concurrency = Path(image_root), concurrency
+        self.image_root = Path(image_root)
+        self.concurrency = concurrency or default_concurrency(self.arguments)
         self._runner, self._stack = asyncio.Runner(), AsyncExitStack()
         self._setting = self._runner.run(self._open())
 

@@ -25,13 +25,18 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names field, value and remedy."""
 
 
-def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    cls: type[T],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> T:
     """Reads a TOML file (or nothing: defaults), applies overrides "a.b=c" in order, and builds `cls`.
 
-    An override's value is read as TOML, and as plain text where it is not TOML. Raises ConfigError; OSError when the
-    file cannot be read.
+    An override's value is read as TOML, and as plain text where it is not TOML. defaults: of this machine, in place of
+    the class's. Raises ConfigError; OSError when the file cannot be read.
     """
-    data = read_data(path, overrides)
+    data = {**defaults, **read_data(path, overrides)}
     try:
         return build(cls, data)
     except ConfigError as error:

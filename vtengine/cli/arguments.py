@@ -150,7 +150,10 @@ def _add_generate(parser: Parser) -> None:
         help="images outside it are rejected (default: IN's folder); relative paths start at IN's folder all the same",
     )
     parser.add_argument(
-        "--concurrency", type=_whole(1), default=32, metavar="N", help="episodes at a time (default: 32)"
+        "--concurrency",
+        type=_whole(1),
+        metavar="N",
+        help="episodes at a time (default: 32; for each GPU and each SGLang server 128)",
     )
     parser.add_argument(
         "--resume",

@@ -28,7 +28,7 @@ from vtengine.cli.output import OutputFile, check_free, check_settings, kept_pat
 from vtengine.cli.progress import Progress
 from vtengine.cli.resume import KeptRows, Place, find_rows
 from vtengine.cli.scoring import is_correct
-from vtengine.cli.session import check_backend, open_session, sampling_settings
+from vtengine.cli.session import check_backend, default_concurrency, open_session, sampling_settings
 from vtengine.cli.summary import print_summary
 from vtengine.viewer.totals import TotalsCounter
 
@@ -168,9 +168,10 @@ async def _generate(task: _Task) -> None:
     output: OutputFile | None = None
     finished = False
     try:
-        async with open_session(task.arguments, task.arguments.concurrency) as setting:
+        concurrency = task.arguments.concurrency or default_concurrency(task.arguments)
+        async with open_session(task.arguments, concurrency) as setting:
             output = task.open_output()
-            await _write_rows(task, setting, output)
+            await _write_rows(task, setting, concurrency, output)
         finished = True
     except asyncio.CancelledError:
         if stop.number is None:
@@ -181,7 +182,7 @@ async def _generate(task: _Task) -> None:
             task.close_output(output, finished=finished)
 
 
-async def _write_rows(task: _Task, setting: Setting, output: OutputFile) -> None:
+async def _write_rows(task: _Task, setting: Setting, concurrency: int, output: OutputFile) -> None:
     from vtengine.rollout.group import in_order
 
     arguments = task.arguments
@@ -190,7 +191,7 @@ async def _write_rows(task: _Task, setting: Setting, output: OutputFile) -> None
     places = islice(enumerate(task.places()), task.rows_done, None)
     jobs = (partial(_row, task, setting, number, *place) for number, place in places)
     try:
-        rows = cast("AsyncGenerator[Row, None]", in_order(jobs, arguments.concurrency))
+        rows = cast("AsyncGenerator[Row, None]", in_order(jobs, concurrency))
         async with aclosing(rows):
             async for row in rows:
                 output.append(row)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtengine.cli.errors import OK, CliError, UsageError, one_line
-from vtengine.cli.session import check_backend, find_device, open_session
+from vtengine.cli.session import CONCURRENCY, check_backend, default_concurrency, find_device, open_session
 
 if TYPE_CHECKING:
     from vtengine.server.config import ServerLimits
@@ -24,6 +24,8 @@ MAX_PORT = 65535
 SWITCH_INTERVAL_S = 1e-4
 """For how long the event loop keeps Python to itself while the engine's thread waits to launch a pass on a GPU. Beside
 a loop that is busy for half of a step, the 5 ms that are Python's own make the step 4 to 12 % longer."""
+WAITING_PER_RUNNING = 4
+GPU_TEXT_EVENTS_PER_S = 2000
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -75,13 +77,21 @@ def _limits(arguments: argparse.Namespace) -> ServerLimits:
     from vtengine.vision.decode import DecodeLimits
 
     try:
-        limits = load_config(ServerLimits, arguments.config, arguments.set)
+        limits = load_config(ServerLimits, arguments.config, arguments.set, _ample(default_concurrency(arguments)))
         DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
     except ValueError as error:
         raise UsageError(f"--config, --set: {one_line(error)}") from None
     except OSError as error:
         raise UsageError(f"--config {arguments.config}: cannot be read: {one_line(error)}") from None
     return limits
+
+
+def _ample(concurrency: int) -> dict[str, int]:
+    """Limits beside a GPU, whose passes take none of the processor's time."""
+    if concurrency == CONCURRENCY:
+        return {}
+    events = {"max_text_events_per_s": GPU_TEXT_EVENTS_PER_S}
+    return {"max_running": concurrency, "max_waiting": WAITING_PER_RUNNING * concurrency} | events
 
 
 def _keys(arguments: argparse.Namespace) -> ApiKeys:

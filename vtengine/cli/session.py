@@ -33,6 +33,8 @@ SETTINGS = (
     *("temperature", "top_p", "top_k", "seed", "n", "dtype", "image_root", "allow_http"),
 )
 SERVERS = ("http://", "https://")
+CONCURRENCY, GPU_CONCURRENCY = 32, 128
+"""Episodes at a time. A pass of a GPU reads the weights once for all of them; SGLang has a GPU as a rule."""
 API_KEY = "VTENGINE_BACKEND_API_KEY"  # in the environment: the key of the server behind --backend URL
 SCRIPTED = "scripted:"  # followed by a JSON file of replies: runs without a model, for tests
 
@@ -102,6 +104,16 @@ def check_backend(arguments: argparse.Namespace) -> None:
         addresses(name)
     except ValueError as error:
         raise UsageError(f"--{one_line(error)}") from None
+
+
+def default_concurrency(arguments: argparse.Namespace) -> int:
+    """Episodes at a time that keep the engines busy which the flags name."""
+    name = arguments.backend
+    if name.startswith(SERVERS):
+        return GPU_CONCURRENCY * len(name.split(","))
+    if name == "sglang" or (name == "embedded" and find_device(arguments.device).type == "cuda"):
+        return int(GPU_CONCURRENCY * arguments.data_parallel)
+    return CONCURRENCY
 
 
 def _build(

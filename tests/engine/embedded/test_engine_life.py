@@ -300,6 +300,20 @@ def test_bad_settings_name_the_field(field, value):
         EngineConfig(**{field: value})
 
 
+def test_a_gpu_gets_larger_passes_and_a_larger_cache_of_features():
+    open_sizes = EngineConfig(max_running=64)
+    assert (open_sizes.batch_tokens(False), open_sizes.batch_tokens(True)) == (2048, 8192)
+    assert EngineConfig(max_running=9000).batch_tokens(True) == 9000
+    assert open_sizes.vision_bytes(True) > open_sizes.vision_bytes(False) > 0
+    given = EngineConfig(max_batch_tokens=100, vision_cache_bytes=0)
+    assert (given.batch_tokens(True), given.vision_bytes(True)) == (100, 0)
+    assert (
+        EngineConfig(resume=False).vision_bytes(True)
+        == EngineConfig(resume=False, vision_cache_bytes=5).vision_bytes(False)
+        == 0
+    )
+
+
 def test_the_pool_takes_what_is_asked_for_or_what_the_device_has():
     page_bytes, gib = 100_000, 1 << 30
     assert EngineConfig(num_pages=7, kv_bytes=1).pages_that_fit(page_bytes, gib) == 7

@@ -10,6 +10,9 @@ FREE_SHARE = 0.6
 MIN_KV_TOKENS = 32_768
 TOKENS_PER_SEQUENCE = 1024
 """A guess; where it is too low, sequences wait for pages."""
+BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
+"""Products of a GPU are at their peak from about 500 tokens on; more make passes of prompts fewer."""
+VISION_CACHE_BYTES, GPU_VISION_CACHE_BYTES = GIB // 4, GIB
 
 
 @dataclass(frozen=True)
@@ -17,8 +20,9 @@ class EngineConfig:
     """num_pages: pages of the KV pool; None: as many as fit kv_bytes. kv_bytes None: on a GPU FREE_SHARE of what is
     free when the engine starts, in main memory what max_running sequences need, up to 1 GiB.
 
-    max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. max_running: sequences that
-    hold pages at once. resume False: no prefix and no visual feature is ever reused (for measurements).
+    max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. vision_cache_bytes: of features
+    that are kept when no request holds them. None: more on a GPU than elsewhere. max_running: sequences that hold
+    pages at once. resume False: no prefix and no visual feature is ever reused (for measurements).
     share_prefix: whether decoding siblings read the pages that they have in common once for all of them, which
     changes the time and no sample; None: where a measurement says that it pays. encode_ahead: whether the vision
     tower runs for waiting sequences beside the passes of running ones; None: on a GPU, and where a CPU has threads
@@ -31,9 +35,9 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int | None = None
     kv_bytes: int | None = None
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int | None = None
     max_running: int = 64
-    vision_cache_bytes: int = GIB // 4
+    vision_cache_bytes: int | None = None
     resume: bool = True
     share_prefix: bool | None = None
     encode_ahead: bool | None = None
@@ -48,8 +52,18 @@ class EngineConfig:
             (self.num_pages is None or self.num_pages >= 1, "num_pages", self.num_pages, ">= 1, or None"),
             (self.kv_bytes is None or self.kv_bytes >= 1, "kv_bytes", self.kv_bytes, ">= 1, or None"),
             (self.max_running >= 1, "max_running", self.max_running, ">= 1"),
-            (self.max_batch_tokens >= self.max_running, "max_batch_tokens", self.max_batch_tokens, ">= max_running"),
-            (self.vision_cache_bytes >= 0, "vision_cache_bytes", self.vision_cache_bytes, ">= 0"),
+            (
+                self.max_batch_tokens is None or self.max_batch_tokens >= self.max_running,
+                "max_batch_tokens",
+                self.max_batch_tokens,
+                ">= max_running, or None",
+            ),
+            (
+                self.vision_cache_bytes is None or self.vision_cache_bytes >= 0,
+                "vision_cache_bytes",
+                self.vision_cache_bytes,
+                ">= 0, or None",
+            ),
             (self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, ">= 1, or None"),
             (
                 self.max_chunks_per_s is None or self.max_chunks_per_s > 0,
@@ -61,6 +75,16 @@ class EngineConfig:
         for ok, name, value, allowed in checks:
             if not ok:
                 raise ValueError(f"engine.{name} = {value}: must be {allowed}")
+
+    def batch_tokens(self, on_gpu: bool) -> int:
+        tokens = GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS
+        return self.max_batch_tokens or max(tokens, self.max_running)
+
+    def vision_bytes(self, on_gpu: bool) -> int:
+        """0: no visual feature outlives its request."""
+        if not self.resume or self.vision_cache_bytes is None:
+            return self.resume * (GPU_VISION_CACHE_BYTES if on_gpu else VISION_CACHE_BYTES)
+        return self.vision_cache_bytes
 
     def pages_that_fit(self, page_bytes: int, free_bytes: int | None = None) -> int:
         """Pages of the pool, for pages of this many bytes (keys and values of all layers). free_bytes: of a GPU."""

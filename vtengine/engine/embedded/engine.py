@@ -49,7 +49,7 @@ class EmbeddedEngine:
         self.model = model.to(config.device) if config.device else model
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             store_by_column(self.model)
-        text, dtype = model.config.text, model.dtype
+        text, dtype, on_gpu = model.config.text, model.dtype, self.model.device.type == "cuda"
         page_bytes = 2 * text.num_layers * config.page_size * text.num_kv_heads * text.head_dim * dtype.itemsize
         num_pages = config.pages_that_fit(page_bytes, _free_bytes(self.model.device))
         cache = KVCache(
@@ -57,10 +57,10 @@ class EmbeddedEngine:
         )
         self.pool = PagePool(num_pages, config.page_size)
         self.tree = RadixTree(self.pool)
-        self.vision = VisionCache(config.vision_cache_bytes if config.resume else 0)
+        self.vision = VisionCache(config.vision_bytes(on_gpu))
         self.scheduler = Scheduler(
             self.pool, self.tree,
-            max_batch_tokens=config.max_batch_tokens, max_running=config.max_running, resume=config.resume,
+            max_batch_tokens=config.batch_tokens(on_gpu), max_running=config.max_running, resume=config.resume,
         )  # fmt: skip
         self.encoder = Encoder(self.model, self.vision, config.resume)
         self.runner = Runner(
