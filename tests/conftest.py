@@ -16,13 +16,16 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[_name] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402  (after the thread counts are set)
+import hypothesis  # noqa: E402  (after the thread counts are set)
+import pytest  # noqa: E402
 
 REPO = Path(__file__).resolve().parent.parent
 # Without an __init__.py, a folder loses against an installed package of its name (pyarrow 17 brings a `benchmarks`).
 for _name in ("benchmarks", "tests"):
     _folder = sys.modules[_name] = ModuleType(_name)
     _folder.__path__ = [str(REPO / _name)]
+hypothesis.settings.register_profile("shared cores", deadline=None)  # other work may stop an example for long
+hypothesis.settings.load_profile("shared cores")
 SEED = 20250713
 LOCAL = ("127.", "::1", "localhost", "0.0.0.0")
 LONGEST_FIRST = (

@@ -35,7 +35,8 @@ done
 settings=()
 for setting in "model=$MODEL" "$@"; do settings+=(--set "$setting"); done
 trap stop TERM INT
-CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --standalone --nproc-per-node 4 --shutdown-timeout 3600 \
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600
+CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --standalone --nproc-per-node 4 \
     -m vtengine_training.cli grpo "$here/node_8gpu_grpo.toml" "${settings[@]}" &
 trainer=$!
 [ -z "$stopping" ] || stop # a signal that came before the trainer had a name

@@ -116,7 +116,7 @@ def test_what_could_be_read_is_carried(tmp_path: Path) -> None:
     assert row.carried == {"image": 5, "question": "q", "source": "web"}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_any_bytes_give_rows_that_can_be_written(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     for row in read(tmp_path_factory.getbasetemp(), data):
@@ -131,7 +131,7 @@ json_values = st.recursive(
 keys = st.sampled_from(["id", "image", "question", "answer", "other", "status"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.dictionaries(keys, json_values))
 def test_any_object_is_accepted_or_rejected_with_a_code(tmp_path_factory: pytest.TempPathFactory, record: dict) -> None:
     (row,) = read(tmp_path_factory.getbasetemp(), json.dumps(record).encode())

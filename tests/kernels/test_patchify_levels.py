@@ -139,7 +139,7 @@ def test_500_random_sizes_halved_first(run, picture, mode):
     st.sampled_from(PATCHES),
     st.integers(1, 3),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_size(compiled, picture, height_in, width_in, rows, columns, before, kind, mode, patch, threads):
     image, size = picture(height_in, width_in), (2 * patch * rows, 2 * patch * columns)
     assert differing(compiled, image, *size, kind, mode, tuple(before), patch, num_threads=threads) == 0

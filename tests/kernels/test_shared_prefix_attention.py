@@ -67,7 +67,7 @@ def test_sixteen_bits_err_no_more_than_torch():
     assert worst(ours, exact) <= worst(torchs, exact)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_tree(data):
     parents: list[int] = []

@@ -20,7 +20,7 @@ def piece_ids(text, grid):
     return [*[7] * text, *image]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=PIECES)
 def test_equal_transformers_and_append_only(small_pair, pieces):
     ids = [x for piece in pieces for x in piece_ids(*piece)]

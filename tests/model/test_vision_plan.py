@@ -26,7 +26,7 @@ def pieces(rows, runs: Runs):
     return {tuple(sorted(part.tolist())) for part in rows.split(list(runs.lengths))}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(grids=GRIDS)
 def test_equal_transformers(grids):
     theirs = pytest.importorskip("transformers.vision_utils")

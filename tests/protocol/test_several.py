@@ -175,7 +175,7 @@ REPLIES = [
 ]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 3), st.lists(st.sampled_from(REPLIES), max_size=6), st.integers(60, 400))
 def test_no_view_twice_and_never_over_the_budget(count: int, replies: list[str], budget: int) -> None:
     conversation = start(count, Limits(max_turns=5, visual_token_budget=budget))

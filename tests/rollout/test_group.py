@@ -23,7 +23,7 @@ GLANCE = load_profile("glance")
 ANSWER = GLANCE.reply_answer("clear", "5")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 8))
 def test_results_keep_their_order(delays: list[int], concurrency: int) -> None:
     running, most = 0, 0

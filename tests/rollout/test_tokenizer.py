@@ -28,7 +28,7 @@ PIECES = [
     "<tool_call>",
 ]
 WILD = st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=8).map("".join)
-QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_special_ids(qwen_tokenizer: Tokenizer) -> None:

@@ -18,7 +18,7 @@ from vtengine.rollout.seeds import derive_seed
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.rollout.transcript import BadCompletion, ContextFull, Transcript
 
-QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 OPEN, IMAGE, CLOSE = Text("<|im_start|>user\n<|vision_start|>"), ImagePart(LOW), Text("<|vision_end|>")
 
 

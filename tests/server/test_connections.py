@@ -135,7 +135,7 @@ values = st.recursive(
 FIELDS = ("messages", "model", "stream", "stop", "n", "tools", "vtengine", "seed", "max_tokens", "logit_bias", "odd")
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(FIELDS), values, max_size=6), st.booleans())
 def test_odd_bodies_are_refused_with_a_name(body: dict[str, Any], is_near: bool) -> None:
     if is_near:

@@ -173,7 +173,7 @@ row_keys = st.sampled_from(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.dictionaries(row_keys, json_values), max_size=3))
 def test_any_rows_make_a_page(make_page: Callable[..., Path], rows: list[dict]) -> None:
     page = make_page([row | {"status": "answered"} for row in rows])

@@ -66,13 +66,13 @@ def test_high_equals_the_processor_at_fixed_sizes(smart_resize, width: int, heig
     assert_like_processor(smart_resize, width, height, QWEN3_LIMITS)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(SIDES, SIDES, st.one_of(st.just(DEFAULT), LIMITS))
 def test_high_equals_the_processor(smart_resize, width: int, height: int, limits: PixelLimits) -> None:
     assert_like_processor(smart_resize, width, height, limits)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.integers(1, 292), st.integers(1, 292), st.sampled_from([-15, -14, -13, -1, 0, 1, 13, 14, 15]))
 def test_high_equals_the_processor_at_rounding_boundaries(smart_resize, rows: int, columns: int, off: int) -> None:
     assert_like_processor(smart_resize, max(1, columns * 28 + off), max(1, rows * 28 + off), DEFAULT)
@@ -102,7 +102,7 @@ def test_scale_out_of_range_names_the_range(scale: Fraction) -> None:
         plan_scale(ViewPlan(None, 56, 56), scale)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.data(), st.integers(1, 8192), st.integers(1, 8192), st.one_of(st.just(DEFAULT), LIMITS))
 def test_crop_covers_its_box_inside_the_image(data, width: int, height: int, limits: PixelLimits) -> None:
     try:

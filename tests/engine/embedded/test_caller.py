@@ -7,7 +7,7 @@ from itertools import chain
 from types import SimpleNamespace
 from typing import Any, cast
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vtengine.engine.embedded.caller import Caller, Outbox
@@ -20,7 +20,6 @@ def ids(told: list[list[int]]) -> list[int]:
     return list(chain.from_iterable(told))
 
 
-@settings(deadline=None)
 @given(steps, st.integers(0, 20), st.booleans())
 def test_every_token_once_in_order_and_none_after_it_left(
     tokens: list[tuple[bool, bool]], leaves: int, fails: bool

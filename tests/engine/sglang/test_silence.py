@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
+import time
 
 import httpx
 import pytest
@@ -65,6 +66,24 @@ def test_the_system_asks_after_a_connection_that_is_silent():
         )
 
     assert over_fake(act)
+
+
+def test_a_process_that_stood_still_asks_before_it_gives_up():
+    async def main():
+        async def is_alive():
+            return True
+
+        async def answer():
+            await asyncio.sleep(0.2)
+            return "there"
+
+        patience = Patience(is_alive, limit_s=0.1)
+        waiting = asyncio.create_task(patience.wait_for(answer()))
+        await asyncio.sleep(0.01)
+        time.sleep(0.15)
+        return await waiting
+
+    assert asyncio.run(main()) == "there"
 
 
 def test_no_question_outlives_its_close():

@@ -60,7 +60,7 @@ def test_fingerprint_follows_content_and_order_not_place(tmp_path) -> None:
     )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 9), st.integers(0, 3), st.integers(0, 40), st.integers(0, 40))
 def test_stopping_changes_nothing(size, seed, before, after) -> None:
     whole = Sampler(size, seed)

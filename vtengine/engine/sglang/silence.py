@@ -26,16 +26,19 @@ class Patience:
         self._question: asyncio.Task[None] | None = None
 
     async def wait_for(self, answer: Awaitable[T]) -> T:
-        """Raises TimeoutError, and gives the answer up, when the server was silent for limit_s."""
+        """Raises TimeoutError, and gives the answer up, when the server was silent for limit_s.
+
+        Not before it was asked: it may be this process that stood still.
+        """
         task, began_s = asyncio.ensure_future(answer), time.monotonic()
         task.add_done_callback(_is_seen)
         try:
             while not (await asyncio.wait({task}, timeout=self._ask_s))[0]:
-                left_s = max(began_s, self._heard_s) + self._limit_s - time.monotonic()
-                if left_s <= 0:
-                    raise TimeoutError
                 if time.monotonic() - self._heard_s >= self._ask_s:
-                    await asyncio.wait({task, self._asked()}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                    grace_s = max(self._left_s(began_s), self._ask_s)
+                    await asyncio.wait({task, self._asked()}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+                if not task.done() and self._left_s(began_s) <= 0:
+                    raise TimeoutError
             self._heard_s = time.monotonic()
             return task.result()
         finally:
@@ -48,6 +51,9 @@ class Patience:
         if self._question is not None:
             self._question.cancel()
             await asyncio.wait({self._question})
+
+    def _left_s(self, began_s: float) -> float:
+        return max(began_s, self._heard_s) + self._limit_s - time.monotonic()
 
     def _asked(self) -> asyncio.Task[None]:
         if self._question is None or self._question.done():
