@@ -60,8 +60,20 @@ def test_zero_spread_is_dropped_and_refilled_up_to_the_bound(collector) -> None:
     found = collect(one)
     assert found.groups == []
     assert found.counts["drawn"] == found.counts["zero_spread"] == 6
-    assert found.counts["waves"] == 3
     assert one.sampler.drawn == 6
+
+
+def test_a_refill_allows_for_what_the_step_has_had_to_drop(collector, monkeypatch) -> None:
+    """Two of five examples have spread: ten prompts give four groups, so 6 x 11 / 5 are drawn for the other six."""
+    one = collector(
+        Reward(lambda example, asked: Score(asked % 2 if example.id in ("q1", "q3") else 1.0, 0.0)),
+        rollout={"prompts": 10, "max_refill": 9.0},
+    )
+    wave, sizes = one._wave, []
+    monkeypatch.setattr(one, "_wave", lambda count, *rest: sizes.append(count) or wave(count, *rest))
+    found = collect(one)
+    assert sizes[:2] == [10, 14] and len(sizes) == found.counts["waves"] <= 3
+    assert len(found.groups) == 10
 
 
 def test_surplus_is_used_first_and_old_surplus_is_dropped(collector) -> None:

@@ -99,11 +99,11 @@ class Collector:
         fresh = [group for group in self.leftover if step - group.step <= self.config.max_stale]
         done.counts["stale"] = len(self.leftover) - len(fresh)
         draws = self._draws(fresh)
-        reused, drawn, waves = min(len(draws), self.config.prompts), 0, 0
+        reused, kept, drawn, waves = min(len(draws), self.config.prompts), len(draws), 0, 0
         bound = math.ceil(self.config.prompts * self.config.max_refill)
-        while len(draws) < self.config.prompts and drawn < bound:
-            missing = self.config.prompts - len(draws)
-            wave = min(math.ceil(missing * self.config.oversample), bound - drawn)
+        while (missing := self.config.prompts - len(draws)) > 0 and drawn < bound:
+            expected = (len(draws) - kept + 1) / (drawn + 1)  # usable groups of one that is drawn: 1 at first
+            wave = min(math.ceil(missing * self.config.oversample / expected), bound - drawn)
             drawn += wave
             waves += 1
             fresh += await self._wave(wave, step, done, keep_rows)

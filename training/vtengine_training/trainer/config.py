@@ -37,8 +37,8 @@ class RolloutConfig:
 
     resolution: adaptive, or the one view that is always shown: low or high (with max_turns = 1).
     concurrency: episodes in the engine at a time. max_refill: prompts drawn for one step, as a multiple of `prompts`,
-    before the step goes on with fewer. oversample: groups drawn at once, as a multiple of those still missing; what is
-    left over is kept for the next step, for at most max_stale steps.
+    before the step goes on with fewer. oversample: groups drawn at once, as a multiple of those still missing, and more
+    by what the step has had to drop so far; what is left over is kept for the next step, for at most max_stale steps.
     top_p, top_k: must be off: the engine's log-probabilities would be of the truncated distribution.
     backend: embedded (the engine reads the learner's own weights), sglang (in this process), or http://host:port of an
     SGLang server; several with commas between. sync: how SGLang gets new weights: tensor (same machine; on a GPU the
