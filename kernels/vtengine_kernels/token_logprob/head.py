@@ -74,7 +74,7 @@ def check_ids(name: str, ids: Tensor | None, bound: int) -> None:
     """ValueError: an id outside 0 .. bound - 1."""
     if ids is None or not len(ids):
         return
-    low, high = (int(value) for value in torch.aminmax(ids))
+    low, high = torch.stack(torch.aminmax(ids)).tolist()  # one copy: a GPU is waited for
     if low < 0 or high >= bound:
         raise ValueError(f"{name} hold {low if low < 0 else high}: must be from 0 to {bound - 1}")
 

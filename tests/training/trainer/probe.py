@@ -10,9 +10,10 @@ import pytest
 import torch
 from vtengine_training.grpo.loss import Tokens, grpo_loss
 from vtengine_training.grpo.weights import token_weights
+from vtengine_training.trainer.figures import StepFigures
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.policy import BANNED
-from vtengine_training.trainer.step import Learner, _Sums
+from vtengine_training.trainer.step import Learner
 from vtengine_training.trainer.trajectory import Group
 
 from vtengine.model import PackedCausal
@@ -34,14 +35,14 @@ def probe(run: Run, **changes: object) -> Learner:
     for parameter in policy.model.parameters():
         parameter.grad = None
     return Learner(
-        policy, learner.reference, learner.optimizer, learner.loss, update, learner.constant_length, run.ranks
+        policy, learner.reference, learner.optimizer, learner.loss, update, learner.cutter.constant_length, run.ranks
     )
 
 
 def gradients(run: Run, groups: Sequence[Group], **changes: object) -> Found:
     """Of one mini-batch."""
     learner = probe(run, **changes)
-    loss = learner.backward(learner.build(groups), None, _Sums())
+    loss = learner.backward(learner.cutter.whole(groups), StepFigures())
     named = learner.policy.model.named_parameters()
     return loss, {name: p.grad.clone() for name, p in named if p.grad is not None}
 

@@ -19,9 +19,9 @@ from vtengine_training.sync.gathered import gathered
 from vtengine_training.trainer import optimizer_state
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.config import GrpoConfig
+from vtengine_training.trainer.figures import StepFigures
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.ranks import Ranks
-from vtengine_training.trainer.step import _Sums
 from vtengine_training.trainer.trajectory import Trajectory
 
 from tests.training.trainer.probe import collect, probe
@@ -52,11 +52,11 @@ def gradients(run: Run, max_tokens: tuple[int, ...], what: str = "") -> dict[str
         ]
     for bound in max_tokens:
         learner = probe(run, max_tokens=bound)
-        minibatch = learner.build(groups)
+        minibatch = learner.cutter.whole(groups)
         if what == "uneven":
             tokens = sum(len(batch.token_ids) for batch in minibatch.batches[: minibatch.num_own])
             found[f"tokens.{bound}"] = torch.tensor(run.ranks.gather(tokens))
-        loss = run.ranks.sum(learner.backward(minibatch, None, _Sums()))
+        loss = run.ranks.sum(learner.backward(minibatch, StepFigures()))
         found[f"loss.{bound}"] = torch.tensor([loss], dtype=torch.float64)
         for name, parameter in learner.policy.model.named_parameters():
             if parameter.grad is not None:
@@ -70,9 +70,9 @@ def sums_over_copies(run: Run, max_tokens: tuple[int, ...]) -> list[list[int]]:
     found, groups = [], collect(run)
     for bound in max_tokens:
         learner = probe(run, max_tokens=bound)
-        minibatch = learner.build(groups)
+        minibatch = learner.cutter.whole(groups)
         with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as summed:
-            learner.backward(minibatch, None, _Sums())
+            learner.backward(minibatch, StepFigures())
         found.append([len(minibatch.batches), summed.call_count])
     asyncio.run(run.close())
     return found

@@ -9,7 +9,8 @@ import pytest
 import torch
 from vtengine_training.trainer.batch import MicroBatch, build_batch
 from vtengine_training.trainer.cost import ModelCost
-from vtengine_training.trainer.step import Learner, MiniBatch, _Sums
+from vtengine_training.trainer.figures import StepFigures
+from vtengine_training.trainer.minibatch import MiniBatch, equal_parts
 
 from tests.training.trainer.probe import collect
 
@@ -29,16 +30,16 @@ def test_sixteen_bit_gradients_add_up_in_float32(run) -> None:
     one = run(dtype="bfloat16", update={"max_tokens": 1}, rollout={"prompts": 4})
     groups = collect(one)
     learner, optimizer = one.parts.learner, one.parts.learner.optimizer
-    minibatch = learner.build(groups)
+    minibatch = learner.cutter.whole(groups)
     assert len(minibatch.batches) == 16
-    learner.backward(minibatch, None, _Sums())
+    learner.backward(minibatch, StepFigures())
     assert all(parameter.grad is None for parameter in one.parts.model.parameters())
     together = gathered(optimizer)
     assert all(gradient.dtype == torch.float32 for gradient in together.values())
     exact = {name: torch.zeros(x.shape, dtype=torch.float64) for name, x in together.items()}
     rounded = {name: torch.zeros(x.shape, dtype=torch.bfloat16) for name, x in together.items()}
     for batch in minibatch.batches:
-        learner.backward(MiniBatch((batch,), 1), None, _Sums())
+        learner.backward(MiniBatch((batch,), 1), StepFigures())
         for name, gradient in gathered(optimizer).items():
             exact[name] += gradient
             rounded[name] += gradient.to(torch.bfloat16)
@@ -54,7 +55,7 @@ def test_the_estimate_counts_what_is_there(run, dtype, changes) -> None:
     groups = collect(one)
     learner, optimizer = one.parts.learner, one.parts.learner.optimizer
     learner.learn(groups, 1e-3)
-    learner.backward(learner.build(groups), None, _Sums())
+    learner.backward(learner.cutter.whole(groups), StepFigures())
     held = [*one.parts.model.parameters(), *optimizer.master.values()]
     held += [master.grad for master in optimizer.master.values()]
     held += [state[key] for state in optimizer.adam.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -90,6 +91,23 @@ def test_one_micro_batch_is_on_the_device_at_a_time(run, monkeypatch, old) -> No
     assert most == 3
 
 
+@pytest.mark.parametrize(("epochs", "passes"), [(1, 8), (3, 8)])
+def test_the_reference_runs_once_for_all_epochs(run, monkeypatch, epochs, passes) -> None:
+    one = run(update={"max_tokens": 1, "epochs": epochs}, loss={"kl_coef": 0.1})
+    groups, learner = collect(one), one.parts.learner
+    asked = []
+    logprobs = type(learner.reference).logprobs
+
+    def counted(policy, batch):
+        asked.append(policy)
+        return logprobs(policy, batch)
+
+    monkeypatch.setattr(type(learner.reference), "logprobs", counted)
+    figures = learner.learn(groups, 1e-3)
+    assert asked == [learner.reference] * passes
+    assert (figures["kl"] > 0) == (epochs > 1)  # of the first update it is that of equal weights
+
+
 def test_everything_of_a_micro_batch_moves(run) -> None:
     batch = build_batch(collect(run())[0].trajectories, [1.0] * 4, share_prefix=False)
     assert batch.to(torch.device("cpu")) is batch
@@ -109,10 +127,10 @@ def test_samples_of_a_step_count_alike_whatever_mini_batch_they_are_in(run, aggr
     )
     groups = collect(one)
     learner, optimizer = one.parts.learner, one.parts.learner.optimizer
-    loss = learner.backward(learner.build(groups), None, _Sums())
+    loss = learner.backward(learner.cutter.whole(groups), StepFigures())
     whole = gathered(optimizer)
-    parts = list(learner._minibatches(groups))
-    losses = [learner.backward(part, None, _Sums()) for part in parts]
+    parts = learner.cutter.cut(groups)
+    losses = [learner.backward(part, StepFigures()) for part in parts]
     assert sum(losses) / 3 == pytest.approx(loss, rel=1e-5, abs=1e-7)
     for name, gradient in gathered(optimizer).items():
         torch.testing.assert_close(gradient / 3, whole[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -122,11 +140,8 @@ def test_samples_of_a_step_count_alike_whatever_mini_batch_they_are_in(run, aggr
     ("groups", "size", "expected"),
     [(5, 2, [1, 2, 2]), (33, 32, [16, 17]), (32, 16, [16, 16]), (3, 4, [3]), (4, None, [4]), (7, 1, [1] * 7)],
 )
-def test_mini_batches_are_as_equal_as_can_be(make_config, groups, size, expected) -> None:
-    config = make_config(rollout={"prompts": 64}, update={"minibatch_prompts": size} if size else {})
-    learner = Learner.__new__(Learner)
-    learner.update = config.update
+def test_mini_batches_are_as_equal_as_can_be(groups, size, expected) -> None:
     outline = [(draw, [1]) for draw in range(groups)]
-    parts = learner._parts(outline)
+    parts = equal_parts(outline, size)
     assert [len(part) for part in parts] == expected
     assert [member for part in parts for member in part] == outline

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from vtengine_training.trainer import ranks as ranks_module
 from vtengine_training.trainer.checkpoint import check, find_latest
+from vtengine_training.trainer.figures import StepFigures
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.models import build_models
 from vtengine_training.trainer.ranks import Ranks
-from vtengine_training.trainer.step import _Sums
 
 from tests.training.trainer import ranks_worker
 from tests.training.trainer.probe import collect
@@ -101,7 +101,7 @@ def test_sixteen_bits_in_pieces_stay_near_float32(make_config, ranks, tiny_folde
     half, exact = (Run(make_config(**settings, dtype=dtype), rewarder()) for dtype in ("bfloat16", "float32"))
     groups = collect(half)
     learner = exact.parts.learner
-    loss = learner.backward(learner.build(groups), None, _Sums())
+    loss = learner.backward(learner.cutter.whole(groups), StepFigures())
     wanted = {name: p.grad for name, p in exact.parts.model.named_parameters()}
     for one in (half, exact):
         asyncio.run(one.close())

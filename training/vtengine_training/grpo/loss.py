@@ -36,10 +36,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class LossResult:
-    """total: the scalar to differentiate. figures: sums over tokens, to be added over micro-batches."""
+    """total: the scalar to differentiate. figures: scalars without gradients, sums over `tokens` tokens, to be added
+    over micro-batches."""
 
     total: Tensor
-    figures: dict[str, float]
+    figures: dict[str, Tensor]
 
 
 def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Tensor | None = None) -> LossResult:
@@ -52,8 +53,7 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
     each, clipped = policy_loss(logprobs, tokens, objective, config.dual_clip)
     if config.importance_cap is not None:
         each = each * importance_weights(tokens.old, tokens.rollout, config.importance_cap)
-    policy = (each * tokens.weights).sum()
-    total = policy
+    total = (each * tokens.weights).sum()
     counted = tokens.weights != 0
 
     def summed(values: Tensor) -> Tensor:
@@ -61,7 +61,6 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
 
     figures = {
         "tokens": counted.sum(),
-        "loss/policy": policy,
         "clip_frac": summed(clipped),
         "approx_kl": summed(tokens.old - logprobs.detach()),
     }
@@ -77,8 +76,7 @@ def grpo_loss(logprobs: Tensor, tokens: Tokens, config: LossConfig, entropy: Ten
         total = total - config.entropy_coef * (entropy * tokens.weights).sum()
     if entropy is not None:
         figures["entropy"] = summed(entropy.detach())
-    figures["loss/total"] = total
-    return LossResult(total, _numbers(figures))
+    return LossResult(total, figures)
 
 
 def policy_loss(
@@ -129,24 +127,16 @@ def importance_weights(old: Tensor, rollout: Tensor, cap: float) -> Tensor:
     return (old - rollout).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
 
 
-def mismatch_figures(trainer: Tensor, rollout: Tensor) -> dict[str, float]:
-    """How far trainer and engine disagree on the tokens [N] that were sampled; sums over tokens, and maxima.
+def mismatch_figures(trainer: Tensor, rollout: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """How far trainer and engine disagree on sampled tokens [N], N >= 1; sums over `mismatch/tokens` tokens, and a
+    maximum.
 
-    kl: k3 estimate of KL(rollout || trainer).
+    counted: bool [N]; the other tokens are left out. kl: k3 estimate of KL(rollout || trainer).
     """
-    if not len(trainer):
-        return {}
-    difference = (trainer - rollout).double()
-    return _numbers(
-        {
-            "mismatch/kl": (difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - difference - 1).sum(),
-            "mismatch/abs_diff": difference.abs().sum(),
-            "mismatch/max": difference.abs().max(),
-        }
-    )
-
-
-def _numbers(figures: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars in one copy: a GPU is waited for once."""
-    values = torch.stack([figure.detach().double() for figure in figures.values()]).tolist()
-    return dict(zip(figures, values, strict=True))
+    difference = torch.where(counted, trainer - rollout, 0).double()
+    return {
+        "mismatch/tokens": counted.sum(),
+        "mismatch/kl": (difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() - difference - 1).sum(),
+        "mismatch/abs_diff": difference.abs().sum(),
+        "mismatch/max": difference.abs().max(),
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,11 +85,14 @@ class Policy:
         return loss.total, loss
 
     def _head(self) -> Head:
-        weight = self.model.head_weight
-        banned = torch.tensor(self.banned, device=weight.device) if self.banned else None
         head = self.model.lm_head
         low_rank = head.low_rank() if isinstance(head, AdaptedLinear) else None
-        return Head(weight, self.temperature, banned=banned, low_rank=low_rank)
+        return Head(self.model.head_weight, self.temperature, banned=self._banned_ids, low_rank=low_rank)
+
+    @cached_property
+    def _banned_ids(self) -> Tensor | None:
+        """int64 [B], on the model's device."""
+        return torch.tensor(self.banned, device=self.model.device) if self.banned else None
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         """[N, H]: the final hidden states that predict the trainable tokens."""
@@ -118,8 +122,8 @@ class Policy:
         logits = self.model.logits(hidden).float()
         if self.temperature != 1:
             logits = logits / self.temperature
-        if self.banned:
-            logits = logits.index_fill(1, torch.tensor(self.banned, device=logits.device), BANNED)
+        if self._banned_ids is not None:
+            logits = logits.index_fill(1, self._banned_ids, BANNED)
         total = logits.logsumexp(dim=1)
         logprobs = logits.gather(1, targets[:, None])[:, 0] - total
         entropies = total - ((logits - total[:, None]).exp() * logits).sum(dim=1)
