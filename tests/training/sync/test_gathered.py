@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from unittest.mock import AsyncMock
+
 import pytest
 import torch
 from vtengine_training.sync.base import weights_of
-from vtengine_training.sync.gathered import WeightParts
+from vtengine_training.sync.gathered import CopiedWeights, WeightParts
 
 from tests.engine.tiny import tiny_model
 
@@ -41,3 +44,18 @@ def test_every_gathering_of_the_same_model_is_new():
     after = dict(parts.named(parts.gather))
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"model.norm.weight"}
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+
+
+def test_a_version_is_copied_once_and_published_whenever_it_is_asked_for():
+    learned, whole, onward = tiny_model(), tiny_model(), AsyncMock()
+    copied = CopiedWeights(onward, whole, WeightParts(learned, torch.float32))
+    with torch.no_grad():
+        learned.norm.weight.add_(1)
+    for version, equal in ((0, False), (1, True)):  # a run begins with equal weights
+        asyncio.run(copied.publish(version))
+        assert torch.equal(whole.norm.weight, learned.norm.weight) == equal
+    with torch.no_grad():
+        whole.norm.weight.zero_()
+    asyncio.run(copied.publish(1))
+    assert not whole.norm.weight.any()
+    assert [call.args for call in onward.publish.call_args_list] == [(0,), (1,), (1,)]

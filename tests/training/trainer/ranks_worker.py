@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from vtengine_training.sync import gathered as gathered_weights
 from vtengine_training.sync.gathered import gathered
-from vtengine_training.trainer import optimizer_state
+from vtengine_training.trainer import optimizer_state, state
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.figures import StepFigures
@@ -106,6 +106,15 @@ def skipped(run: Run) -> list[float]:
     return [figures["updates/skipped"], change]
 
 
+def sealed(run: Run) -> list[str]:
+    """The files of a checkpoint that this rank flushed and hashed."""
+    with patch.object(state, "seal", wraps=state.seal) as sealing:
+        run.save()
+    asyncio.run(run.close())
+    names: list[str] = sealing.call_args.args[1]
+    return names
+
+
 def do(config: GrpoConfig, ranks: Ranks, out: Path, what: str) -> None:
     torch.manual_seed(0)  # whatever case came before
     run = Run(config, rewarder(), ranks)
@@ -125,6 +134,10 @@ def do(config: GrpoConfig, ranks: Ranks, out: Path, what: str) -> None:
         found = ranks.gather(skipped(run))
         if ranks.is_first:
             out.write_text(json.dumps(found))
+    elif what == "sealed":
+        names = ranks.gather(sealed(run))
+        if ranks.is_first:
+            out.write_text(json.dumps(names))
 
 
 def main() -> None:

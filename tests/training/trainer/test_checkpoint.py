@@ -13,16 +13,25 @@ from pathlib import Path
 
 import pytest
 from vtengine_training.trainer import checkpoint
-from vtengine_training.trainer.checkpoint import CheckpointError, check, find_latest, step_name, write_checkpoint
+from vtengine_training.trainer.checkpoint import (
+    CheckpointError,
+    Sealed,
+    check,
+    find_latest,
+    seal,
+    step_name,
+    write_checkpoint,
+)
 
 REPO = Path(__file__).resolve().parents[3]
 
 
 def writer(text="x", size=1):
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> Sealed:
         (folder / "model").mkdir()
         (folder / "model" / "weights").write_bytes(text.encode() * size)
         (folder / "state.json").write_text("{}")
+        return seal(folder, ["state.json"])
 
     return write
 
@@ -86,7 +95,7 @@ def test_latest_may_be_missing_or_name_nothing(tmp_path) -> None:
 def test_a_full_disk_leaves_the_older_one(tmp_path) -> None:
     path = write_checkpoint(tmp_path, 1, writer(), 2)
 
-    def full(folder: Path) -> None:
+    def full(folder: Path) -> Sealed:
         (folder / "half").write_text("x")
         raise OSError(28, "No space left on device")
 
@@ -155,6 +164,7 @@ while True:
     def write(folder):
         for name in range(4):
             (folder / str(name)).write_bytes(b"%d" % step * 20000)
+        return {}
     write_checkpoint(root, step, write, 2)
     print(step, flush=True)
 """

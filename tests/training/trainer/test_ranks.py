@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from vtengine_training.trainer import ranks as ranks_module
-from vtengine_training.trainer.checkpoint import check, find_latest
+from vtengine_training.trainer.checkpoint import check, files_below, find_latest
 from vtengine_training.trainer.figures import StepFigures
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.models import build_models
@@ -190,6 +190,15 @@ def test_same_run_and_goes_on_with_any_number_of_ranks(make_config, ranks, tmp_p
 def test_a_broken_reward_on_one_rank_skips_the_update_on_all(make_config, ranks) -> None:
     found = ranks(make_config(rollout={"prompts": 4, **ALONE}), "skipped")
     assert found == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_each_rank_seals_what_it_wrote(make_config, ranks, tmp_path) -> None:
+    first, second = ranks(make_config(), "sealed")
+    folder = find_latest(tmp_path / "run" / "checkpoints")
+    assert folder is not None and check(folder) is None
+    assert sorted([*first, *second, "manifest.json"]) == files_below(folder)
+    own = [name for name in second if not name.startswith("optimizer/shard-00002-")]
+    assert own == ["ranks/1/rollouts.safetensors", "ranks/1/state.json"] and len(own) < len(second)
 
 
 def test_torchrun_writes_once_what_exists_once(make_config, tmp_path) -> None:

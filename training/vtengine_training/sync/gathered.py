@@ -13,22 +13,26 @@ from vtengine.model import VLModel, hf_views, load_tensors, meta_model
 from vtengine_training.sync.base import Publisher, WeightsInParts
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class CopiedWeights:
     """A `Publisher`: writes what was learned into `model`, which is whole, then lets `onward` publish it.
 
-    To be called while nothing is generated. One part at a time is gathered.
+    To be called while nothing is generated. One part at a time is gathered. written: the version that `model` holds; a
+    run begins with equal weights on both sides, version 0.
     """
 
     onward: Publisher
     model: VLModel
     parts: WeightsInParts
+    written: int = 0
 
     async def release(self) -> None:
         await self.onward.release()
 
     async def publish(self, version: int) -> None:
-        load_tensors(self.model, self.parts.named(self.parts.gather), partial=True)
+        if version != self.written:
+            load_tensors(self.model, self.parts.named(self.parts.gather), partial=True)
+            self.written = version
         await self.onward.publish(version)
 
 

@@ -11,14 +11,17 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 LATEST = "latest"
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8})")
 _BLOCK = 1 << 20
 HASHED_AT_ONCE = 8
+Sealed = dict[str, dict[str, Any]]
+"""Size and SHA-256 of files by their names below the checkpoint's folder: what its manifest holds. JSON data."""
 
 
 class CheckpointError(ValueError):
@@ -30,9 +33,10 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def write_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+def write_checkpoint(root: Path, step: int, write: Callable[[Path], Sealed], keep: int) -> Path:
     """Calls `write(folder)` with an empty folder, then makes it the step's checkpoint and the latest one.
 
+    write: returns what it has sealed; the other files are sealed here.
     At every moment `latest` names a whole checkpoint, or does not exist; a kill leaves at most a hidden folder, which
     the next write removes. Older checkpoints are removed at the end, down to `keep`. Raises OSError (disk full) with
     everything as it was.
@@ -43,10 +47,11 @@ def write_checkpoint(root: Path, step: int, write: Callable[[Path], None], keep:
     target = root / step_name(step)
     try:
         folder.mkdir()
-        write(folder)
-        _write_manifest(folder, step)
+        sealed = write(folder)
+        sealed |= seal(folder, [name for name in files_below(folder) if name not in sealed])
+        _write_manifest(folder, step, sealed)
         _share(folder)
-        _sync_tree(folder)
+        _sync_folders(folder)
         if target.exists():  # an earlier process wrote this step, and another one has reached it again
             target.replace(root / f".stale-{os.getpid()}")
         folder.replace(target)
@@ -97,7 +102,7 @@ def check(folder: Path) -> str | None:
         for path, facts in zip(paths, files.values(), strict=True):
             if path.stat().st_size != facts["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes, the manifest says {facts['bytes']}"
-        for path, facts, digest in zip(paths, files.values(), _hashes(paths), strict=True):
+        for path, facts, digest in zip(paths, files.values(), _several(_hash, paths), strict=True):
             if digest != facts["sha256"]:
                 return f"{path} is not what was written (its hash differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,14 +128,31 @@ def _steps(root: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files: dict[str, Any] = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, _hashes(paths), strict=True)
-    }
-    text = json.dumps({"step": step, "files": files}, indent=1) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+def seal(folder: Path, names: Sequence[str]) -> Sealed:
+    """Flushes files of a folder to the disk, and hashes them. Raises OSError."""
+    facts = _several(_flushed, [folder / name for name in names])
+    return dict(zip(names, facts, strict=True))
+
+
+def _flushed(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _hash(path)}
+
+
+def _several(work: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
+    """At a time: all ranks wait, and the checkpoint of a large model has a hundred gigabytes in many files."""
+    with ThreadPoolExecutor(min(HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
+        return list(pool.map(work, paths))
+
+
+def files_below(folder: Path) -> list[str]:
+    """Their names, in order."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _write_manifest(folder: Path, step: int, files: Sealed) -> None:
+    _write_flushed(folder / MANIFEST, json.dumps({"step": step, "files": dict(sorted(files.items()))}, indent=1) + "\n")
 
 
 def _share(folder: Path) -> None:
@@ -143,18 +165,16 @@ def _share(folder: Path) -> None:
 
 def _write_latest(root: Path, name: str) -> None:
     temporary = root / f".latest-{os.getpid()}"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    _write_flushed(temporary, name + "\n")
     temporary.replace(root / LATEST)
     _sync_folder(root)
 
 
-def _hashes(paths: Sequence[Path]) -> list[str]:
-    """Several at a time: all ranks wait, and the checkpoint of a large model has a hundred gigabytes in many files."""
-    with ThreadPoolExecutor(min(HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
-        return list(pool.map(_hash, paths))
+def _write_flushed(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _hash(path: Path) -> str:
@@ -165,14 +185,10 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
+def _sync_folders(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
         if path.is_dir():
             _sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

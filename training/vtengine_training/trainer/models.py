@@ -115,7 +115,8 @@ def build_models(
         policy = policy_of(generating, train_vision=config.trains_vision)
     else:  # in pieces: float32 that learns, frozen weights in the model's own dtype
         checkpoint = ranks.together(lambda: Checkpoint.open(folder))
-        cut = partial(shard, checkpoint, dtype, device, ranks, shard_ranks=update.shard_ranks)
+        mesh = ranks.mesh(device, update.shard_ranks)  # one for both models: NCCL has buffers for every group
+        cut = partial(shard, checkpoint, dtype, device, ranks, mesh=mesh)
         pieces = cut(config.trains_vision, lora=lora, seed=config.seed)
         policy, adapters = policy_of(pieces.model, train_vision=config.trains_vision, enter=pieces), pieces.adapters
     reference = None

@@ -64,7 +64,7 @@ def shard(
     frozen: bool = False,
     lora: LoraConfig | None = None,
     seed: int = 0,
-    shard_ranks: int | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Sharded:
     """The checkpoint's model in pieces, in float32 (the optimiser's masters), or, frozen, in `dtype`.
 
@@ -73,8 +73,8 @@ def shard(
 
     Each decoder layer and vision block is gathered before it runs and freed after; the rest (embedding, head, norms,
     patch embedding, merger) stays gathered for a whole pass. Gradients are summed over the ranks, in float32.
-    shard_ranks: so many neighbours hold a whole model together, the next ones another copy, so that what is gathered
-    for each layer stays among them (HSDP); None: all ranks hold one.
+    mesh: of `ranks.mesh`; if it has rows, the ranks of a row hold a whole model together, the next row another copy, so
+    that what is gathered for each layer stays in a row (HSDP). None: all ranks hold one.
     Raises ModelLoadError, or ValueError, on all ranks, where one of them meets NaN or a damaged file.
     """
     model = meta_model(checkpoint.config)
@@ -83,7 +83,7 @@ def shard(
     model.to(dtype if frozen else torch.float32).requires_grad_(not frozen)
     model.visual.requires_grad_(train_vision and not frozen)
     adapters = Adapters.put_into(model, lora) if lora is not None and adapted else None
-    whole = _cut(model, dtype, ranks.mesh(device, shard_ranks))
+    whole = _cut(model, dtype, mesh or ranks.mesh(device))
     model.to_empty(device=device)
     ranks.together(lambda: load_rows(model, checkpoint, dtype, own_rows))
     with torch.no_grad():

@@ -12,6 +12,7 @@ seed, the step and the rank (`seed_generators`).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -26,7 +27,15 @@ from vtengine.config import flat, to_dict
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.lora.adapters import save_adapter
 from vtengine_training.lora.config import LoraConfig
-from vtengine_training.trainer.checkpoint import CheckpointError, find_latest, step_name, write_checkpoint
+from vtengine_training.trainer.checkpoint import (
+    CheckpointError,
+    Sealed,
+    files_below,
+    find_latest,
+    seal,
+    step_name,
+    write_checkpoint,
+)
 from vtengine_training.trainer.optimizer_state import load_optimizer, save_optimizer
 from vtengine_training.trainer.parts import export_model
 from vtengine_training.trainer.trajectory import Group, pack_groups, unpack_groups
@@ -44,11 +53,11 @@ def save(run: Run) -> None:
     """
     ranks, failure, asked = run.ranks, "", False
 
-    def write(folder: Path) -> None:
+    def write(folder: Path) -> Sealed:
         nonlocal asked
         asked = True
         ranks.first(str(folder))
-        _write_all(run, folder)
+        return _write_all(run, folder)
 
     if not ranks.is_first:
         if folder := ranks.first():
@@ -68,21 +77,39 @@ def save(run: Run) -> None:
         ranks.first(failure)
 
 
-def _write_all(run: Run, folder: Path, raises: bool = True) -> None:
-    """Every rank its part. Raises OSError where one failed."""
+def _write_all(run: Run, folder: Path, raises: bool = True) -> Sealed:
+    """Every rank its part, which it also seals. Raises OSError where one failed."""
     adapters = run.parts.adapters
     adapter = None if adapters is None else adapters.tensors()
     whole = run.parts.models.whole(run.ranks, run.parts.folder) if adapters is None else None
     errors: list[str] = []
+    own: Sealed = {}
     for part in (partial(save_optimizer, run.parts.learner.optimizer, folder / "optimizer", run.ranks),
-                 partial(_write_own, run, folder, whole, adapter)):  # fmt: skip
+                 partial(_write_own, run, folder, whole, adapter),
+                 lambda: own.update(_seal_own(folder, run.ranks.rank))):  # fmt: skip
         try:
             part()
         except (OSError, SafetensorError) as error:
             errors.append(str(error))
-    failures = [error for part in run.ranks.gather(errors) for error in part]
+    everywhere = run.ranks.gather([errors, own])
+    failures = [error for errors, _ in everywhere for error in errors]
     if failures and raises:
         raise OSError("; ".join(failures))
+    return {name: facts for _, sealed in everywhere for name, facts in sealed.items()}
+
+
+def _seal_own(folder: Path, rank: int) -> Sealed:
+    """What this rank has written is in its own machine's memory still."""
+    return seal(folder, [name for name in files_below(folder) if writer(name) == rank])
+
+
+def writer(name: str) -> int:
+    """The rank that writes a file of a checkpoint: the first one, if it is not one rank's own."""
+    if found := re.match(r"ranks/(\d+)/", name):
+        return int(found[1])
+    if found := re.match(r"optimizer/shard-(\d+)-", name):
+        return int(found[1]) - 1  # torch counts from 1
+    return 0
 
 
 def _write_own(run: Run, folder: Path, whole: VLModel | None, adapter: dict[str, Tensor] | None) -> None:
