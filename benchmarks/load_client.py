@@ -115,6 +115,8 @@ def run(url: str, bodies: list[bytes], concurrency: int) -> dict[str, object]:
                 if waiting:
                     asked[connection], request = waiting.popleft()
                     connection.ask(request)
+                else:  # the server may close it for its idleness
+                    selector.unregister(connection.socket)
     wall, busy = time.perf_counter() - wall, time.process_time() - busy
     for connection in connections:
         connection.socket.close()

@@ -71,7 +71,7 @@ class Process:
     def finish(self) -> int:
         status = self.popen.wait(timeout=60)
         self._reader.join()
-        assert "Traceback" not in self.log, self.log
+        assert "Traceback" not in self.log and "leaked" not in self.log, self.log
         return status
 
 

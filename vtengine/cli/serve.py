@@ -68,7 +68,10 @@ async def _serve(arguments: argparse.Namespace, limits: ServerLimits, keys: ApiK
         gc.collect()
         gc.freeze()  # what is there now stays; to look through it again would hold all up for a third of a second
         log.info("model %s on %s", name, address(listening))
-        await server.serve(sockets=[listening])
+        try:
+            await server.serve(sockets=[listening])
+        finally:
+            gc.unfreeze()  # libraries that find their objects alive at the interpreter's end complain of leaks
 
 
 def _limits(arguments: argparse.Namespace) -> ServerLimits:

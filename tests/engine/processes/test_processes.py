@@ -118,10 +118,12 @@ def test_a_killed_process_is_done_without_and_comes_back():
         again = await asyncio.gather(*(backend.generate(asks(8)[k]) for k in lost))
         await until(lambda: backend.stats()["engines_down"] == 0)
         assert backend.engines[0]._process.pid != victim.pid
+        counted = backend.stats()
         await backend.engines[0].generate(asks(1)[0])
-        return again, backend.stats()
+        return again, counted, backend.stats()
 
-    again, stats = run(several("tiny"), kill)
+    again, counted, stats = run(several("tiny"), kill)
+    assert counted["requests"] >= len(again) and stats["requests"] == counted["requests"] + 1
     assert all(len(completion.token_ids) == 12 for completion in again)
     assert stats["engines"] == 2 and stats["engine_restarts"] == 1
 
@@ -141,6 +143,23 @@ def test_a_prompt_that_ends_every_process_ends_nothing_else(monkeypatch):
         return good
 
     assert run(several("fragile", 1), poison).token_ids == tuple(map(ord, "abcdefghijkl"))
+
+
+def test_faults_far_apart_do_not_add_up(monkeypatch):
+    """And what an engine counted stays counted when another takes its place."""
+    monkeypatch.setattr(module, "RESTARTS", 1)
+    monkeypatch.setattr(module, "RESTARTS_WITHIN_S", 0.0)
+
+    async def poison(backend):
+        counted = []
+        for _ in range(3):
+            counted.append((await backend.generate(request("good", (65, 1))), backend.stats())[1]["generated_tokens"])
+            with pytest.raises(EngineLost):
+                await backend.generate(request("bad", (66, 1)))
+        return counted, backend.stats()
+
+    counted, stats = run(several("fragile", 1), poison)
+    assert counted == [12, 24, 36] and stats["engine_restarts"] == 2
 
 
 def test_an_engine_that_closed_itself_is_started_again():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, OrderedDict
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request
 from vtengine.engine.processes.engine_process import EngineLost, EngineProcess
 from vtengine.engine.processes.wire import on_cpu
 from vtengine.engine.routing import routing_key
+from vtengine.engine.totals import total
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +24,8 @@ MAX_KEYS = 1 << 16
 IMBALANCE = 64
 """Requests that an engine may have more than another before a known prompt goes there all the same."""
 RESTARTS = 3
-"""Of one engine, in all; each after a wait of so many seconds more."""
+RESTARTS_WITHIN_S = 3600.0
+"""An engine that ends once more within this time is given up: it would go on. Faults weeks apart do not add up."""
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,9 @@ class DataParallel:
         self.engines = [start(index) for index in range(count)]
         self._known: OrderedDict[str, int] = OrderedDict()
         self._restarts: dict[int, asyncio.Task[None]] = {}
-        self._num_restarts: Counter[str] = Counter()  # of restarts, by the engine's name
+        self._restarted_s: dict[int, list[float]] = {}  # when each was started again, as far as it still counts
+        self._num_restarts = 0
+        self._ended: Mapping[str, float] = {}  # what engines counted that were replaced
         self._is_updated = self._is_closed = False
 
     async def check(self) -> None:
@@ -66,15 +71,12 @@ class DataParallel:
             raise self._none_lives()
 
     def stats(self) -> dict[str, float]:
-        """Sums over the engines; weight_version is the oldest of those that live."""
-        total: Counter[str] = Counter()
-        for engine in self.engines:
-            total.update(engine.stats())
-        versions = [engine.stats().get("weight_version", 0.0) for engine in self.engines if not engine.is_lost]
-        down = sum(engine.is_lost for engine in self.engines)
-        own = {"engines": len(self.engines), "engines_down": down, "engine_restarts": self._num_restarts.total()}
-        figures = dict(total) | own | {"weight_version": min(versions, default=0.0)}
-        return {name: float(value) for name, value in figures.items()}
+        """Sums over the engines, with what those counted that were replaced."""
+        living = [engine.stats() for engine in self.engines if not engine.is_lost]
+        down = [engine.stats() for engine in self.engines if engine.is_lost]
+        own = {"engines": len(self.engines), "engines_down": len(down), "engine_restarts": self._num_restarts}
+        figures = total(living, (self._ended, *down))
+        return figures | {name: float(value) for name, value in own.items()}
 
     async def close(self) -> None:
         self._is_closed = True
@@ -117,21 +119,30 @@ class DataParallel:
         return index
 
     async def _restart(self, index: int) -> None:
-        """The task stays where the engine is given up, so that no other begins."""
-        await self.engines[index].close()
-        name = self.engines[index].name
-        while self._num_restarts[name] < RESTARTS:
-            self._num_restarts[name] += 1
-            log.warning("engine %s has ended and is started again", name)
-            await asyncio.sleep(self._num_restarts[name])
+        """Waits a second longer each time. The task stays where the engine is given up, so that no other begins."""
+        old = self.engines[index]
+        await old.close()
+        while len(times := self._recent_restarts(index)) < RESTARTS:
+            times.append(time.monotonic())
+            self._num_restarts += 1
+            log.warning("engine %s has ended and is started again", old.name)
+            await asyncio.sleep(len(times))
             try:
-                self.engines[index] = await self._started(index)
+                new = await self._started(index)
             except (ValueError, OSError, BackendFailed) as error:
-                log.warning("engine %s: %s", name, error)
-            else:
-                del self._restarts[index]
-                return
-        log.error("engine %s was started again %d times and is left out now", name, RESTARTS)
+                log.warning("engine %s: %s", old.name, error)
+                continue
+            self._ended = total((), (self._ended, old.stats()))
+            self.engines[index] = new
+            del self._restarts[index]
+            return
+        message = "engine %s was started again %d times within %.0f s and is left out now"
+        log.error(message, old.name, RESTARTS, RESTARTS_WITHIN_S)
+
+    def _recent_restarts(self, index: int) -> list[float]:
+        since_s = time.monotonic() - RESTARTS_WITHIN_S
+        times = self._restarted_s[index] = [one for one in self._restarted_s.get(index, ()) if one > since_s]
+        return times
 
     async def _started(self, index: int) -> EngineProcess:
         engine = self._start(index)

@@ -16,6 +16,7 @@ from vtengine.engine.routing import routing_key
 from vtengine.engine.sglang.backend import SglangBackend
 from vtengine.engine.sglang.fleet_update import FleetUpdate
 from vtengine.engine.sglang.transport import ConnectionLost, NoRoom, StaleWeights
+from vtengine.engine.totals import total
 
 if TYPE_CHECKING:
     import torch
@@ -164,13 +165,10 @@ class SglangFleet:
 
     def stats(self) -> dict[str, float]:
         """Sums over the servers; weight_version is the oldest of those that live."""
-        total: Counter[str] = Counter()
-        for server in self.servers:
-            total.update(server.stats())
-        versions = [server.stats()["weight_version"] for server in self.live or self.servers]
-        own = {"servers": len(self.servers), "servers_down": len(self._down), "failovers": self._counters["failovers"]}
-        figures = dict(total) | own | {"weight_version": min(versions)}
-        return {name: float(value) for name, value in figures.items()}
+        down = [server.stats() for server in self._down]
+        own = {"servers": len(self.servers), "servers_down": len(down), "failovers": self._counters["failovers"]}
+        figures = total((server.stats() for server in self.live), down)
+        return figures | {name: float(value) for name, value in own.items()}
 
     async def close(self) -> None:
         for task in self._down.values():
