@@ -28,4 +28,4 @@ for address in "${addresses[@]}"; do
 done
 
 vtengine generate "$questions" -o "$answers" --model "$MODEL" --backend "$(IFS=,; echo "${addresses[*]}")" \
-    --concurrency 512 --resume
+    --resume
