@@ -156,9 +156,12 @@ def _penalty(config: PenaltyConfig) -> str:
 
 
 def _estimate(config: GrpoConfig) -> list[str]:
+    import torch
+
     from vtengine.model import ModelConfig
     from vtengine_training.eval.runner import model_folder
     from vtengine_training.trainer.cost import ModelCost
+    from vtengine_training.trainer.memory import gpu_bytes
     from vtengine_training.trainer.memory_plan import MemoryPlan, num_adapted
 
     try:
@@ -166,12 +169,13 @@ def _estimate(config: GrpoConfig) -> list[str]:
     except ValueError as error:
         return [f"no estimate: {error}"]
     cost = ModelCost.of(ModelConfig.from_json(folder / "config.json"))
+    gpu = gpu_bytes(torch.device("cuda")) if config.device != "cpu" and torch.cuda.is_available() else None
     frozen = bool(config.lora.rank)
     token = cost.training_flops(1, 0, 0, frozen=frozen) / 1e9
     patch = cost.training_flops(0, 0, 1, config.trains_vision, frozen) / 1e9
     return [
         f"model: {cost.total / 1e6:.1f} M parameters, {cost.vision / 1e6:.1f} M of them vision"
         + (f"; {num_adapted(config, cost):,} in adapters learn in their place" if frozen else ""),
-        *MemoryPlan.of(config, cost).lines(config),
+        *MemoryPlan.of(config, cost, gpu).lines(config, cost),
         f"compute: {token:.3g} GFLOP per packed token, {patch:.3g} GFLOP per image patch, forward and backward",
     ]

@@ -39,6 +39,8 @@ class RolloutConfig:
     concurrency: episodes in the engine at a time. max_refill: prompts drawn for one step, as a multiple of `prompts`,
     before the step goes on with fewer. oversample: groups drawn at once, as a multiple of those still missing, and more
     by what the step has had to drop so far; what is left over is kept for the next step, for at most max_stale steps.
+    kv_mib: of the embedded engine's keys and values. None: on a GPU what learning leaves of it (`--dry-run` says how
+    much), in main memory 1024.
     top_p, top_k: must be off: the engine's log-probabilities would be of the truncated distribution.
     backend: embedded (the engine reads the learner's own weights), sglang (in this process), or http://host:port of an
     SGLang server; several with commas between. sync: how SGLang gets new weights: tensor (same machine; on a GPU the
@@ -65,7 +67,7 @@ class RolloutConfig:
     max_refill: float = 4.0
     oversample: float = 1.0
     max_stale: int = 1
-    kv_mib: int = 1024
+    kv_mib: int | None = None
     image_cache_mib: int = 512
     backend: str = "embedded"
     sync: Literal["auto", "tensor", "distributed", "disk"] = "auto"
@@ -93,7 +95,7 @@ class RolloutConfig:
         if self.engine_args and self.backend != "sglang":
             raise ValueError(f'engine_args: is for backend = "sglang", the backend is {self.backend!r}; leave it out')
         at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
-        at_least(self, 1, "kv_mib")
+        positive_or_none(self, "kv_mib")
         at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")
 
 

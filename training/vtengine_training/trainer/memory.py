@@ -1,4 +1,4 @@
-"""The most memory that this process has held."""
+"""Memory of this process: what it has held at most, and what it can have of a GPU."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def peak_memory_gib(device: torch.device) -> float:
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
     return peak / GIB
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """What torch holds of a GPU in this process, and what is free there."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from vtengine.rollout.tokenizer import Tokenizer
 from vtengine_training.sync.base import Publisher, Weights, WeightsInParts, weights_of
 from vtengine_training.sync.colocated import SharedParameters
 from vtengine_training.trainer.config import GrpoConfig
-from vtengine_training.trainer.cost import MIB
+from vtengine_training.trainer.cost import ModelCost
+from vtengine_training.trainer.memory import gpu_bytes
+from vtengine_training.trainer.memory_plan import MemoryPlan, too_few_keys
 from vtengine_training.trainer.ranks import Ranks
 
+log = logging.getLogger(__name__)
 NCCL_OF_SGLANG = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
 """What SGLang sets in its own processes, unless they were started with something else."""
 
@@ -40,8 +44,11 @@ def build_engine(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: To
     """The embedded one shares the model's parameters; servers are the same for all ranks. Raises ValueError."""
     rollout = config.rollout
     if rollout.backend == "embedded":
+        kv_bytes = _kv_bytes(config, model)
+        if ranks.is_first and (words := too_few_keys(config, model.config, kv_bytes)):
+            log.warning(words)
         engine_config = EngineConfig(
-            kv_bytes=rollout.kv_mib * MIB,
+            kv_bytes=kv_bytes,
             max_running=rollout.concurrency,
             max_batch_tokens=max(2048, rollout.concurrency),
             num_threads=config.threads,
@@ -61,6 +68,11 @@ def build_engine(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: To
     key = os.environ.get(API_KEY)
     found = ranks.from_first(lambda: resolve(rollout.backend, key))
     return connect_servers(",".join(found), folder, api_key=key)
+
+
+def _kv_bytes(config: GrpoConfig, model: VLModel) -> int:
+    gpu = gpu_bytes(model.device) if model.device.type == "cuda" else None
+    return MemoryPlan.of(config, ModelCost.of(model.config), gpu).keys
 
 
 def episodes_at_a_time(config: GrpoConfig, ranks: Ranks) -> int:
