@@ -46,3 +46,15 @@ def test_a_profile_in_the_folder_is_the_one_that_is_used(tmp_path, capsys) -> No
     (folder / "profile.toml").write_text("name = 1")
     assert evaluated(folder, tmp_path / "found.json") == (2, {})
     assert str(folder / "profile.toml") in capsys.readouterr().err
+
+
+def test_older_results_are_kept(tmp_path, capsys) -> None:
+    folder, results = save(CONFIGS[0], tmp_path / "model"), tmp_path / "found.json"
+    results.write_text("first")
+    for kept in ("found.json.previous", "found.json.previous.2"):
+        before = results.read_text()
+        assert evaluated(folder, results)[0] == 0
+        assert (tmp_path / kept).read_text() == before
+        assert f"{results}: the older file is now {tmp_path / kept}" in capsys.readouterr().err
+    assert (tmp_path / "found.json.previous").read_text() == "first"
+    assert not list(tmp_path.glob("*.tmp"))

@@ -117,7 +117,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     check_place(Path(config.results))
     with Progress({name: config.count for name in config.resolutions}) as progress:
         results = evaluate(config, progress.update)
-    write_results(results, Path(config.results))
+    previous = write_results(results, Path(config.results))
+    if previous is not None:
+        print(f"{config.results}: the older file is now {previous}", file=sys.stderr)
     for name, found in results["results"].items():
         accuracy = found["accuracy"]
         parts = ", ".join(f"{part} {accuracy[part]:.3f}" for part in ("all", "low_is_enough", "needs_high"))
@@ -157,7 +159,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
     "eval": (
         _eval,
         "ask generated questions at each resolution, and write what came out as JSON",
-        ("configs/glance_eval.toml", "configs/glance_eval.toml --set model=runs/glance-grpo/model"),
+        (
+            "configs/glance_eval.toml",
+            "configs/glance_eval.toml --set model=runs/glance-grpo/model --set results=runs/eval.json",
+        ),
     ),
     "curate": (
         _curate,

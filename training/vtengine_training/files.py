@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtengine.cli.output import lock
+from vtengine.cli.output import free_previous, lock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,17 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def write_new(path: Path, text: str) -> Path | None:
+    """The same, but keeps an older file: returns the name that it has now. Raises OSError, the older one in place."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    previous = free_previous(path) if path.exists() else None
+    if previous is not None:
+        path.replace(previous)
+    temporary.replace(path)
+    return previous
 
 
 def check_place(path: Path) -> None:

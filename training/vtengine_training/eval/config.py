@@ -12,7 +12,7 @@ from vtengine_training.checks import at_least
 class EvalConfig:
     """`count` generated questions of one split and seed, asked at each of `resolutions`; temperature 0 is greedy.
 
-    model: a checkpoint folder, or `glance` for the shipped one. results: a JSON file.
+    model: a checkpoint folder, or `glance` for the shipped one. results: a JSON file; an older one is kept beside it.
     """
 
     model: str = "glance"
@@ -24,7 +24,7 @@ class EvalConfig:
     max_new_tokens: int = 64
     temperature: float = 0.0
     threads: int = 1
-    results: str = "benchmarks/results/glance_sft.json"
+    results: str = "runs/eval.json"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "count", "concurrency", "max_new_tokens", "threads")

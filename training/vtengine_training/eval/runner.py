@@ -25,7 +25,7 @@ from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.stamp import stamp
 from vtengine.vision.pipeline import ImagePipeline
 from vtengine_training.eval.config import EvalConfig
-from vtengine_training.files import write_whole
+from vtengine_training.files import write_new
 from vtengine_training.glance.export import write_questions
 
 Row = dict[str, Any]
@@ -168,6 +168,6 @@ def _share(rows: list[Row], key: str) -> float:
     return round(sum(bool(row[key]) for row in rows) / len(rows), 4)
 
 
-def write_results(results: Row, path: Path) -> None:
-    """As JSON; a reader never sees half a file."""
-    write_whole(path, json.dumps(results, indent=2) + "\n")
+def write_results(results: Row, path: Path) -> Path | None:
+    """As JSON; a reader never sees half a file. Returns where an older file is now, if there was one."""
+    return write_new(path, json.dumps(results, indent=2) + "\n")
