@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from vtengine_training.cli import main
 from vtengine_training.loggers.jsonl import cut_metrics, rounded
@@ -280,6 +281,19 @@ def test_figures_as_json() -> None:
         "c": None,
         "d": None,
     }
+
+
+def test_a_full_gpu_is_no_traceback(command, monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2 GiB.\nException raised from malloc at ..."
+        )
+
+    monkeypatch.setattr("vtengine_training.trainer.step.Learner.learn", full)
+    assert main(command("full", "toy_reward:low_bytes")) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("vtengine-train: stopped; run it again") and "allocate 2 GiB" in last
+    assert "a lower update.max_tokens" in last
 
 
 def test_a_dry_run_names_what_is_missing(command, tmp_path, capsys) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtengine.config import load_config, to_toml
+from vtengine_training.errors import first_line
 from vtengine_training.files import only_run_in
 from vtengine_training.loggers.open import check_loggers, open_loggers
 from vtengine_training.rewards.penalty import PenaltyConfig
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from vtengine_training.trainer.ranks import Ranks
 
 EXIT_DIVERGED = 4
+LESS_MEMORY = (
+    "update.recompute = true, a lower update.max_tokens or rollout.kv_mib, and more processes take less of it; "
+    "--dry-run adds it up"
+)
 NOTE = ("reward/mean", "reward/accuracy", "upscale/ratio", "kl", "entropy", "grad_norm")
 
 
@@ -36,6 +41,8 @@ def run_grpo(arguments: argparse.Namespace) -> int:
         print("\n".join(f"# {line}" if line else "#" for line in plan(config)))
         return 0
     check_loggers(config.loggers)
+    from torch import OutOfMemoryError
+
     from vtengine.engine.base import BackendFailed
     from vtengine_training.trainer.parts import pick_device
     from vtengine_training.trainer.ranks import Ranks, RanksLost
@@ -55,9 +62,10 @@ def run_grpo(arguments: argparse.Namespace) -> int:
         in_order = True  # all ranks count alike
         say(f"vtengine-train: {error}")
         return EXIT_DIVERGED
-    except (BackendFailed, RanksLost) as error:
+    except (BackendFailed, RanksLost, OutOfMemoryError) as error:
         place = "" if ranks.is_alone else f" (rank {ranks.rank})"
-        print(f"vtengine-train{place}: stopped; run it again to go on from what was saved: {error}", file=sys.stderr)
+        words = f"{first_line(error)} {LESS_MEMORY}" if isinstance(error, OutOfMemoryError) else str(error)
+        print(f"vtengine-train{place}: stopped; run it again to go on from what was saved: {words}", file=sys.stderr)
         return 1
     finally:
         ranks.leave(in_order)
