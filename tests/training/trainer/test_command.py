@@ -290,7 +290,7 @@ def test_a_full_gpu_is_no_traceback(command, monkeypatch, capsys) -> None:
         )
 
     monkeypatch.setattr("vtengine_training.trainer.step.Learner.learn", full)
-    assert main(command("full", "toy_reward:low_bytes")) == 1
+    assert main(command("full", "tests.training.trainer.toy_reward:low_bytes")) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("vtengine-train: stopped; run it again") and "allocate 2 GiB" in last
     assert "a lower update.max_tokens" in last
