@@ -20,6 +20,8 @@ TESTS = [
     for name in (
         "patchify_values",
         "token_logprob",
+        "token_sample",
+        "token_truncation",
         "grpo_loss",
         "prefix_attention",
         "shared_prefix_attention",

@@ -19,6 +19,7 @@ from vtengine_kernels.patchify import triton as patchify
 from vtengine_kernels.prefix_attention import split
 from vtengine_kernels.shared_prefix_attention import merge
 from vtengine_kernels.token_logprob import triton as token_logprob
+from vtengine_kernels.token_sample import threshold
 from vtengine_kernels.token_sample import triton as token_sample
 from vtengine_kernels.visual_scatter import triton as visual_scatter
 
@@ -111,16 +112,23 @@ def _prefill(dtype: str, group: int, size: int) -> Spec:
     return Spec("paged_prefill", paged_prefill, "_paged_prefill_kernel", variant, types, constants, warps, STRIDES)
 
 
-def _sample(kernel: str, greedy: bool, **constants: int) -> Spec:
-    floats = {"draws": "fp64", "sum": "fp64", "where": "i32", "ids": "i64"}
-    names = ("scores", "temperature", "best", *floats, "logprobs")
-    types = {f"{name}_ptr": f"*{floats.get(name, 'fp32')}" for name in names}
-    absent = ("temperature_ptr", *(("draws_ptr",) if kernel == "_pick_kernel" else ())) if greedy else ()
-    for name in absent:
-        del types[name]
-    constants = dict.fromkeys(absent) | {"BLOCK": token_sample.MAX_BLOCK, **constants}
-    variant = "greedy" if greedy else "a draw"
-    return Spec("token_sample", token_sample, kernel, variant, types, constants, token_sample.NUM_WARPS, HEAD)
+def _sample(kernel: str, variant: str) -> Spec:
+    """Of "greedy", "a draw" and "truncated"."""
+    others = {"draws": "fp64", "sum": "fp64", "where": "i32", "last": "i32"}
+    others |= dict.fromkeys(("ids", "top_k", "totals"), "i64")
+    module = token_sample if hasattr(token_sample, kernel) else threshold
+    function = getattr(module, kernel)
+    names = [name.removesuffix("_ptr") for name in function.arg_names if name.endswith("_ptr")]
+    absent = {"greedy": ("temperature", "draws", "least", "last"), "a draw": ("least", "last"), "truncated": ()}[
+        variant
+    ]
+    types = {f"{name}_ptr": f"*{others.get(name, 'fp32')}" for name in names if name not in absent}
+    sizes = {"BLOCK": token_sample.MAX_BLOCK, "PARTS": 64}
+    sizes |= {name: getattr(threshold, name) for name in ("LEVELS", "CAPACITY", "CHUNK")}
+    known: dict[str, Any] = {name: value for name, value in sizes.items() if name in function.arg_names}
+    known |= {f"{name}_ptr": None for name in names if name in absent}
+    warps = threshold.SEARCH_WARPS if kernel == "_threshold_kernel" else token_sample.NUM_WARPS
+    return Spec("token_sample", module, kernel, variant, types, known, warps, HEAD)
 
 
 def _patchify(kernel: str, out: Mapping[str, str], **changes: Any) -> Spec:
@@ -174,10 +182,11 @@ SPECS = (
     _spans("bf16", split.ROWS, 7, 128),
     _merge("bf16", 28, 128),
     *(
-        _sample(kernel, greedy, **constants)
-        for kernel, constants in (("_blocks_kernel", {}), ("_pick_kernel", {"PARTS": 64}))
-        for greedy in (True, False)
+        _sample(kernel, variant)
+        for kernel in ("_blocks_kernel", "_pick_kernel")
+        for variant in ("greedy", "a draw", "truncated")
     ),
+    *(_sample(kernel, "truncated") for kernel in ("_totals_kernel", "_gather_kernel", "_threshold_kernel")),
     Spec(
         "visual_scatter",
         visual_scatter,

@@ -28,7 +28,7 @@ def test_report_names_every_implementation():
         *(("shared_prefix_attention", impl) for impl in ("flash", "tiles", "ref")),
         *(("layer_ops", impl) for impl in ("flashinfer", "cpu", "torch")),
         *(("visual_scatter", impl) for impl in ("triton", "ref")),
-        *(("token_sample", impl) for impl in ("triton", "torch", "ref")),
+        *(("token_sample", impl) for impl in ("triton", "cpu", "torch", "ref")),
         *((op, impl) for op in ("token_logprob", "grpo_loss") for impl in ("triton", "cpu", "torch", "ref")),
     }
     assert all(entry.reason for entry in report)

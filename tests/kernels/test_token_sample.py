@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vtengine_kernels.token_sample import token_sample, triton
+from vtengine_kernels import library
+from vtengine_kernels.token_sample import Truncation, native, token_sample, triton
 
 from benchmarks.suites import triton_resources
 from tests.kernels.interpreting import run_interpreted
@@ -14,6 +15,7 @@ TRITON = [
     pytest.mark.skipif(triton.interpreted(), reason="TRITON_INTERPRET is set"),
 ]
 SPECS = [spec for spec in triton_resources.SPECS if spec.op == "token_sample"]
+LIMITS = Truncation(torch.ones(2, dtype=torch.int64), torch.ones(2), torch.zeros(2))
 SIZES = (1, 5, 16, 17, 576, 4096, 4097, 9001)
 SLACK = 3e-7  # weights are float32: a draw so close to the border between two ids may fall to either
 
@@ -80,7 +82,16 @@ def test_ids_and_logprobs(impl):
     check(impl)
 
 
-@pytest.mark.parametrize("impl", ["torch", "ref"])
+@pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
+def test_ids_and_logprobs_in_cpp(isa, monkeypatch):
+    if isa not in library.isas():
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setitem(library.ISAS, "auto", library.ISAS[isa])
+    check("cpu")
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch", "ref"])
 def test_draws_cover_the_distribution_in_the_order_of_ids(impl):
     scores = torch.tensor([0.1, 0.4, 0.0, 0.5]).log().repeat(10, 1)
     draws = (torch.arange(10, dtype=torch.float64) + 0.5) / 10
@@ -97,6 +108,8 @@ def test_draws_cover_the_distribution_in_the_order_of_ids(impl):
         ({"draws": torch.zeros(2)}, "draws"),
         ({"temperature": torch.ones(3)}, "temperature"),
         ({"impl": "fast"}, "impl"),
+        ({"truncation": Truncation(torch.ones(2), torch.ones(2), torch.zeros(2))}, "top_k"),
+        ({"draws": None, "temperature": None, "truncation": LIMITS}, "truncation without draws"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

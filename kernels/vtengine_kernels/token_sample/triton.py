@@ -1,5 +1,6 @@
 """Rows of scores on a GPU in two launches: statistics of each block of a row, then the block where the id lies.
 
+With a truncation the statistics of all scores lead to the threshold, and those of what is kept follow.
 Weights are relative to the best score of their block, in float32; their sums are float64. Runs on the CPU too, under
 TRITON_INTERPRET=1.
 """
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtengine_kernels.token_sample.threshold import threshold
+from vtengine_kernels.token_sample.truncation import Truncation
 from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
 MAX_BLOCK = 4096
@@ -20,26 +23,40 @@ if missing() is None:
 
     # Suffixes: V a block of the vocabulary, P the blocks of a row.
     @triton.jit
+    def _kept(x_V, at_V, row, least_ptr, last_ptr):
+        """-inf in place of scores below the row's threshold; a NaN stays."""
+        if least_ptr is not None:
+            least = tl.load(least_ptr + row)
+            is_cut_V = (x_V < least) | ((x_V == least) & (at_V > tl.load(last_ptr + row)))
+            x_V = tl.where(is_cut_V, float("-inf"), x_V)
+        return x_V
+
+    @triton.jit
     def _blocks_kernel(
-        scores_ptr, temperature_ptr, best_ptr, where_ptr, sum_ptr, row_stride, vocabulary,
+        scores_ptr, temperature_ptr, least_ptr, last_ptr, best_ptr, where_ptr, sum_ptr, row_stride, vocabulary,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """Of each block: its best score over the temperature, the first id that has it, the sum of its weights."""
+        """Of each block: its best score, the first id that has it, the sum of its weights relative to the best."""
         row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
         v_V = part * BLOCK + tl.arange(0, BLOCK)
-        x_V = tl.load(scores_ptr + row * row_stride + v_V, mask=v_V < vocabulary, other=float("-inf"))
-        if temperature_ptr is not None:
-            x_V = x_V / tl.load(temperature_ptr + row)
+        end = vocabulary
+        if least_ptr is not None:  # a block without a score that is kept is not read again
+            end = tl.where(tl.load(best_ptr + row * parts + part) < tl.load(least_ptr + row), 0, vocabulary)
+        x_V = tl.load(scores_ptr + row * row_stride + v_V, mask=v_V < end, other=float("-inf"))
+        x_V = _kept(x_V, v_V, row, least_ptr, last_ptr)
         best, where = tl.max(x_V, axis=0, return_indices=True)
-        weight_V = tl.exp(x_V - tl.where(best == float("-inf"), 0.0, best))
+        below_V = x_V - tl.where(best == float("-inf"), 0.0, best)
+        if temperature_ptr is not None:
+            below_V = below_V / tl.load(temperature_ptr + row)
+        weight_V = tl.exp(below_V)
         tl.store(best_ptr + row * parts + part, best)
         tl.store(where_ptr + row * parts + part, tl.minimum(part * BLOCK + where, vocabulary - 1))
         tl.store(sum_ptr + row * parts + part, tl.sum(weight_V.to(tl.float64), axis=0))
 
     @triton.jit
     def _pick_kernel(
-        scores_ptr, temperature_ptr, draws_ptr, best_ptr, where_ptr, sum_ptr, ids_ptr, logprobs_ptr,
-        row_stride, vocabulary, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+        scores_ptr, temperature_ptr, least_ptr, last_ptr, draws_ptr, best_ptr, where_ptr, sum_ptr, ids_ptr,
+        logprobs_ptr, row_stride, vocabulary, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         p_P = tl.arange(0, PARTS)
@@ -47,7 +64,8 @@ if missing() is None:
         best_P = tl.load(best_ptr + row * parts + p_P, mask=in_P, other=float("-inf"))
         sum_P = tl.load(sum_ptr + row * parts + p_P, mask=in_P, other=0.0)
         best, block = tl.max(best_P, axis=0, return_indices=True)
-        scale_P = tl.exp((best_P - best).to(tl.float64))
+        temperature = 1.0 if temperature_ptr is None else tl.load(temperature_ptr + row)
+        scale_P = tl.exp(((best_P - best) / temperature).to(tl.float64))
         mass_P = sum_P * scale_P
         log_total = tl.log(tl.sum(mass_P, axis=0))
         if draws_ptr is None:
@@ -67,14 +85,14 @@ if missing() is None:
             v_V = tl.arange(0, BLOCK)
             at_V = block * BLOCK + v_V
             x_V = tl.load(scores_ptr + row * row_stride + at_V, mask=at_V < vocabulary, other=float("-inf"))
-            x_V = x_V / tl.load(temperature_ptr + row)
-            weight_V = tl.exp(x_V - own).to(tl.float64)
+            x_V = _kept(x_V, at_V, row, least_ptr, last_ptr)
+            weight_V = tl.exp((x_V - own) / temperature).to(tl.float64)
             last = tl.max(tl.where(weight_V > 0.0, v_V, 0), axis=0)
             beyond_V = (tl.cumsum(weight_V, axis=0) > rest) & (weight_V > 0.0)
             found = tl.min(tl.where(beyond_V, v_V, last), axis=0)
             x = tl.max(tl.where(v_V == found, x_V, float("-inf")), axis=0)
             tl.store(ids_ptr + row, (block * BLOCK + found).to(tl.int64))
-            tl.store(logprobs_ptr + row, ((x - best).to(tl.float64) - log_total).to(tl.float32))
+            tl.store(logprobs_ptr + row, (((x - best) / temperature).to(tl.float64) - log_total).to(tl.float32))
 
 
 def takes(scores: Tensor) -> bool:
@@ -85,7 +103,9 @@ def block_of(vocabulary: int) -> int:
     return min(MAX_BLOCK, max(16, 1 << (vocabulary - 1).bit_length()))
 
 
-def token_sample(scores: Tensor, draws: Tensor | None, temperature: Tensor | None) -> tuple[Tensor, Tensor]:
+def token_sample(
+    scores: Tensor, draws: Tensor | None, temperature: Tensor | None, truncation: Truncation | None
+) -> tuple[Tensor, Tensor]:
     """Contract: the package's docstring."""
     if scores.stride(1) != 1:
         scores = scores.contiguous()
@@ -95,14 +115,25 @@ def token_sample(scores: Tensor, draws: Tensor | None, temperature: Tensor | Non
     best, sums = (scores.new_empty((rows, parts), dtype=dtype) for dtype in (torch.float32, torch.float64))
     where = scores.new_empty((rows, parts), dtype=torch.int32)
     ids, logprobs = scores.new_empty(rows, dtype=torch.int64), scores.new_empty(rows)
-    if rows:
-        if draws is not None and temperature is not None:
-            draws, temperature = draws.contiguous(), temperature.contiguous()
-        statistics, sizes = (best, where, sums), (scores.stride(0), vocabulary)
-        warps = NUM_WARPS if block == MAX_BLOCK else 4
-        launch(_blocks_kernel, (rows, parts), scores, temperature, *statistics, *sizes, BLOCK=block, num_warps=warps)
-        launch(
-            _pick_kernel, (rows,), scores, temperature, draws, *statistics, ids, logprobs, *sizes, parts,
-            PARTS=max(2, 1 << (parts - 1).bit_length()), BLOCK=block, num_warps=warps,
-        )  # fmt: skip
+    if not rows:
+        return ids, logprobs
+    if draws is not None and temperature is not None:
+        draws, temperature = draws.contiguous(), temperature.contiguous()
+    statistics, sizes = (best, where, sums), (scores.stride(0), vocabulary)
+    limits: tuple[Tensor | None, Tensor | None] = (None, None)
+    warps = NUM_WARPS if block == MAX_BLOCK else 4
+
+    def count_blocks() -> None:
+        grid, row = (rows, parts), (scores, temperature, *limits)
+        launch(_blocks_kernel, grid, *row, *statistics, *sizes, BLOCK=block, num_warps=warps)
+
+    count_blocks()
+    if truncation is not None:
+        assert temperature is not None
+        limits = threshold(scores, temperature, truncation, best, sums, block)
+        count_blocks()
+    launch(
+        _pick_kernel, (rows,), scores, temperature, *limits, draws, *statistics, ids, logprobs, *sizes, parts,
+        PARTS=max(2, 1 << (parts - 1).bit_length()), BLOCK=block, num_warps=warps,
+    )  # fmt: skip
     return ids, logprobs

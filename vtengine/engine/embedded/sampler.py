@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from vtengine_kernels.token_sample import token_sample
+from vtengine_kernels.token_sample import Truncation, token_sample
 
 from vtengine.engine.embedded.upload import upload
 
@@ -147,21 +147,7 @@ def _plain(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor, Te
 
 
 def _truncated(logits: Tensor, draws: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
-    """top-k, then top-p of what is left (at least one id), then min-p relative to the most likely id.
-
-    Drawn in the order of ids, not of ranks: ids of almost equal probability swap ranks from batch to batch.
-    """
-    scaled = logits / rows.temperature[:, None]
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(logits.shape[1], device=logits.device)
-    ordered = ordered.masked_fill(ranks >= rows.top_k[:, None], -torch.inf)
-    probs = ordered.softmax(dim=-1)
-    before = probs.cumsum(dim=-1) - probs
-    drop = (before >= rows.top_p[:, None]) | (probs < rows.min_p[:, None] * probs[:, :1])
-    drop |= ordered == -torch.inf
-    drop[:, 0] = False
-    dropped = torch.empty_like(drop).scatter_(1, order, drop)
-    return token_sample(logits.masked_fill_(dropped, -torch.inf), draws, rows.temperature)
+    return token_sample(logits, draws, rows.temperature, Truncation(rows.top_k, rows.top_p, rows.min_p))
 
 
 _WAYS = (_greedy, _plain, _truncated)
