@@ -328,9 +328,9 @@ def test_a_judge_that_is_down_or_wrong_is_found_at_the_start(act, says):
 
 
 def test_cost_is_counted_and_survives_a_restart():
-    async def run(server, state=None):
+    async def run(server, *states):
         async with judging(server, price_prompt=2.0, price_completion=8.0) as judge:
-            if state:
+            for state in states:  # of the processes that there were
                 judge.restore(state)
             await judge.verdict(query("4"))
             return judge.cost, judge.state()
@@ -339,6 +339,7 @@ def test_cost_is_counted_and_survives_a_restart():
         cost, state = asyncio.run(run(server))
         assert cost == pytest.approx((100 * 2 + 5 * 8) / 1e6)
         assert asyncio.run(run(server, state))[0] == pytest.approx(2 * cost)
+        assert asyncio.run(run(server, state, state))[0] == pytest.approx(3 * cost)
 
 
 def test_a_new_event_loop_gets_new_connections():

@@ -192,13 +192,21 @@ def test_a_broken_reward_on_one_rank_skips_the_update_on_all(make_config, ranks)
     assert found == [[1.0, 0.0], [1.0, 0.0]]
 
 
-def test_each_rank_seals_what_it_wrote(make_config, ranks, tmp_path) -> None:
-    first, second = ranks(make_config(), "sealed")
+def test_each_rank_seals_what_it_wrote_and_its_counts_go_on_once(make_config, ranks, tmp_path, monkeypatch) -> None:
+    config = make_config()
+    first, second = ranks(config, "sealed")
     folder = find_latest(tmp_path / "run" / "checkpoints")
     assert folder is not None and check(folder) is None
     assert sorted([*first, *second, "manifest.json"]) == files_below(folder)
     own = [name for name in second if not name.startswith("optimizer/shard-00002-")]
     assert own == ["ranks/1/rollouts.safetensors", "ranks/1/state.json"] and len(own) < len(second)
+    for rank, size, wanted in ((0, 1, [True, True]), (0, 4, [True, False]), (3, 4, [False, False])):
+        one, counted = Run(config, rewarder()), []
+        one.parts.rewarder.restore = lambda state, counts, counted=counted: counted.append(counts)
+        monkeypatch.setattr(Ranks, "owns", Ranks(rank, size).owns)
+        assert one.resume() and counted == wanted
+        asyncio.run(one.close())
+        monkeypatch.undo()
 
 
 def test_torchrun_writes_once_what_exists_once(make_config, tmp_path) -> None:

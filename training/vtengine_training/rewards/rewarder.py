@@ -110,11 +110,14 @@ class Rewarder:
         judge = {} if self.judge is None else {"judge": self.judge.state()}
         return {"budget": self.budget.state_dict(), **judge}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state()` of an earlier process."""
+    def restore(self, state: Mapping[str, Any], counts: bool = True) -> None:
+        """Goes on from `state()` of an earlier process; of one after another, where there were several.
+
+        counts: whether its counts are added to this one's, as just one of those that go on has to.
+        """
         if "budget" in state:
             self.budget.load_state_dict(state["budget"])
-        if self.judge is not None and "judge" in state:
+        if self.judge is not None and counts and "judge" in state:
             self.judge.restore(state["judge"])
             self._judge_before = self.judge.figures()
 

@@ -167,8 +167,7 @@ def resume(run: Run) -> bool:
         own = folder / "ranks" / str(rank)
         of_rank = json.loads((own / "state.json").read_text(encoding="utf-8"))
         parts.collector.leftover += _owned(run, own, of_rank)
-        if rank == min(run.ranks.rank, state["ranks"] - 1):
-            parts.rewarder.restore(of_rank["rewarder"])
+        parts.rewarder.restore(of_rank["rewarder"], counts=run.ranks.owns(rank))
     parts.collector.leftover.sort(key=lambda group: group.draw)
     return True
 

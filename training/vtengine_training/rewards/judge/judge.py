@@ -101,9 +101,9 @@ class Judge:
         return {"totals": dict(self.totals), "cache": self.config.cache, "latency_s": self.latency_s}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on counting from `state()`. The cache is the file that the config names."""
-        self.totals = Counter({str(name): int(count) for name, count in state["totals"].items()})
-        self.latency_s = float(state["latency_s"])
+        """Counts on from `state()`, which is added. The cache is the file that the config names."""
+        self.totals.update({str(name): int(count) for name, count in state["totals"].items()})
+        self.latency_s += float(state["latency_s"])
 
     async def close(self) -> None:
         for task in (*self._running.values(), *self._canary_tasks):
