@@ -9,48 +9,40 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from vtengine.rollout.episode import Episode
 from vtengine.rollout.group import Setting, in_order, run_sample
 from vtengine.rollout.question import Question
-from vtengine.rollout.records import Row, episode_row
+from vtengine.rollout.records import Row
 from vtengine.rollout.seeds import derive_seed
 from vtengine_training.data.examples import Dataset, Example
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.grpo.advantage import TurnRewards, advantages, has_spread, turn_advantages
 from vtengine_training.grpo.config import LossConfig
-from vtengine_training.rewards.base import CORRECT_FROM, Score
+from vtengine_training.rewards.base import Score
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.trainer.config import RolloutConfig
 from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.samples import sample_facts, sample_row
 from vtengine_training.trainer.trajectory import Group, from_episode
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
-    """One sample with its verdict; score is None where the reward function raised."""
-
-    draw: int
-    example: int
-    episode: Episode
-    score: Score | None
-
-
-@dataclass(frozen=True, eq=False)
-class Played:
-    """One sample whose verdict is on its way."""
+class Sample:
+    """One that was played. verdict: on its way, or there; its result is None where the reward function raised."""
 
     draw: int
     example: int
     episode: Episode
     verdict: asyncio.Task[Score | None]
 
-    async def scored(self) -> Scored:
-        return Scored(self.draw, self.example, self.episode, await self.verdict)
+    @property
+    def score(self) -> Score | None:
+        """Once the verdict is there."""
+        return self.verdict.result()
 
 
 @dataclass
@@ -137,16 +129,17 @@ class Collector:
             if self.ranks.owns(draw):
                 jobs += [self._job(draw, example, index) for index in range(self.config.n)]
         groups: list[Group] = []
-        siblings: list[Scored] = []
+        siblings: list[Sample] = []
         fault: str | None = None
         try:
             async with aclosing(
-                cast("AsyncGenerator[Played, None]", in_order(jobs, self.config.concurrency))
+                cast("AsyncGenerator[Sample, None]", in_order(jobs, self.config.concurrency))
             ) as results:
-                async for played in results:
-                    if (fault := played.episode.setup_fault) is not None:
+                async for sample in results:
+                    if (fault := sample.episode.setup_fault) is not None:
                         break
-                    siblings.append(await played.scored())
+                    await sample.verdict
+                    siblings.append(sample)
                     if len(siblings) == self.config.n:
                         group = self._group(siblings, step, done, keep_rows)
                         groups += [] if group is None else [group]
@@ -162,18 +155,18 @@ class Collector:
                 self.sampler.quarantine(example, reason)
         return groups
 
-    def _job(self, draw: int, example: int, index: int) -> Callable[[], Awaitable[Played]]:
+    def _job(self, draw: int, example: int, index: int) -> Callable[[], Awaitable[Sample]]:
         """Plays one episode. Its place in the engine is free while a judge thinks about it."""
 
-        async def run() -> Played:
+        async def run() -> Sample:
             one = self.dataset.examples[example]
             sampling = replace(self.setting.sampling, seed=derive_seed(self.seed, "draw", draw))
             setting = replace(self.setting, sampling=sampling)
             question = Question(one.id, one.image, one.question, one.root, one.fields)
-            sample = await run_sample(setting, question, index)
-            verdict = asyncio.create_task(self._score(sample.episode, one))
+            episode = (await run_sample(setting, question, index)).episode
+            verdict = asyncio.create_task(self._score(episode, one))
             self._scoring.append(verdict)
-            return Played(draw, example, sample.episode, verdict)
+            return Sample(draw, example, episode, verdict)
 
         return run
 
@@ -190,7 +183,7 @@ class Collector:
                 )
             return None
 
-    def _group(self, siblings: Sequence[Scored], step: int, done: Collected, keep_rows: bool) -> Group | None:
+    def _group(self, siblings: Sequence[Sample], step: int, done: Collected, keep_rows: bool) -> Group | None:
         """The siblings as a group to learn from, or None with the reason counted."""
         first = siblings[0]
         reason = self._fault(siblings)
@@ -233,7 +226,7 @@ class Collector:
                 "example %s: its group is dropped, as are others like it: %s: %s", episode.question.id, code, words
             )
 
-    def _fault(self, siblings: Sequence[Scored]) -> str | None:
+    def _fault(self, siblings: Sequence[Sample]) -> str | None:
         """Why the group cannot be used: quarantined, failed or reward_failed (no verdict, NaN, an exception)."""
         for one in siblings:
             error = one.episode.error
@@ -251,37 +244,3 @@ class Collector:
         if any(one.score is None or not one.score.is_usable for one in siblings):
             return "reward_failed"
         return None
-
-
-def sample_facts(episode: Episode, score: Score, reward: float, example: Example) -> dict[str, float]:
-    """The figures of one sample that metrics are made of."""
-    accuracy = score.accuracy or 0.0
-    facts = {
-        "reward": reward,
-        "accuracy": accuracy,
-        "format": score.format,
-        "penalty": accuracy + score.format - reward,
-        "upscaled": float(episode.is_upscaled),
-        "visual_tokens": float(episode.visual_tokens),
-        "visual_tokens_full": float(episode.visual_tokens_full),
-        "response_length": float(sum(len(turn.completion.token_ids) for turn in episode.turns)),
-        "turns": float(len(episode.turns)),
-        "answered": float(episode.status == "answered"),
-        "truncated": float(episode.status == "truncated"),
-    }
-    if isinstance(example.fields.get("needs_high"), bool):
-        facts["needs_high"] = float(example.fields["needs_high"])
-    return facts
-
-
-def sample_row(
-    episode: Episode, index: int, example: Example, step: int, draw: int, facts: dict[str, float], advantage: float
-) -> Row:
-    """A record as `vtengine generate` writes them, with what training adds."""
-    row = episode_row(episode, index)
-    own: dict[str, Any] = {"question": example.question, "image": example.image, "expected": list(example.answers)}
-    own |= {"correct": facts["accuracy"] >= CORRECT_FROM, "step": step, "draw": draw, "advantage": advantage}
-    own |= {name: facts[name] for name in ("reward", "accuracy", "format", "penalty")}
-    if "://" not in example.image and not example.image.startswith("data:"):
-        own["image_path"] = str((Path(example.root) / example.image).resolve())
-    return row | own

@@ -11,8 +11,8 @@ from vtengine.rollout.question import Question
 from vtengine_training.data.examples import Dataset, Example
 from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.rewards.base import RewardFn, Score
-from vtengine_training.trainer.collect import sample_facts
 from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.samples import sample_facts
 
 KEPT = (
     *("reward/accuracy", "reward/format", "upscale/ratio", "upscale/precision", "upscale/recall", "upscale/needless"),
