@@ -297,9 +297,10 @@ def test_a_full_gpu_is_no_traceback(command, monkeypatch, capsys) -> None:
 
 
 def test_a_dry_run_names_what_is_missing(command, tmp_path, capsys) -> None:
-    arguments = [*command("nothing", "no_such_module:name", 'data.files=["absent.jsonl"]'), "--dry-run"]
-    assert main(arguments) == 0
+    settings = ('data.files=["absent.jsonl"]', "profile=absent")
+    assert main([*command("nothing", "no_such_module:name", *settings), "--dry-run"]) == 0
     said = capsys.readouterr().out
+    assert "# MISSING: profile 'absent': not found" in said
     assert "# MISSING: data.files: absent.jsonl: no such file" in said
     assert "# MISSING: reward.function = 'no_such_module:name': cannot import" in said
     assert main([*command("nothing", "tests.training.rewards.rewards_of_users:half"), "--dry-run"]) == 0

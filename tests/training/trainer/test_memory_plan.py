@@ -82,8 +82,9 @@ def test_a_pool_that_holds_fewer_sequences_than_run_is_told_of(plan) -> None:
     for gpu, device, told in ((None, "auto", False), (None, "cpu", True), (8 * GIB, "auto", True)):
         long, told_of = plan(1, gpu, None, device=device, rollout={"max_new_tokens": 10**7})
         assert any(line.startswith("SLOW: ") for line in told_of.lines(long, COST)) == told
-    shorter, _ = plan(1, rollout={"concurrency": 10, "max_new_tokens": 50, "max_context_tokens": 80})
-    assert too_few_keys(shorter, COST.model.config, token * 10 * 80) is None
+    for change, length in (({"max_context_tokens": 80}, 80), ({"resolution": "high"}, 50)):
+        shorter, _ = plan(1, rollout={"concurrency": 10, "max_new_tokens": 50, **change})
+        assert too_few_keys(shorter, COST.model.config, token * 10 * length) is None
 
 
 def test_the_engine_gets_what_the_plan_says_and_warns(plan, tiny_folder, monkeypatch, caplog) -> None:

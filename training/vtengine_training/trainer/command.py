@@ -142,17 +142,22 @@ def plan(config: GrpoConfig) -> list[str]:
 
 def _missing(config: GrpoConfig) -> Iterator[str]:
     """What would end the run at its start, of what is seen without loading anything."""
+    from vtengine.protocol.profile import load_profile
     from vtengine_training.rewards.user import load_function
 
     held_out = config.validation.files if config.validation.every else ()
     for field, files in (("data", config.data.files), ("validation", held_out)):
         yield from (f"{field}.files: {name}: no such file or folder" for name in files if not Path(name).exists())
-    try:
-        check_loggers(config.loggers)
-        if config.reward.function:
-            load_function(config.reward.function)
-    except ValueError as error:
-        yield str(error)
+    checks: list[Callable[[], object]] = [partial(check_loggers, config.loggers)]
+    if config.reward.function:
+        checks.append(partial(load_function, config.reward.function))
+    if config.profile:
+        checks.append(partial(load_profile, config.profile))
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
 
 
 def _penalty(config: PenaltyConfig) -> str:

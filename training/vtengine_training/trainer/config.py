@@ -35,7 +35,7 @@ class ValidationConfig(SourceConfig):
 class RolloutConfig:
     """One step's rollouts: `prompts` groups of `n` siblings.
 
-    resolution: adaptive, or the one view that is always shown: low or high (with max_turns = 1).
+    resolution: adaptive, or the one view that is always shown: low or high, in one turn.
     concurrency: episodes in the engine at a time. max_refill: prompts drawn for one step, as a multiple of `prompts`,
     before the step goes on with fewer. oversample: groups drawn at once, as a multiple of those still missing, and more
     by what the step has had to drop so far; what is left over is kept for the next step, for at most max_stale steps.
@@ -95,7 +95,7 @@ class RolloutConfig:
         if self.engine_args and self.backend != "sglang":
             raise ValueError(f'engine_args: is for backend = "sglang", the backend is {self.backend!r}; leave it out')
         at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
-        positive_or_none(self, "kv_mib")
+        positive_or_none(self, "kv_mib", "max_context_tokens")
         at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from vtengine.engine.embedded.config import FREE_SHARE
 from vtengine.model import ModelConfig
+from vtengine.protocol.conversation import Limits
 from vtengine_training.lora.targets import find_targets
 from vtengine_training.trainer.config import GrpoConfig
 from vtengine_training.trainer.cost import MIB, ModelCost
@@ -139,7 +140,8 @@ def key_bytes(config: GrpoConfig, model: ModelConfig) -> int:
 def too_few_keys(config: GrpoConfig, model: ModelConfig, size: int) -> str | None:
     """Where a pool of `size` bytes cannot hold what rollout.concurrency sequences may sample: what to do."""
     rollout = config.rollout
-    length = min(rollout.max_turns * rollout.max_new_tokens, rollout.max_context_tokens or math.inf)
+    turns = Limits(rollout.resolution, rollout.max_turns).num_turns
+    length = min(turns * rollout.max_new_tokens, rollout.max_context_tokens or math.inf)
     held = int(size // (key_bytes(config, model) * length))
     if held >= rollout.concurrency:
         return None

@@ -12,7 +12,7 @@ from vtengine.cli.models import image_processor
 from vtengine.engine.base import Backend, SamplingParams
 from vtengine.model import VLModel, meta_model, save_model
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import load_profile, own_profile
+from vtengine.protocol.profile import Profile, load_profile, own_profile
 from vtengine.rollout.group import Setting
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
@@ -69,19 +69,21 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
     dataset, validation = ranks.one_before_others(lambda: _datasets(config))
     tokenizer = Tokenizer.load(folder)
+    profile = load_profile(config.profile) if config.profile else own_profile(folder, "vtengine")
+    pipeline = build_pipeline(config, folder, profile)
     models = build_models(config, folder, device, tokenizer.banned_ids, ranks)
     rollout = replace(config.rollout, concurrency=episodes_at_a_time(config, ranks))
     learner = Learner(
         models.policy, models.reference, models.optimizer, config.loss, config.update, rollout.max_new_tokens, ranks
     )
-    setting = build_setting(config, folder, models.model, tokenizer, ranks)
-    assert isinstance(setting.pipeline, ImagePipeline)
+    engine = build_engine(config, folder, models.model, tokenizer, ranks)
+    limits = Limits(rollout.resolution, rollout.max_turns, max_context_tokens=rollout.max_context_tokens)
+    sampling = SamplingParams(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, seed=config.seed)
+    setting = Setting(engine, pipeline, tokenizer, profile, limits, sampling)
     sampler = Sampler(len(dataset), config.data.seed)
     collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, ranks)
-    publisher = models.publisher(config, setting.backend, ranks)
-    return Parts(
-        folder, models, setting.backend, setting.pipeline, dataset, validation, rewarder, collector, learner, publisher
-    )
+    publisher = models.publisher(config, engine, ranks)
+    return Parts(folder, models, engine, pipeline, dataset, validation, rewarder, collector, learner, publisher)
 
 
 def share_judge(config: RewardConfig, ranks: Ranks) -> RewardConfig:
@@ -98,29 +100,22 @@ def _datasets(config: GrpoConfig) -> tuple[Dataset, Dataset | None]:
     return load_examples(config.data, place, "train", config.data.seed), validation
 
 
-def build_setting(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: Tokenizer, ranks: Ranks) -> Setting:
-    """Engine, pipeline, profile and sampling of the rollouts."""
-    rollout = config.rollout
-    engine = build_engine(config, folder, model, tokenizer, ranks)
-    cache_bytes = rollout.image_cache_mib * MIB
-    profile = load_profile(config.profile) if config.profile else own_profile(folder, "vtengine")
+def build_pipeline(config: GrpoConfig, folder: Path, profile: Profile) -> ImagePipeline:
+    """As the checkpoint and the profile want their images. Raises ValueError for pixels that we would not make."""
     processor = image_processor(folder)
     bounds = processor.limits
     if config.max_pixels is not None:
         bounds = replace(bounds, max_pixels=config.max_pixels)
-    pipeline = ImagePipeline(
+    return ImagePipeline(
         bounds,
         "compact",
         pixels_dtype(config),
-        cache_bytes=cache_bytes,
+        cache_bytes=config.rollout.image_cache_mib * MIB,
         mean=processor.mean,
         std=processor.std,
         resize_mode=profile.resize_mode,
         low_view=profile.low_view,
     )
-    limits = Limits(rollout.resolution, rollout.max_turns, max_context_tokens=rollout.max_context_tokens)
-    sampling = SamplingParams(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, seed=config.seed)
-    return Setting(engine, pipeline, tokenizer, profile, limits, sampling)
 
 
 def pick_device(name: str) -> torch.device:
