@@ -102,6 +102,7 @@ class Run:
         figures |= parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
         finished = time.perf_counter()
         await parts.publisher.publish(parts.learner.version)
+        published = time.perf_counter()
         self.step += 1
         self._count_empty(collected)
         if dumps and self.ranks.is_first:
@@ -110,6 +111,7 @@ class Run:
         figures |= {
             "time/rollout": generated - began,
             "time/learn": finished - generated,
+            "time/publish": published - finished,
             "time/save": self.seconds_saving,
             "time/step": time.perf_counter() - began,
             "memory/peak_gib": max(self.ranks.gather(peak_memory_gib(parts.model.device))),
