@@ -126,12 +126,15 @@ def test_a_full_disk_names_the_path_and_the_run_goes_on(command, tmp_path) -> No
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-def test_no_spread_ends_the_run_with_its_own_status(command, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    arguments = command("dead", "toy_reward:low_bytes", "reward.accuracy=rules", "reward.function=''")
-    assert main([*arguments, "--set", "update.max_skipped=2"]) == EXIT_DIVERGED
-    said = capsys.readouterr().err
-    assert "2 steps in a row had no group with spread" in said and "zero_spread" in said
+def test_no_spread_ends_the_run_with_its_own_status(command, capsys) -> None:
+    for name, settings, remedy in (
+        ("dead", ("reward.accuracy=rules", "reward.function=''"), "raise rollout.n"),
+        ("broken", (), "see the words of judge or reward function"),
+    ):
+        function = "tests.training.trainer.toy_reward:broken"
+        assert main(command(name, function, *settings, "update.max_skipped=2")) == EXIT_DIVERGED
+        said = capsys.readouterr().err
+        assert "2 steps in a row had no group with spread" in said and remedy in said
 
 
 @pytest.mark.parametrize("settings", [("steps=2",), ("steps=9", "update.max_skipped=2")], ids=["end", "before"])

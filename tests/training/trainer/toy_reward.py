@@ -15,3 +15,7 @@ def slow_low_bytes(episode, example) -> float:
     """The same, and long enough for a signal to come in between."""
     time.sleep(0.02)
     return low_bytes(episode, example)
+
+
+def broken(episode, example) -> float:
+    raise RuntimeError("broken")

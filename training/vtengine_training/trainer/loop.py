@@ -29,6 +29,12 @@ from vtengine_training.trainer.validate import validate
 log = logging.getLogger(__name__)
 Figures = dict[str, float]
 Report = Callable[[Figures], None]
+REMEDIES = {
+    "zero_spread": "raise rollout.n, rollout.temperature or rollout.max_refill, or look at the reward",
+    "failed": "the engine could not play them: see its words, and what --dry-run says of memory",
+    "reward_failed": "there was no verdict on their answers: see the words of judge or reward function",
+}
+"""Where nothing is learned, by what became of most groups."""
 COUNTED = (
     *("drawn", "waves", "zero_spread", "quarantined", "failed", "reward_failed", "reused", "stale", "surplus", "used"),
 )
@@ -171,10 +177,8 @@ class Run:
     def _give_up(self, what: str) -> NoReturn:
         """Raises ValueError where the data are to blame, else TrainingDiverged."""
         self.parts.collector.sampler.check_drawn()
-        raise TrainingDiverged(
-            f"{what} (last one: {self.counts}); "
-            "raise rollout.n, rollout.temperature or rollout.max_refill, or look at the reward"
-        )
+        reason = max(REMEDIES, key=lambda name: self.counts.get(name, 0))
+        raise TrainingDiverged(f"{what} (last one: {self.counts}); {REMEDIES[reason]}")
 
     def _group_metrics(self, collected: Collected) -> Figures:
         found = {f"groups/{name}": float(collected.counts[name]) for name in COUNTED}
