@@ -123,3 +123,11 @@ def test_weights_and_tables_of_sixteen_bits():
     with torch.inference_mode():
         assert torch.equal(layer_ops.rms_norm(x[:, 0], weight, 1e-6), layer_ops.rms_norm(x[:, 0], weight.float(), 1e-6))
         assert torch.equal(layer_ops.rotary(x, cos, sin), layer_ops.rotary(x, cos.float(), sin.float()))
+
+
+def test_a_gate_with_zeros_behind():
+    x = numbers(5, 26)
+    out = layer_ops.swiglu(x, columns=16)
+    assert torch.equal(out[:, :13], plain.swiglu(x)) and (out[:, 13:] == 0).all() and out.shape == (5, 16)
+    with pytest.raises(ValueError, match="columns = 12 >= I"):
+        layer_ops.swiglu(x, columns=12)

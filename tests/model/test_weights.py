@@ -20,7 +20,6 @@ from vtengine.model import (
     load_rows,
     load_tensors,
     save_model,
-    store_by_column,
     weights,
 )
 
@@ -361,19 +360,3 @@ def test_a_streamed_update_must_be_complete(small_config, build):
         load_tensors(model, iter(tensors[:-1]))
     load_tensors(model, iter(tensors))
     assert same(model, build(small_config, 2))
-
-
-def test_stored_by_column_it_is_the_same_model(small_config, build, tmp_path, monkeypatch):
-    monkeypatch.setattr("vtengine.model.linear.onednn_is_better", lambda: False)
-    model, plain, newer = build(small_config, 0), build(small_config, 0), build(small_config, 1)
-    store_by_column(model)
-    assert model.layers[0].attn.qkv.weight.stride(0) == 1
-    assert same(model, plain)
-    x = torch.randn(9, small_config.text.hidden_size)
-    with torch.inference_mode():
-        torch.testing.assert_close(model.layers[0].mlp(x), plain.layers[0].mlp(x), atol=1e-5, rtol=1e-5)
-    load_tensors(model, dict(hf_tensors(newer)))
-    assert same(model, newer)
-    assert model.layers[0].attn.qkv.weight.stride(0) == 1
-    save_model(model, tmp_path)
-    assert same(load_model(tmp_path), newer)

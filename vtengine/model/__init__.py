@@ -5,6 +5,7 @@ from vtengine.model.checkpoint import Checkpoint
 from vtengine.model.config import ModelConfig, ModelLoadError
 from vtengine.model.families import meta_model
 from vtengine.model.language import VLModel
+from vtengine.model.layers import store_aligned
 from vtengine.model.linear import store_by_column
 from vtengine.model.names import checkpoint_name, hf_tensors, hf_views
 from vtengine.model.positions import mrope_positions
@@ -37,5 +38,6 @@ __all__ = [
     "meta_model",
     "mrope_positions",
     "save_model",
+    "store_aligned",
     "store_by_column",
 ]

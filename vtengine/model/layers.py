@@ -6,9 +6,12 @@ import functools
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from vtengine_kernels import layer_ops
 
-from vtengine.model.linear import Linear
+from vtengine.model.linear import Linear, linear
+
+PIECE_BYTES = 16
 
 
 class RMSNorm(nn.Module):
@@ -26,13 +29,39 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); gate and up are one matrix: gate's rows first."""
 
+    padding = 0
+    """Zeros behind each row of down's memory, see store_aligned."""
+
     def __init__(self, size: int, inner: int, bias: bool) -> None:
         super().__init__()
         self.gate_up = Linear(size, 2 * inner, bias=bias)
         self.down = Linear(inner, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(layer_ops.swiglu(self.gate_up(x)))
+        x, weight = self.gate_up(x), self.down.weight
+        columns = weight.shape[1] + self.padding
+        if not self.padding or weight.stride() != (columns, 1) or not torch.is_inference_mode_enabled():
+            return self.down(layer_ops.swiglu(x))
+        whole = weight.as_strided((len(weight), columns), (columns, 1))
+        return linear(layer_ops.swiglu(x, columns=columns), whole, self.down.bias)
+
+
+def store_aligned(model: nn.Module) -> None:
+    """Rows of SwiGLU's last matrix get zeros behind them where they end between two pieces of 16 bytes on CUDA.
+
+    cuBLAS has its fast tiles for rows of such pieces only; in Qwen2.5-VL's tower they have 6840 bytes. Values, shapes
+    and names stay, and weights can be copied in and saved as before. For models that are only read.
+    """
+    for module in model.modules():
+        if isinstance(module, SwiGLU) and (padding := _to_whole_pieces(module.down.weight)):
+            weight = module.down.weight
+            weight.data = F.pad(weight.data, (0, padding))[:, : weight.shape[1]]
+            module.padding = padding
+
+
+def _to_whole_pieces(weight: Tensor) -> int:
+    """How many numbers a row lacks; 0 also where nothing asks for whole pieces."""
+    return -weight.shape[1] % (PIECE_BYTES // weight.element_size()) if weight.is_cuda else 0
 
 
 @functools.cache  # without end: CUDA graphs hold the addresses

@@ -33,10 +33,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> T
     return out
 
 
-def swiglu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
-    """x [N, 2 I], the gate before what it gates -> silu(gate) * up [N, I]."""
-    if x.ndim != 2 or x.shape[1] % 2:
-        raise _misfit("swiglu", "x [N, 2 I]", x)
+def swiglu(x: Tensor, *, columns: int | None = None, impl: Impl = "auto") -> Tensor:
+    """x [N, 2 I], the gate before what it gates -> silu(gate) * up [N, I].
+
+    columns: at least I; the result has as many, zeros at the end. By torch, and without gradients.
+    """
+    if x.ndim != 2 or x.shape[1] % 2 or (columns is not None and columns < x.shape[1] // 2):
+        raise _misfit("swiglu", "x [N, 2 I]" + ("" if columns is None else f", columns = {columns} >= I"), x)
+    if columns is not None:
+        return plain.padded_swiglu(x, columns)
     out: Tensor = select("layer_ops", impl, _GATES, x).swiglu(x)
     return out
 

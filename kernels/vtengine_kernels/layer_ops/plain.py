@@ -25,6 +25,14 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def padded_swiglu(x: Tensor, columns: int) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    out = x.new_empty(len(x), columns)
+    torch.mul(F.silu(gate), up, out=out[:, : gate.shape[1]])
+    out[:, gate.shape[1] :] = 0
+    return out
+
+
 def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     # Rolling by half a head swaps the halves; the sign of the first half is in the table.
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin).to(x.dtype)

@@ -25,7 +25,7 @@ from vtengine.engine.embedded.stop import Decoder, StopFinder
 from vtengine.engine.embedded.vision_cache import VisionCache
 from vtengine.engine.embedded.worker import Update, Worker
 from vtengine.engine.pace import Pace
-from vtengine.model import hf_tensors, load_model, store_by_column
+from vtengine.model import hf_tensors, load_model, store_aligned, store_by_column
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 class EmbeddedEngine:
     """A `Backend` over a model in this process. `close` it: the worker thread keeps it alive.
 
-    A model that nobody trains (no parameter wants a gradient) may be stored as it is read fastest: see store_by_column.
+    A model that nobody trains (no parameter wants a gradient) may be stored as it is read fastest: see store_by_column,
+    store_aligned.
 
     Requests may come from any event loop. Weight updates wait until what is running has finished, so that every
     completion comes from one version; what waits is served after.
@@ -49,6 +50,7 @@ class EmbeddedEngine:
         self.model = model.to(config.device) if config.device else model
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             store_by_column(self.model)
+            store_aligned(self.model)
         text, dtype, on_gpu = model.config.text, model.dtype, self.model.device.type == "cuda"
         page_bytes = 2 * text.num_layers * config.page_size * text.num_kv_heads * text.head_dim * dtype.itemsize
         num_pages = config.pages_that_fit(page_bytes, _free_bytes(self.model.device))
