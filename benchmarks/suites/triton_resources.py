@@ -14,6 +14,7 @@ from typing import Any
 
 from vtengine_kernels.grpo_loss import triton as grpo_loss
 from vtengine_kernels.kv_store import triton as kv_store
+from vtengine_kernels.layer_ops import triton as layer_ops
 from vtengine_kernels.paged_prefill import triton as paged_prefill
 from vtengine_kernels.patchify import triton as patchify
 from vtengine_kernels.prefix_attention import split
@@ -100,6 +101,14 @@ def _spans(dtype: str, rows: int, group: int, size: int) -> Spec:
     return Spec("prefix_attention", split, "_span_kernel", variant, types, constants, even=STRIDES)
 
 
+def _rotary(dtype: str, heads: int, size: int) -> Spec:
+    types = {"x_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    constants = layer_ops.blocks(heads, size)
+    variant = f"{heads} heads of {size}, {dtype}"
+    even = ("row_stride", "head_stride", "heads")
+    return Spec("layer_ops", layer_ops, "_rotary_kernel", variant, types, constants, even=even)
+
+
 def _prefill(dtype: str, group: int, size: int) -> Spec:
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "out_ptr"), f"*{dtype}") | {"scale_log2": "fp32"}
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "offsets_ptr"), "*i64")
@@ -176,6 +185,17 @@ SPECS = (
         dict.fromkeys(("k_ptr", "v_ptr", "keys_ptr", "values_ptr"), "*bf16") | {"slots_ptr": "*i64"},
         {"WIDTH": 512, "BLOCK_W": kv_store.block(512)},
         even=("k_stride", "v_stride"),
+    ),
+    _rotary("bf16", 32, 128),
+    _rotary("bf16", 32, 80),
+    Spec(
+        "layer_ops",
+        layer_ops,
+        "_swiglu_kernel",
+        "bf16",
+        {"x_ptr": "*bf16", "out_ptr": "*bf16"},
+        {"BLOCK": layer_ops.GATE_BLOCK},
+        even=("row_stride", "size", "columns"),
     ),
     _prefill("bf16", 7, 128),
     _spans("bf16", 1, 7, 128),

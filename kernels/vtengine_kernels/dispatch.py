@@ -49,6 +49,7 @@ def report() -> list[Availability]:
         _flash("shared_prefix_attention"),
         Availability("shared_prefix_attention", "tiles", True, "torch, matrix products over tiles"),
         Availability("shared_prefix_attention", "ref", True, "torch"),
+        _triton("layer_ops"),
         _native("layer_ops", "norms, gates and rotary embeddings of inference make three to five passes over memory"),
         Availability("layer_ops", "torch", True, "torch"),
         _flashinfer("layer_ops", "the gate in inference"),

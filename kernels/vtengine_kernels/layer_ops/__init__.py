@@ -1,8 +1,8 @@
 """layer_ops: what a transformer layer does between its matrix products: norm, gate, rotary embedding.
 
 Suffixes: N rows, H numbers of a row, I half of them, D head size. A row's result depends on nothing but the row.
-"torch": any device and dtype, differentiable. "cpu": float32 on the CPU, in inference mode. "flashinfer": `swiglu` in
-16 bits on CUDA, in inference mode, and only by name (see `flashinfer_paged`).
+"torch": any device and dtype, differentiable. The others in inference mode. "cpu": float32 on the CPU. "triton": on
+CUDA, `swiglu` and `rotary`. "flashinfer": `swiglu` in 16 bits on CUDA, and only by name (see `flashinfer_paged`).
 ValueError: shapes or devices that do not fit, no such `impl`, or it does not take these tensors.
 RuntimeError: `impl` is not available here.
 """
@@ -15,12 +15,14 @@ from typing import Literal
 from torch import Tensor
 
 from vtengine_kernels.dispatch import select
-from vtengine_kernels.layer_ops import flashinfer, native, plain
+from vtengine_kernels.layer_ops import flashinfer, native, plain, triton
 
-Impl = Literal["auto", "cpu", "torch", "flashinfer"]
+Impl = Literal["auto", "triton", "cpu", "torch", "flashinfer"]
 
-_IMPLS: dict[str, ModuleType] = {"cpu": native, "torch": plain}
-_GATES = {**_IMPLS, "flashinfer": flashinfer}
+_NORMS: dict[str, ModuleType] = {"cpu": native, "torch": plain}
+_ROTARIES: dict[str, ModuleType] = {"triton": triton, **_NORMS}
+_GATES = {**_ROTARIES, "flashinfer": flashinfer}
+_PADDED_GATES: dict[str, ModuleType] = {"triton": triton, "torch": plain}
 
 __all__ = ["Impl", "rms_norm", "rotary", "swiglu"]
 
@@ -29,19 +31,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto") -> T
     """x [N, H] / rms(x) * weight [H] -> [N, H]; the mean square is taken in float32."""
     if x.ndim != 2 or weight.shape != x.shape[1:] or weight.device != x.device:
         raise _misfit("rms_norm", "x [N, H], weight [H]", x, weight)
-    out: Tensor = select("layer_ops", impl, _IMPLS, x).rms_norm(x, weight, eps)
+    out: Tensor = select("layer_ops", impl, _NORMS, x).rms_norm(x, weight, eps)
     return out
 
 
 def swiglu(x: Tensor, *, columns: int | None = None, impl: Impl = "auto") -> Tensor:
     """x [N, 2 I], the gate before what it gates -> silu(gate) * up [N, I].
 
-    columns: at least I; the result has as many, zeros at the end. By torch, and without gradients.
+    columns: at least I; the result has as many, zeros at the end. By "triton" or "torch", and without gradients.
     """
     if x.ndim != 2 or x.shape[1] % 2 or (columns is not None and columns < x.shape[1] // 2):
         raise _misfit("swiglu", "x [N, 2 I]" + ("" if columns is None else f", columns = {columns} >= I"), x)
     if columns is not None:
-        return plain.padded_swiglu(x, columns)
+        padded: Tensor = select("layer_ops", impl, _PADDED_GATES, x).swiglu(x, columns)
+        return padded
     out: Tensor = select("layer_ops", impl, _GATES, x).swiglu(x)
     return out
 
@@ -54,7 +57,7 @@ def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor, *, impl: Impl = "auto") -
     wanted = (len(x), 1, x.shape[-1]) if x.ndim == 3 and x.shape[2] % 2 == 0 else None
     if not cos.shape == signed_sin.shape == wanted or not x.device == cos.device == signed_sin.device:
         raise _misfit("rotary", "x [N, heads, D], D even, tables [N, 1, D] twice", x, cos, signed_sin)
-    out: Tensor = select("layer_ops", impl, _IMPLS, x).rotary(x, cos, signed_sin)
+    out: Tensor = select("layer_ops", impl, _ROTARIES, x).rotary(x, cos, signed_sin)
     return out
 
 

@@ -20,13 +20,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def swiglu(x: Tensor) -> Tensor:
+def swiglu(x: Tensor, columns: int | None = None) -> Tensor:
     gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def padded_swiglu(x: Tensor, columns: int) -> Tensor:
-    gate, up = x.chunk(2, -1)
+    if columns is None:
+        return F.silu(gate) * up
     out = x.new_empty(len(x), columns)
     torch.mul(F.silu(gate), up, out=out[:, : gate.shape[1]])
     out[:, gate.shape[1] :] = 0
