@@ -1,6 +1,6 @@
 """Gate and rotary embedding on a GPU, each in one launch and one pass over memory, in float32; no gradients.
 
-torch takes two launches for the gate, and five for the rotary embedding. Runs on the CPU too, under TRITON_INTERPRET=1.
+torch takes two launches for the gate, and four for the rotary embedding. Runs on the CPU too, under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
