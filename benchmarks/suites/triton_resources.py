@@ -28,7 +28,11 @@ from tests.kernels.ahead_of_time import ARCHITECTURES, Needs, compiled
 
 __all__ = ["ARCHITECTURES", "SPECS", "TABLES", "TESTS", "Spec", "needs", "run"]
 
-TESTS = ["tests/kernels/test_grpo_loss_triton.py", "tests/kernels/test_token_sample.py"]
+TESTS = [
+    "tests/kernels/test_grpo_loss_triton.py",
+    "tests/kernels/test_token_sample.py",
+    "tests/kernels/test_layer_ops_triton.py",
+]
 TABLES = {
     "triton-resources": {
         "columns": {
