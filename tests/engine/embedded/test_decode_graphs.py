@@ -21,9 +21,12 @@ from vtengine_kernels.layer_ops import native
 from tests.engine.embedded.test_attention_paths import answers_are_cold
 from tests.engine.tiny import Letters, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed
-from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, decode_graphs
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, decode_graphs, runner
 from vtengine.engine.embedded.attention import KVCache
+from vtengine.engine.embedded.captures import Captures
 from vtengine.engine.embedded.decode_graphs import DecodeGraphs
+from vtengine.engine.embedded.runner import Runner
+from vtengine.engine.embedded.sampled import Sampled
 
 aten = torch.ops.aten
 READS_BACK = {
@@ -111,22 +114,33 @@ def paged(q, keys, values, tables, lengths, siblings, impl):
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen)[:, :, 0]
 
 
-def graphs_of(engine):
-    return DecodeGraphs(engine.model, engine.runner.cache, engine.config.max_running)
+def use_graphs(engine):
+    engine.runner.use(Captures(engine.model.device))
+    return engine.runner.captures
 
 
-def test_replayed_steps_answer_as_plain_passes_do(cuda):
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_replayed_steps_answer_as_plain_passes_do(cuda, overlap, sampling):
     engines, replays = [], []
 
     def prepare(engine):
         engines.append(engine)
-        engine.runner.graphs = graphs = graphs_of(engine)
+        use_graphs(engine)
+        graphs = engine.runner._graphs
         run = graphs.run
         graphs.run = lambda *arguments: replays.append(1) or run(*arguments)
 
-    assert answers_are_cold(tiny_model(), prepare=prepare) == 8
-    sizes = [size for size, *_ in engines[0].runner.graphs._replays]
-    assert len(cuda.captures) == len(sizes) < len(replays) and {1, 8} <= set(sizes) <= {1, 2, 4, 8}
+    plain = [] if sampling else None  # no pass without a cache knows what is sampled
+    if sampling:
+        assert answers_are_cold(tiny_model(), answers=plain, **sampling) == 8
+    assert answers_are_cold(tiny_model(), prepare=prepare, overlap=overlap, answers=plain, **sampling) == 8
+    keys = list(engines[0].runner.captures.replays)
+    assert {size for name, size, *_ in keys if name == "decode"} >= {1, 8}
+    assert {size for _, size, *_ in keys} <= {1, 2, 4, 8}
+    assert len(cuda.captures) == len(keys) < len(replays)
+    ways = {tuple(ways) for name, _, *ways in keys if name == "head"}
+    assert ways == {(False, True) if sampling else (True, False)}
     ((_, stream),) = set(cuda.captures)  # one pool and one stream, or they would share no memory
     assert stream.device == engines[0].model.device
 
@@ -137,43 +151,48 @@ def test_they_are_captured_before_the_first_request(cuda):
 
     def prepare(engine):
         engines.append(engine)
-        engine.runner.graphs = graphs = graphs_of(engine)
-        graphs.capture()
+        use_graphs(engine)
+        engine.runner.warm_up()
         cache = engine.runner.cache
         assert not any(tensor[: cache.spare_page].any() for tensor in (*cache.keys, *cache.values))
         assert all(tensor[cache.spare_page].any() for tensor in cache.keys)
 
     assert answers_are_cold(tiny_model(), prepare=prepare) == 8
     sizes = (64, 32, 16, 8, 4, 2, 1)
-    assert list(engines[0].runner.graphs._replays) == [(size, width, 0) for width in (64, 16) for size in sizes]
-    assert len(cuda.captures) == 14
+    keys = [("decode", size, width, 0) for width in (64, 16) for size in sizes]
+    keys += [("head", size, *ways) for size in sizes for ways in ((True, False), (False, True), (True, True))]
+    assert list(engines[0].runner.captures.replays) == keys and len(cuda.captures) == len(keys)
     cuda.captures.clear()
-    small = KVCache(2, 20, 4, 2, 16, torch.float32, torch.device("cpu"))
-    DecodeGraphs(tiny_model(), small, 2).capture()
+    cpu = torch.device("cpu")
+    small = KVCache(2, 20, 4, 2, 16, torch.float32, cpu)
+    DecodeGraphs(tiny_model(), small, Sampled(2, cpu), Captures(cpu)).capture()
     assert len(cuda.captures) == 4  # two sizes, tables of 16 and of 20 pages
 
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_where_a_capture_fails_the_engine_goes_on_without(cuda, caplog, at_once):
-    failing = []
+    failing, calls = [], []
 
     def prepare(engine):
-        engine.runner.graphs = graphs = graphs_of(engine)
+        captures = use_graphs(engine)
+        graphs = engine.runner._graphs
         forward = graphs._forward
 
         def breaks(*key):
-            if len(cuda.captures) == 2:
-                failing.append(graphs)
+            calls.append(key)
+            if len(calls) == 4:  # each capture calls it twice
+                failing.append(captures)
                 torch.ones(1).item()
             return forward(*key)
 
         graphs._forward = breaks
         if at_once:
-            graphs.capture()
+            engine.runner.warm_up()
 
     answered = answers_are_cold(tiny_model(), prepare=prepare)
-    (graphs,) = failing
-    assert answered == 8 and graphs._failed and not graphs._replays and len(cuda.captures) == 2
+    (captures,) = failing
+    assert answered == 8 and captures.failed and not captures.replays
+    assert len(cuda.captures) == 2 or not at_once
     assert cuda.current is cuda.default
     (warning,) = caplog.records
     assert "without CUDA graphs" in warning.getMessage() and "in a capture" in warning.getMessage()
@@ -189,27 +208,30 @@ def test_a_capture_refuses_to_read_back(cuda, inference):
         graph.recording.__exit__(None, None, None)
 
 
-def test_the_engine_has_them_captured_where_they_are_replayed_or_has_none(monkeypatch):
+def test_the_engine_has_them_captured_where_they_are_replayed_or_has_none(cuda, monkeypatch):
     """The worker does it, before the engine is there to be used."""
     threads = []
 
-    def of(model, cache, max_rows):
-        return SimpleNamespace(capture=lambda: threads.append(threading.current_thread()), takes=lambda layout: False)
-
-    monkeypatch.setattr(DecodeGraphs, "of", of)
+    monkeypatch.setattr(runner, "capturable", lambda keys: "ref")
+    capture = DecodeGraphs.capture
+    monkeypatch.setattr(
+        DecodeGraphs, "capture", lambda self: threads.append(threading.current_thread()) or capture(self)
+    )
     for cuda_graphs in (True, False):
         engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4, cuda_graphs=cuda_graphs))
-        assert (engine.runner.graphs is not None) is cuda_graphs and threads == [engine.worker.thread] * cuda_graphs
+        assert (engine.runner.captures is not None) is cuda_graphs and threads == [engine.worker.thread] * cuda_graphs
+        assert bool(cuda.captures) is cuda_graphs
         asyncio.run(engine.close())
         threads.clear()
+        cuda.captures.clear()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_an_engine_that_loses_its_device_in_the_captures(monkeypatch):
-    def lost():
+    def lost(_):
         raise RuntimeError("the device is lost")
 
-    monkeypatch.setattr(DecodeGraphs, "of", lambda *_: SimpleNamespace(capture=lost))
+    monkeypatch.setattr(Runner, "warm_up", lost)
     engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4))
     engine.worker.thread.join(30)
     with pytest.raises(BackendFailed, match="closed"):

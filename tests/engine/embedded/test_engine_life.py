@@ -15,6 +15,8 @@ from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import ModelLoadError, hf_tensors, save_model
 
+OVERLAP = pytest.mark.parametrize("overlap", [False, True])
+
 
 def test_cancel_by_id_returns_what_there_is_and_keeps_its_pages():
     ids = prompt(1, 20)
@@ -166,7 +168,8 @@ def test_weights_come_from_a_checkpoint_folder_too(tmp_path):
     assert_cold(completion, request("a", prompt(1, 9)), tiny_model(1))
 
 
-def test_an_update_waits_for_what_runs_and_holds_back_what_waits():
+@OVERLAP
+def test_an_update_waits_for_what_runs_and_holds_back_what_waits(overlap):
     async def update_midway(engine):
         asks = [request(f"r{k}", prompt(k, 10), max_new_tokens=30) for k in range(4)]
         tasks = [asyncio.create_task(engine.generate(a)) for a in asks]
@@ -175,7 +178,7 @@ def test_an_update_waits_for_what_runs_and_holds_back_what_waits():
         await engine.load_weights(hf_tensors(tiny_model(1)), version=1)
         return asks, await asyncio.gather(*tasks)
 
-    asks, completions = run(update_midway, model=tiny_model(0), max_running=2, max_batch_tokens=16)
+    asks, completions = run(update_midway, model=tiny_model(0), max_running=2, max_batch_tokens=16, overlap=overlap)
     versions = [c.weight_version for c in completions]
     assert versions == sorted(versions) and versions[0] == 0 and versions[-1] == 1
     for ask, completion in zip(asks, completions, strict=True):
@@ -194,7 +197,8 @@ def test_weights_that_do_not_fit_change_nothing():
     assert after.weight_version == 0 and after.cached_tokens == 8
 
 
-def test_a_failed_step_fails_its_requests_and_the_engine_goes_on():
+@OVERLAP
+def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(overlap):
     model = tiny_model()
     decode, engines, broken = model.decode, [], []
 
@@ -214,13 +218,14 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on():
         ask = mixed_requests(1)[0]
         return failed, await engine.generate(ask), ask
 
-    failed, after, ask = run(fail, model=model)
+    failed, after, ask = run(fail, model=model, overlap=overlap)
     assert all(isinstance(error, BackendFailed) and "planned" in str(error) for error in failed)
     assert_cold(after, ask)
 
 
+@OVERLAP
 @pytest.mark.parametrize("together", [True, False])
-def test_an_image_that_the_gpu_has_no_room_for_fails_those_who_show_it_and_no_others(together):
+def test_an_image_that_the_gpu_has_no_room_for_fails_those_who_show_it_and_no_others(together, overlap):
     """In one step with others: some share the beginning of its prompt, some are in the middle of their answers."""
     small, large = image(1), image(2, h=12, w=12)
     text = prompt(5, 20)
@@ -244,7 +249,7 @@ def test_an_image_that_the_gpu_has_no_room_for_fails_those_who_show_it_and_no_ot
         tasks += [asyncio.create_task(engine.generate(a)) for a in (bad[0], *asks[3:], bad[1])]
         return await asyncio.gather(*tasks, return_exceptions=True), engine.stats()
 
-    results, stats = run(serve_all, model=model, encode_ahead=False)
+    results, stats = run(serve_all, model=model, encode_ahead=False, overlap=overlap)
     failed = [result for result in results if isinstance(result, BackendFailed)]
     assert len(failed) == 2
     assert all("an image of 144 patches does not fit" in str(error) for error in failed)

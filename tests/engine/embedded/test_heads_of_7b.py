@@ -15,7 +15,7 @@ from tests.engine.harness import settle
 from tests.engine.tiny import PAD, VIDEO, VOCAB, Letters, cold_logits, image, prompt, request, tiny_config
 from tests.tiny_model import TINY_VISION, tiny_text
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
-from vtengine.engine.embedded.decode_graphs import DecodeGraphs
+from vtengine.engine.embedded.captures import Captures
 from vtengine.model import Qwen2_5_VL, hf_tensors
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,11 +39,11 @@ def served(model, use, cuda_graphs=True):
         config = EngineConfig(num_pages=400, max_batch_tokens=128, cuda_graphs=cuda_graphs)
         engine = EmbeddedEngine(model, Letters(), config)
         if cuda_graphs and model.device.type == "cpu":
-            engine.runner.graphs = DecodeGraphs(model, engine.runner.cache, config.max_running, capture=False)
+            engine.runner.use(Captures(model.device, capture=False))
         try:
             result = await use(engine)
             await settle(engine)
-            assert not cuda_graphs or engine.runner.graphs._replays
+            assert not cuda_graphs or engine.runner.captures.replays
             return result
         finally:
             await engine.close()

@@ -30,44 +30,64 @@ def expected_output(prompt, count):
 class ToyEngine:
     """Writes hash(prefix) to each computed slot, and insists that a row finds the whole of its prefix in its pages."""
 
-    def __init__(self, num_pages=16, page_size=2, max_batch_tokens=8, max_running=6, resume=True):
+    def __init__(self, num_pages=16, page_size=2, max_batch_tokens=8, max_running=6, resume=True, overlap=False):
+        """overlap: what a step samples is known to the scheduler when the next one was launched."""
+        self.overlap = overlap
+        self.flight = None
         self.pool = PagePool(num_pages, page_size)
         limits = {"max_batch_tokens": max_batch_tokens, "max_running": max_running, "resume": resume}
         self.scheduler = Scheduler(self.pool, RadixTree(self.pool), **limits)
         self.memory = [None] * (num_pages * page_size)
+        self.written = {}  # tokens of each sequence as the machine knows them
         self.done = []
 
-    def submit(self, prompt, count, began_s=None):
-        item = request(f"r{random.random()}", prompt, began_s=began_s, max_new_tokens=count)
+    def submit(self, prompt, count, began_s=None, stops=()):
+        item = request(f"r{random.random()}", prompt, began_s=began_s, max_new_tokens=count, stop_token_ids=stops)
         positions = np.zeros((3, len(prompt)), dtype=np.int64)
         sequence = Sequence(item, list(prompt), (), positions, delta=0, seed=0, submitted_s=0.0)
         self.scheduler.submit(sequence)
+        self.written[sequence] = list(prompt)
         return sequence
 
     def slot(self, sequence, position):
         return sequence.pages[position // self.pool.page_size] * self.pool.page_size + position % self.pool.page_size
 
     def step(self, admit=True):
+        if self.flight is not None and self.scheduler.must_preempt:
+            self.land()
         rows = self.scheduler.schedule(admit)
         assert sum(row.count for row in rows) <= self.scheduler.max_batch_tokens + len(self.scheduler.flushing)
         written = [self.slot(row.sequence, p) for row in rows for p in range(row.start, row.start + row.count)]
         assert len(written) == len(set(written)), "two rows write the same slot"
         for row in rows:
+            tokens = self.written[row.sequence]
             for position in range(row.start, row.start + row.count):
-                self.memory[self.slot(row.sequence, position)] = hash(tuple(row.sequence.tokens[: position + 1]))
+                self.memory[self.slot(row.sequence, position)] = hash(tuple(tokens[: position + 1]))
         for row in rows:
+            tokens = self.written[row.sequence]
             for position in range(row.start + row.count):
-                assert self.memory[self.slot(row.sequence, position)] == hash(
-                    tuple(row.sequence.tokens[: position + 1])
-                )
-        self.scheduler.computed(rows)
-        for row in rows:
-            if row.samples:
-                row.sequence.append(next_token(row.sequence.tokens), 0.0)
-                if row.sequence.num_outputs == row.sequence.request.sampling.max_new_tokens:
-                    self.finish(row.sequence, "length")
+                assert self.memory[self.slot(row.sequence, position)] == hash(tuple(tokens[: position + 1]))
+        self.scheduler.launched(rows)
+        sampled = [(row.sequence, next_token(self.written[row.sequence])) for row in rows if row.samples]
+        for sequence, token in sampled:
+            self.written[sequence].append(token)
+        self.land()
+        self.flight = sampled
+        if not self.overlap:
+            self.land()
         self.scheduler.check_integrity()
         return rows
+
+    def land(self):
+        sampled, self.flight = self.flight or [], None
+        for sequence, token in sampled:
+            if sequence.finish is None:
+                sampling = sequence.request.sampling
+                sequence.append(token, 0.0)
+                if token in sampling.stop_token_ids:
+                    self.finish(sequence, "stop")
+                elif len(sequence.logprobs) == sampling.max_new_tokens:
+                    self.finish(sequence, "length")
 
     def finish(self, sequence, reason):
         self.scheduler.finish(sequence, reason)
@@ -76,7 +96,8 @@ class ToyEngine:
     def run(self):
         steps = 0
         while not self.scheduler.idle:
-            assert self.step(), "nothing could run, but requests are waiting"
+            in_flight = self.flight
+            assert self.step() or in_flight, "nothing could run, but requests are waiting"
             steps += 1
         return steps
 
@@ -87,15 +108,17 @@ def check_output(sequence):
     assert output == expected_output(sequence.request.token_ids, count)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(16))
-def test_random_traffic_in_a_tiny_pool(seed):
-    """Submissions, cancellations and weight updates at random; preemption and eviction happen by themselves."""
+def test_random_traffic_in_a_tiny_pool(seed, overlap):
+    """Submissions, stops, cancellations and failures at random; preemption and eviction happen by themselves."""
     rng = random.Random(seed)
     engine = ToyEngine(
         num_pages=rng.choice((10, 14, 40)),
         page_size=rng.choice((1, 2, 3)),
         max_batch_tokens=rng.choice((6, 9, 64)),
         resume=seed % 4 != 3,
+        overlap=overlap,
     )
     room = engine.pool.num_pages * engine.pool.page_size
     for _ in range(250):
@@ -104,12 +127,14 @@ def test_random_traffic_in_a_tiny_pool(seed):
         if action < 0.35 and len(live) < 12:
             shared = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, room // 2))]
             began_s = rng.choice((None, -1.0, 1.0))
-            engine.submit(shared, rng.randrange(1, room - len(shared) + 2), began_s)
+            stops = rng.choice(((), (), (0,)))
+            engine.submit(shared, rng.randrange(1, room - len(shared) + 2), began_s, stops)
         elif action < 0.4 and live:
             engine.finish(rng.choice(live), "cancelled")
         elif action < 0.41:
             for sequence in engine.scheduler.drop_all():
                 sequence.finish = "error"
+            engine.flight = None
         else:
             engine.step()
         engine.scheduler.check_integrity()

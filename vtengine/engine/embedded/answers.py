@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -26,17 +27,25 @@ class Answers:
         self.counters = dict.fromkeys(("steps", "batch_tokens", "prefill_tokens", "generated_tokens", "requests"), 0)
 
     def commit(self, rows: list[Row], token_ids: list[int], logprobs: list[float]) -> None:
-        """What a pass over these rows has sampled."""
+        """What a pass over these rows has sampled; tokens of sequences that ended meanwhile are nobody's."""
         now = time.perf_counter()
-        self._pace.step(now, len(token_ids))
+        sampled = zip((row.sequence for row in rows if row.samples), token_ids, logprobs, strict=True)
+        wanted = [one for one in sampled if one[0].finish is None]
+        self._pace.step(now, len(wanted))
         self.counters["steps"] += 1
-        self.counters["generated_tokens"] += len(token_ids)
+        self.counters["generated_tokens"] += len(wanted)
         for row in rows:
             self.counters["batch_tokens"] += row.count
             if row.start < row.sequence.num_prompt:
                 self.counters["prefill_tokens"] += min(row.count, row.sequence.num_prompt - row.start)
-        sequences = [row.sequence for row in rows if row.samples]
-        for sequence, token_id, logprob in zip(sequences, token_ids, logprobs, strict=True):
+        for sequence, _, logprob in wanted:
+            if math.isnan(logprob):  # the id is then arbitrary, and what was cached may hold NaN too
+                raise FloatingPointError(
+                    f"request {sequence.request.request_id}: the model's scores are not finite: its weights overflow "
+                    f"in {self._encoder.model.dtype}; load it in float32, or take a checkpoint from before the "
+                    "training diverged"
+                )
+        for sequence, token_id, logprob in wanted:
             if not sequence.logprobs:
                 sequence.first_token_s = now
             sequence.append(token_id, logprob)
@@ -71,7 +80,7 @@ class Answers:
             return "stop"
         if sampling.stop and self._stops.found(sequence.tokens[sequence.num_prompt :], sampling.stop):
             return "stop"
-        return "length" if sequence.num_outputs >= sampling.max_new_tokens else None
+        return "length" if len(sequence.logprobs) >= sampling.max_new_tokens else None
 
     def _close(self, sequence: Sequence, finish: Finish) -> None:
         self._scheduler.finish(sequence, finish)

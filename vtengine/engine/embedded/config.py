@@ -27,7 +27,9 @@ class EngineConfig:
     changes the time and no sample; None: where a measurement says that it pays. encode_ahead: whether the vision
     tower runs for waiting sequences beside the passes of running ones; None: on a GPU, and where a CPU has threads
     for both. device: None is the model's. cuda_graphs: whether decode steps on a GPU are captured in CUDA graphs
-    when the engine is made, which takes seconds; without them they are slower. num_threads: torch threads of the
+    when the engine is made, which takes seconds; without them they are slower. overlap: whether a pass is launched
+    before what the one before it sampled is taken in, so that the device does not wait for the host; None: on a GPU.
+    num_threads: torch threads of the
     engine's worker; None leaves them as they are. max_chunks_per_s: of all streams together; where tokens come
     faster, several share one (the first and the last never wait); None: no limit.
     """
@@ -43,6 +45,7 @@ class EngineConfig:
     encode_ahead: bool | None = None
     device: str | None = None
     cuda_graphs: bool = True
+    overlap: bool | None = None
     num_threads: int | None = None
     max_chunks_per_s: float | None = None
 

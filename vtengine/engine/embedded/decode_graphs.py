@@ -11,10 +11,9 @@ power of two of its items.
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,50 +22,34 @@ from torch import Tensor
 from vtengine_kernels.prefix_attention import Impl, Siblings, capturable, prefix_attention
 from vtengine_kernels.prefix_attention.split import ROWS, SPAN, items
 
+from vtengine.engine.embedded.captures import Captures, batch_sizes
+from vtengine.engine.embedded.upload import send
+
 if TYPE_CHECKING:
     from vtengine.engine.embedded.attention import KVCache, RowLayout
+    from vtengine.engine.embedded.sampled import Sampled
     from vtengine.model import VLModel
 
-BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256)
-"""Up to 128 rows reading the weights takes longer than the products, so that rows that fill up a batch cost little."""
 CONTEXT_TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 """What the tables of a graph can hold; longer sequences decode without one."""
 FIRST_PAGE = 6
 """Columns of a step before a row's pages: token id, position (3), slot, length."""
-_CAPTURING = threading.Lock()
-"""torch.cuda.graph asks for one capture at a time in a process."""
-
-log = logging.getLogger(__name__)
 
 
 class DecodeGraphs:
-    """Graphs by batch size and width of the tables. Suffixes: N rows, H hidden.
+    """Graphs by batch size and width of the tables. Suffixes: N rows, H hidden."""
 
-    Where a capture fails, there are none any more, and steps run without. capture False runs the same padded pass
-    without a graph: how it is tested where there is no CUDA.
-    """
-
-    def __init__(self, model: VLModel, cache: KVCache, max_rows: int, capture: bool = True) -> None:
-        self._model, self._cache, self._capture = model, cache, capture
-        self._sizes = [*(size for size in BATCH_SIZES if size < max_rows), max_rows]
+    def __init__(self, model: VLModel, cache: KVCache, sampled: Sampled, captures: Captures) -> None:
+        self._model, self._cache, self._sampled, self._captures = model, cache, sampled, captures
+        self._sizes = batch_sizes(sampled.max_rows)
         most_pages = cache.spare_page  # of a sequence that has all there are
         self._widths = sorted({min(-(-tokens // cache.page_size), most_pages) for tokens in CONTEXT_TOKENS})
-        device, numbers = model.device, max_rows * (FIRST_PAGE + self._widths[-1])
+        device, numbers = model.device, sampled.max_rows * (FIRST_PAGE + self._widths[-1])
         self._steps = torch.zeros(numbers, dtype=torch.int64, device=device)
         self._sent = torch.zeros(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._work = torch.full((max_rows * -(-CONTEXT_TOKENS[-1] // SPAN), 1 + ROWS), -1, device=device)
+        self._work = torch.full((sampled.max_rows * -(-CONTEXT_TOKENS[-1] // SPAN), 1 + ROWS), -1, device=device)
         self._impl: Impl = capturable(cache.keys[0]) or "auto"
-        self._replays: dict[tuple[int, int, int], Callable[[], Tensor]] = {}
-        self._failed = False
-        # One stream for all captures, so that they share memory; torch's own is on the GPU that captured first.
-        self._stream = torch.cuda.Stream(device) if capture else None
-        self._memory = torch.cuda.graph_pool_handle() if capture else None
-
-    @staticmethod
-    def of(model: VLModel, cache: KVCache, max_rows: int) -> DecodeGraphs | None:
-        """None where graphs cannot be: on a CPU, and without a kernel that reads pages in place."""
-        return DecodeGraphs(model, cache, max_rows) if capturable(cache.keys[0]) is not None else None
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -81,19 +64,19 @@ class DecodeGraphs:
                 self._send(size, width)
                 if self._replay(size, width, 0) is None:
                     return
-        torch.cuda.empty_cache()  # what the passes before the captures left to their stream, which no other may use
 
     def takes(self, layout: RowLayout) -> bool:
         """Whether every row is one token, and no context is too long."""
-        return not self._failed and bool((layout.count == 1).all()) and layout.pages.shape[1] <= self._widths[-1]
+        fits = bool((layout.count == 1).all()) and layout.pages.shape[1] <= self._widths[-1]
+        return fits and not self._captures.failed
 
     def run(
         self, token_ids: np.ndarray, positions: np.ndarray, slots: np.ndarray, layout: RowLayout,
         siblings: Siblings | None,
     ) -> Tensor | None:  # fmt: skip
-        """int64 token_ids, slots [N], positions [3, N] -> hidden [N, H], valid until the next call.
+        """int64 token_ids (as `Sampled.known` takes them), slots [N], positions [3, N] -> hidden [N, H].
 
-        None: the graph could not be captured.
+        It is valid until the next graph is replayed. None: the graph could not be captured.
         """
         count, pages = layout.pages.shape
         size = next(size for size in self._sizes if size >= count)
@@ -109,7 +92,7 @@ class DecodeGraphs:
     def _next_step(self, size: int, width: int) -> np.ndarray:
         """int64 [size, FIRST_PAGE + width] to be filled and sent; every row is one that fills up a batch."""
         if self._copied is not None:
-            self._copied.synchronize()  # the last step's copy read this memory
+            self._copied.synchronize()  # the last step's copy read this memory; a pass that was taken in came before it
         step = self._sent[: size * (FIRST_PAGE + width)].view(size, -1).numpy()
         spare = self._cache.spare_page
         step.fill(0)  # steps of other sizes left other numbers where this one has pages
@@ -126,49 +109,21 @@ class DecodeGraphs:
         """Fills the buffer; returns how much of it a graph is to go through. Rows that fill up a batch get no items."""
         found = items(siblings, layout.length)
         padded = min(1 << (max(len(found), size) - 1).bit_length(), len(self._work))
-        self._work[: len(found)].copy_(_tensor(found))
-        self._work[len(found) : padded] = -1
+        work = np.full((padded, 1 + ROWS), -1)
+        work[: len(found)] = found
+        send(work, self._work[:padded])
         return padded
 
     def _replay(self, size: int, width: int, work: int) -> Callable[[], Tensor] | None:
-        key = (size, width, work)
-        if key not in self._replays:
-            try:
-                self._replays[key] = self._captured(*key) if self._capture else lambda: self._forward(*key)
-            except Exception as error:  # whatever it is, a pass without a graph may do without it
-                self._failed = True
-                self._replays.clear()  # what they share with the one that failed may be gone
-                log.warning("decode steps run without CUDA graphs, which is slower: a capture failed: %r", error)
-                return None
-        return self._replays[key]
-
-    def _captured(self, size: int, width: int, work: int) -> Callable[[], Tensor]:
-        graph, stream, outside = torch.cuda.CUDAGraph(), self._stream, torch.cuda.current_stream(self._model.device)
-        assert stream is not None
-        # Not torch.cuda.graph: it empties torch's caches each time, and an error leaves the thread on its stream.
-        with _CAPTURING:
-            stream.wait_stream(outside)
-            with torch.cuda.stream(stream):
-                self._forward(size, width, work)  # a capture must neither compile a kernel nor set up a library
-                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
-                try:
-                    hidden = self._forward(size, width, work)
-                finally:
-                    graph.capture_end()
-            outside.wait_stream(stream)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return hidden
-
-        return replay
+        return self._captures.of(("decode", size, width, work), partial(self._forward, size, width, work))
 
     def _forward(self, size: int, width: int, work: int) -> Tensor:
         siblings = replace(Siblings.strangers(size), work=self._work[:work]) if work else None
         step = self._steps[: size * (FIRST_PAGE + width)].view(size, -1)
         token_ids, *positions, slots, lengths = step[:, :FIRST_PAGE].t().contiguous()
         attention = _InPlace(self._cache, slots, step[:, FIRST_PAGE:], lengths, siblings, self._impl)
-        return self._model.decode(self._model.embed(token_ids), torch.stack(positions), attention)
+        embeds = self._model.embed(self._sampled.known(token_ids))
+        return self._model.decode(embeds, torch.stack(positions), attention)
 
 
 @dataclass(frozen=True)
@@ -188,7 +143,3 @@ class _InPlace:
         impl = self.impl if self.siblings is None else "auto"
         keys, values = cache.keys[layer], cache.values[layer]
         return prefix_attention(q, keys, values, self.tables, self.lengths, self.siblings, impl=impl)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,25 +1,39 @@
-"""One forward pass for the rows of a step: packs prompts' chunks and decoding tokens, encodes images, samples."""
+"""One forward pass for the rows of a step: packs prompts' chunks and decoding tokens, encodes images, samples.
+
+Nothing here waits for the device, but for images that were not encoded ahead.
+"""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from vtengine_kernels.prefix_attention import capturable
 
 from vtengine.engine.embedded.attention import KVCache, PagedAttention, RowLayout, Scratch, gather_slots
+from vtengine.engine.embedded.captures import Captures
 from vtengine.engine.embedded.decode_graphs import DecodeGraphs
 from vtengine.engine.embedded.encoder import Encoder
 from vtengine.engine.embedded.families import Families
-from vtengine.engine.embedded.sampler import SamplingPlan, sample
+from vtengine.engine.embedded.head import Head
+from vtengine.engine.embedded.sampled import Fetched, Sampled
 from vtengine.engine.embedded.upload import upload
 
 if TYPE_CHECKING:
     from vtengine.engine.embedded.scheduler import Row
     from vtengine.engine.embedded.sequence import Sequence
     from vtengine.model import VLModel
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A pass that was launched, and what it samples: for each row that samples, in order."""
+
+    rows: list[Row]
+    sampled: Fetched
 
 
 class Runner:
@@ -32,35 +46,62 @@ class Runner:
         self.model = model
         self.cache = cache
         self.encoder = encoder
-        config = model.config
-        self._banned = [config.image_token_id, config.video_token_id]
         self._tables = np.zeros((max_running, 64), dtype=np.int64)
         self._synced: list[tuple[list[int] | None, int]] = [(None, 0)] * max_running
         self._scratch = Scratch()
         self._families = Families.for_cache(cache.keys[0], cache.page_size, share_prefix)
-        self.graphs = DecodeGraphs.of(model, cache, max_running) if cuda_graphs else None
-        self._plan: tuple[tuple[int, ...], SamplingPlan] | None = None
+        self._sampled = Sampled(max_running, model.device)
+        self.use(Captures(model.device) if cuda_graphs and capturable(cache.keys[0]) is not None else None)
+
+    def use(self, captures: Captures | None) -> None:
+        """Decode steps and sampling go through these; None: there are no graphs."""
+        self.captures = captures
+        self._graphs = None if captures is None else DecodeGraphs(self.model, self.cache, self._sampled, captures)
+        self._head = Head(self.model, self._sampled, captures)
+
+    def warm_up(self) -> None:
+        """Captures graphs and has kernels compiled on CUDA, so that no request waits for it.
+
+        To be called in the thread that launches, on the model's device.
+        """
+        if self._graphs is not None:
+            self._graphs.capture()
+            self._head.capture()
+        if self.model.device.type == "cuda":
+            self._head.warm_up()
+            torch.cuda.empty_cache()  # what was there before the captures is their stream's, which no other may use
 
     @torch.inference_mode()
-    def run(self, rows: list[Row]) -> tuple[list[int], list[float]]:
-        """Computes the rows; returns a sampled id and its logprob for each row that samples, in order."""
+    def launch(self, rows: list[Row]) -> Flight:
+        """Computes the rows, and samples for those that want it.
+
+        A token that is not known yet must be one that the pass launched before this one samples.
+        """
         sequences = [row.sequence for row in rows if row.samples]
-        sampling = self._sampling(sequences) if sequences else None  # before the pass: what it sends waits for no pass
+        sample = self._head.prepare(sequences) if sequences else None
+        hidden = self._pass(rows)
+        if sample is not None:
+            sample(hidden)
+        for place, sequence in enumerate(sequences):
+            sequence.place = place
+        return Flight(rows, self._sampled.fetch(len(sequences)))
+
+    def _pass(self, rows: list[Row]) -> Tensor:
+        """hidden [n, H] of the rows that sample, if any does."""
         layout = self._layout(rows)
         slots = gather_slots(layout, self.cache.page_size)
         token_ids, positions = self._inputs(rows)
-        features, sampled = self._features(rows), self._sampled_tokens(rows, layout)
-        hidden = None
-        if self.graphs is not None and features is None and self.graphs.takes(layout):
-            hidden = self.graphs.run(token_ids, positions, slots, layout, self._families.of(layout.held))
-            if hidden is not None and sampled is not None:
-                hidden = hidden.index_select(0, sampled)
-        if hidden is None:
-            shown = np.flatnonzero(token_ids == self.model.config.image_token_id)
-            ids, places, slots_T, shown_V = upload((token_ids, positions, slots, shown), self.model.device)
-            attention = PagedAttention(self.cache, layout, slots_T, self._scratch, self._families)
-            hidden = self.model.decode(self.model.embed(ids, features, shown_V), places, attention, sampled)
-        return ([], []) if sampling is None else self._sample(sequences, hidden, *sampling)
+        features, last = self._features(rows), self._last_tokens(rows, layout)
+        if self._graphs is not None and features is None and self._graphs.takes(layout):
+            hidden = self._graphs.run(token_ids, positions, slots, layout, self._families.of(layout.held))
+            if hidden is not None:
+                return hidden if last is None else hidden.index_select(0, last)
+        shown = np.flatnonzero(token_ids == self.model.config.image_token_id)
+        ids, places, slots_T, shown_V = upload((token_ids, positions, slots, shown), self.model.device)
+        if (token_ids < 0).any():
+            ids = self._sampled.known(ids)
+        attention = PagedAttention(self.cache, layout, slots_T, self._scratch, self._families)
+        return self.model.decode(self.model.embed(ids, features, shown_V), places, attention, last)
 
     def _layout(self, rows: list[Row]) -> RowLayout:
         count = np.array([row.count for row in rows], dtype=np.int64)
@@ -84,7 +125,7 @@ class Runner:
         return slot
 
     def _inputs(self, rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """int64 (token ids [T], positions [3, T])."""
+        """int64 (token ids [T], as `Sampled.known` takes them, positions [3, T])."""
         token_ids: list[int] = []
         pieces: list[np.ndarray] = []
         text: list[int] = []  # positions of consecutive one-token rows, the usual case in decoding
@@ -92,7 +133,8 @@ class Runner:
             sequence, start = row.sequence, row.start
             end = start + row.count
             if row.count == 1 and start >= sequence.num_prompt:
-                token_ids.append(sequence.tokens[start])
+                is_known = start < len(sequence.tokens)
+                token_ids.append(sequence.tokens[start] if is_known else Sampled.of(sequence.place))
                 text.append(start + sequence.delta)
                 continue
             if text:
@@ -129,7 +171,7 @@ class Runner:
                 del row.sequence.features[index]
         return torch.cat(pieces)
 
-    def _sampled_tokens(self, rows: list[Row], layout: RowLayout) -> Tensor | None:
+    def _last_tokens(self, rows: list[Row], layout: RowLayout) -> Tensor | None:
         """The last token of each row that samples; None: every token of the pass is one."""
         sampling = np.array([row.samples for row in rows])
         if sampling.all() and (layout.count == 1).all():
@@ -137,35 +179,11 @@ class Runner:
         last = (layout.begin + layout.count - 1)[sampling]
         return upload([last], self.model.device)[0]
 
-    def _sampling(self, sequences: list[Sequence]) -> tuple[SamplingPlan, Tensor | None]:
-        """The plan of these sequences and their random numbers of this step."""
-        key = tuple(s.arrival for s in sequences)
-        if self._plan is None or self._plan[0] != key:
-            params = [s.request.sampling for s in sequences]
-            seeds = [s.seed for s in sequences]
-            vocab = self.model.config.text.vocab_size
-            self._plan = key, SamplingPlan.build(params, seeds, self._banned, vocab, self.model.device)
-        plan = self._plan[1]
-        return plan, plan.draws(np.array([s.num_outputs for s in sequences], dtype=np.uint64))
-
-    def _sample(
-        self, sequences: list[Sequence], hidden: Tensor, plan: SamplingPlan, draws: Tensor | None
-    ) -> tuple[list[int], list[float]]:
-        ids, found = sample(self.model.scores(hidden), plan, draws)
-        logprobs = found.tolist()
-        for sequence, logprob in zip(sequences, logprobs, strict=True):
-            if math.isnan(logprob):  # the id is then arbitrary, and what was cached may hold NaN too
-                raise FloatingPointError(
-                    f"request {sequence.request.request_id}: the model's scores are not finite: its weights overflow "
-                    f"in {self.model.dtype}; load it in float32, or take a checkpoint from before the training diverged"
-                )
-        return ids.tolist(), logprobs
-
     def forget(self) -> None:
         """Drops the visual features, the keys and values, and every reference to sequences."""
         self.encoder.cache.clear()
         self.cache.reset()
-        self._plan = None
+        self._head.forget()
         self._families.forget()
         self._synced = [(None, 0)] * len(self._synced)
 

@@ -104,6 +104,11 @@ class SamplingPlan:
         return upload([uniforms(self.seeds, counters)], self.device)[0]
 
 
+def is_plain(p: SamplingParams) -> bool:
+    """Whether it is greedy or has a temperature, and nothing else."""
+    return _kind(p) < 2 and not p.logit_bias
+
+
 def _kind(p: SamplingParams) -> int:
     if p.temperature == 0:
         return 0

@@ -6,6 +6,11 @@ that needs a page when none is left preempts the youngest: its pages go (the ful
 again with all its tokens, so it continues where it was. Old is a sequence by its conversation: a second turn comes
 before the first turns of those that began later. None starves: a conversation's age never falls behind new ones.
 
+A pass may be scheduled while the one before it runs: the tokens which that one samples count, only their ids are not
+known. A sequence may be found to have ended when one token too many of it is on its way: that one is nobody's, and the
+pages it was given are free at once, since passes run one after the other. Pages are published with known tokens only.
+A sequence gives way with known tokens only, too: `must_preempt` says beforehand whether one will have to.
+
 The pages of a prompt are published to the tree when they are scheduled, not when they are computed: every layer writes
 its keys and values before it attends, so siblings admitted in the same step already read them.
 """
@@ -56,6 +61,14 @@ class Scheduler:
     def idle(self) -> bool:
         return not (self.waiting or self.running or self.flushing)
 
+    @property
+    def must_preempt(self) -> bool:
+        """Whether those that decode need more pages than they can get."""
+        size = self.pool.page_size
+        decoding = (s for s in self.running if s.num_remaining == 1 and not s.is_full)
+        growing = sum(s.num_computed == len(s.pages) * size for s in decoding)
+        return growing > self.pool.num_available
+
     def submit(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_rank)
 
@@ -83,10 +96,11 @@ class Scheduler:
         """The oldest that may leave the queue. A preempted one may: it ends with the weights that it began with."""
         return next((s for s in self.waiting if (admit or s.cached_tokens >= 0) and (held or not s.held)), None)
 
-    def computed(self, rows: list[Row]) -> None:
-        """Call after the pass, before sampled tokens are appended."""
+    def launched(self, rows: list[Row]) -> None:
+        """Call once the pass is on its way, before the tokens that it samples are appended."""
         for row in rows:
             row.sequence.num_computed += row.count
+            row.sequence.num_pending += row.samples
         for sequence in self.flushing:
             self._free_slot(sequence)
             self._release(sequence)
@@ -100,9 +114,9 @@ class Scheduler:
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
-        completes_page = len(sequence.tokens) == len(sequence.pages) * self.pool.page_size
+        completes_page = sequence.num_computed < len(sequence.tokens) == len(sequence.pages) * self.pool.page_size
         if self.resume and finish in ("stop", "length") and completes_page:
-            self.flushing.append(sequence)  # the last token, never fed back, is computed in the next step
+            self.flushing.append(sequence)  # the last token, not fed back yet, is computed in the next step
             return
         self._free_slot(sequence)
         self._release(sequence)
@@ -111,7 +125,7 @@ class Scheduler:
         """A pass came to nothing: takes sequences out; the others begin again, and nothing of it stays in the tree."""
         for sequence in list(self.running):
             self._preempt(sequence)
-        self.computed([])
+        self.launched([])
         self.tree.clear()
         for sequence in without:
             self.waiting.remove(sequence)
@@ -133,7 +147,7 @@ class Scheduler:
         rows: list[Row] = []
         page_size = self.pool.page_size
         for sequence in list(self.running):
-            if sequence.slot < 0 or sequence.num_remaining != 1:
+            if sequence.slot < 0 or sequence.num_remaining != 1 or sequence.is_full:
                 continue
             if sequence.num_computed == len(sequence.pages) * page_size and not self._grow(sequence):
                 break  # the youngest left gave way itself
@@ -159,6 +173,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.num_pending
         self.counters["preemptions"] += 1
         self.counters["recomputed_tokens"] += sequence.num_computed
         self.running.remove(sequence)
@@ -213,9 +228,9 @@ class Scheduler:
             sequence.num_shared = count
 
     def _release(self, sequence: Sequence) -> None:
-        """Gives all pages back; the full ones that were computed stay in the tree."""
+        """Gives all pages back; the full ones that were computed, of known tokens, stay in the tree."""
         if self.resume:
-            count = sequence.num_computed // self.pool.page_size
+            count = min(sequence.num_computed, len(sequence.tokens)) // self.pool.page_size
             self.tree.insert(sequence.page_keys(count, self.pool.page_size), sequence.pages[:count])
         self.pool.release(sequence.pages)
         sequence.pages = []

@@ -34,6 +34,8 @@ class Sequence:
     tokens: prompt and sampled ids. positions: int64 [3, P] of the prompt; a later token i has position i + delta on
     all three axes. pages: the page table; its first `num_shared` pages are in the radix tree too. num_computed: tokens
     whose keys and values are in the pages. slot: the row of the runner's tables while running, else -1.
+    num_pending: tokens that launched passes sample; they are not known yet, so not among `tokens`. place: where the
+    last of them lies among those of its pass (see `sampled`).
     held: stays in the queue until its images are encoded, unless nothing else runs.
     rank: its place in every order: the oldest conversation first, then the first to arrive.
     """
@@ -54,6 +56,8 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     num_shared: int = 0
     num_computed: int = 0
+    num_pending: int = 0
+    place: int = -1
     cached_tokens: int = -1
     slot: int = -1
     held: bool = False
@@ -72,12 +76,17 @@ class Sequence:
 
     @property
     def num_outputs(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        """Sampled tokens, with those that are not known yet."""
+        return len(self.tokens) - self.num_prompt + self.num_pending
+
+    @property
+    def is_full(self) -> bool:
+        return self.num_outputs >= self.request.sampling.max_new_tokens
 
     @property
     def num_remaining(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
+        return len(self.tokens) + self.num_pending - self.num_computed
 
     def page_keys(self, count: int, page_size: int) -> list[PageKey]:
         """Keys of the first `count` pages; the tokens for them must be there."""
@@ -87,6 +96,8 @@ class Sequence:
         return self._page_keys[:count]
 
     def append(self, token_id: int, logprob: float) -> None:
+        """The first of the pending tokens is known."""
+        self.num_pending -= 1
         self.tokens.append(token_id)
         self.keys.append(token_id)
         self.logprobs.append(logprob)

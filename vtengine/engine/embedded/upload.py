@@ -1,4 +1,4 @@
-"""Small arrays of the host for the device: all in one copy, which the host does not wait for."""
+"""Small arrays of the host for the device, in copies that the host does not wait for."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
     return packed(arrays, device)
+
+
+def send(array: np.ndarray, to: Tensor) -> None:
+    """The array into memory of the device that stays where it is, in the order of the current stream."""
+    staged = torch.from_numpy(array)
+    to.copy_(staged.pin_memory() if to.is_cuda else staged, non_blocking=True)
 
 
 def packed(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

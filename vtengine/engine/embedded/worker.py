@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from vtengine.engine.embedded.answers import Answers
     from vtengine.engine.embedded.caller import Outbox
     from vtengine.engine.embedded.encode_ahead import EncodeAhead
-    from vtengine.engine.embedded.runner import Runner
-    from vtengine.engine.embedded.scheduler import Scheduler
+    from vtengine.engine.embedded.runner import Flight, Runner
+    from vtengine.engine.embedded.scheduler import Row, Scheduler
     from vtengine.engine.embedded.sequence import Sequence
 
 
@@ -42,14 +42,16 @@ class Worker:
 
     def __init__(
         self, scheduler: Scheduler, runner: Runner, ahead: EncodeAhead, answers: Answers, outbox: Outbox,
-        num_threads: int | None = None,
+        overlap: bool, num_threads: int | None = None,
     ) -> None:  # fmt: skip
+        """overlap: see `step`."""
         self.scheduler, self.runner, self.ahead, self.answers = scheduler, runner, ahead, answers
         self.updates: deque[Update] = deque()
         self.device = runner.model.device
         self.thread = threading.Thread(target=self.serve, name="vtengine-engine", daemon=True)
         self.is_closed = False
-        self._outbox, self._num_threads = outbox, num_threads
+        self._outbox, self._overlap, self._num_threads = outbox, overlap, num_threads
+        self._flight: Flight | None = None  # launched, and not taken in yet
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._begun = threading.Event()
@@ -85,8 +87,7 @@ class Worker:
             torch.cuda.set_device(self.device)
         fault: Exception | None = None
         try:
-            if self.runner.graphs is not None:
-                self.runner.graphs.capture()
+            self.runner.warm_up()
             self._begun.set()
             while self._take_commands():
                 try:
@@ -113,31 +114,58 @@ class Worker:
     def _take_commands(self) -> bool:
         """Carries out what was posted, waiting if there is nothing to do; False once closed."""
         with self._wake:
-            while not self.is_closed and not self._commands and self.scheduler.idle and not self.updates:
+            while not self.is_closed and not self._commands and not self._is_busy:
                 self._wake.wait()
             commands, self._commands = self._commands, deque()
         for command in commands:
             command()
         return not self.is_closed
 
+    @property
+    def _is_busy(self) -> bool:
+        return bool(not self.scheduler.idle or self.updates or self._flight)
+
     def step(self) -> None:
-        """Schedule, run, sample, commit: one forward pass."""
+        """Schedule, launch, take in: one forward pass.
+
+        Overlapping, the pass that is taken in is the one before: while this one runs, the host does all the rest.
+        """
+        if self._flight is not None and self.scheduler.must_preempt:
+            self._land()
+        rows = self._schedule()
+        if not rows and self._flight is None and self.updates:
+            self._update(self.updates.popleft())
+        launched = self._launch(rows) if rows else None
+        self._land()
+        self._flight = launched
+        if not self._overlap:
+            self._land()
+
+    def _schedule(self) -> list[Row]:
         alone, admit = not self.scheduler.running, not self.updates
         self.ahead.collect(wait=alone)
         rows = self.scheduler.schedule(admit, held=alone and not self.ahead.is_busy)
-        if rows:
-            if admit:
-                self.ahead.begin()
-            try:
-                token_ids, logprobs = self.runner.run(rows)
-            except ImagesTooLarge as error:
-                self.scheduler.restart(without=error.sequences)
-                self.answers.fail(error.sequences, str(error), error)
-                return
-            self.scheduler.computed(rows)
-            self.answers.commit(rows, token_ids, logprobs)
-        elif self.updates:
-            self._update(self.updates.popleft())
+        if rows and admit:
+            self.ahead.begin()
+        return rows
+
+    def _launch(self, rows: list[Row]) -> Flight | None:
+        """None: the pass came to nothing."""
+        try:
+            flight = self.runner.launch(rows)
+        except ImagesTooLarge as error:
+            self._land()  # who begins again must know what it has sampled
+            self.scheduler.restart(without=error.sequences)
+            self.answers.fail(error.sequences, str(error), error)
+            return None
+        self.scheduler.launched(rows)
+        return flight
+
+    def _land(self) -> None:
+        """Takes in what was launched, if anything was: waits for it, and its tokens become known."""
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self.answers.commit(flight.rows, *flight.sampled.wait())
 
     def _update(self, update: Update) -> None:
         """Only while nothing runs. A failed update leaves weights and caches as they are."""
@@ -156,5 +184,6 @@ class Worker:
         self._outbox.add(update.loop, partial(set_result, update.done, None))
 
     def _forget(self) -> None:
+        self._flight = None
         self.runner.forget()
         self.ahead.forget()

@@ -1,0 +1,60 @@
+"""What a pass has sampled: on the device, where the next pass finds its tokens, until the host asks for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Sampled:
+    """The ids and logprobs of the last pass, row by row, in memory that captured graphs may hold the address of.
+
+    A pass may take a token from it that the host does not know: `of(place)` stands among token ids for that in row
+    `place`. What a pass samples overwrites what the one before it did: `fetch` first.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self.device = device
+        self.max_rows = max_rows
+        self._numbers = torch.zeros((max_rows, 2), dtype=torch.int64, device=device)  # the id, a float64's bits
+
+    @staticmethod
+    def of(place: int) -> int:
+        return -1 - place
+
+    def put(self, ids: Tensor, logprobs: Tensor) -> None:
+        """ids int64 [n], logprobs float32 [n]."""
+        count = len(ids)
+        self._numbers[:count, 0] = ids
+        self._numbers[:count, 1].view(torch.float64).copy_(logprobs)
+
+    def known(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T] with every `of(place)` replaced by the id that it stands for."""
+        found = self._numbers[:, 0].index_select(0, (-1 - token_ids).clamp_(min=0))
+        return torch.where(token_ids < 0, found, token_ids)
+
+    def fetch(self, count: int) -> Fetched:
+        """A copy of the first rows, in the order of the current stream; the host does not wait for it."""
+        on_cuda = self.device.type == "cuda"
+        numbers = torch.empty((count, 2), dtype=torch.int64, pin_memory=on_cuda)
+        numbers.copy_(self._numbers[:count], non_blocking=True)
+        done = torch.cuda.Event() if on_cuda else None
+        if done is not None:
+            done.record()
+        return Fetched(numbers, done)
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """On its way to main memory."""
+
+    _numbers: Tensor
+    _done: torch.cuda.Event | None
+
+    def wait(self) -> tuple[list[int], list[float]]:
+        """ids and logprobs."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._numbers[:, 0].tolist(), self._numbers[:, 1].view(torch.float64).tolist()
