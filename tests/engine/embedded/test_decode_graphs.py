@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from vtengine_kernels.layer_ops import native
 
 from tests.engine.embedded.test_attention_paths import answers_are_cold
+from tests.engine.harness import assert_cold, run
 from tests.engine.tiny import Letters, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed
-from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, decode_graphs, runner
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, attention, decode_graphs, runner
 from vtengine.engine.embedded.attention import KVCache
 from vtengine.engine.embedded.captures import Captures
 from vtengine.engine.embedded.decode_graphs import DecodeGraphs
@@ -167,6 +168,30 @@ def test_they_are_captured_before_the_first_request(cuda):
     small = KVCache(2, 20, 4, 2, 16, torch.float32, cpu)
     DecodeGraphs(tiny_model(), small, Sampled(2, cpu), Captures(cpu)).capture()
     assert len(cuda.captures) == 4  # two sizes, tables of 16 and of 20 pages
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 128])
+@pytest.mark.parametrize("prefill_in_place", [False, True])
+def test_kernels_are_compiled_over_a_page_that_nobody_has(monkeypatch, page_size, prefill_in_place):
+    """By rows for every kernel of a pass, and samples in every way; nothing of it stays."""
+    called = []
+    for name in ("paged_prefill", "prefix_attention"):
+        kernel = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, n=name, kernel=kernel: called.append(n) or kernel(*a))
+    monkeypatch.setattr(attention, "prefill_available", lambda keys: prefill_in_place)
+
+    async def warm(engine):
+        cache = engine.runner.cache
+        engine.runner._warm_up_pass()
+        engine.runner._head.warm_up()
+        assert not any(tensor[: cache.spare_page].any() for tensor in (*cache.keys, *cache.values))
+        assert all(tensor[cache.spare_page].any() and tensor.isfinite().all() for tensor in cache.keys)
+        assert set(called) == {"prefix_attention"} | ({"paged_prefill"} if prefill_in_place else set())
+        ask = request("after", prompt(1, 20))
+        return ask, await engine.generate(ask)
+
+    ask, completion = run(warm, page_size=page_size)
+    assert_cold(completion, ask)
 
 
 @pytest.mark.parametrize("at_once", [False, True])

@@ -68,8 +68,21 @@ class Runner:
             self._graphs.capture()
             self._head.capture()
         if self.model.device.type == "cuda":
+            self._warm_up_pass()
             self._head.warm_up()
             torch.cuda.empty_cache()  # what was there before the captures is their stream's, which no other may use
+
+    @torch.inference_mode()
+    def _warm_up_pass(self) -> None:
+        """Rows of every kind, over the page that no sequence has: a prompt, a later part, a short part, one token."""
+        count, length = np.array([32, 32, 2, 1]), np.array([32, 64, 34, 33])
+        spare = np.full((len(count), -(-int(length.max()) // self.cache.page_size)), self.cache.spare_page)
+        layout = RowLayout(np.cumsum(count) - count, count, length, spare, [[row] for row in range(len(count))])
+        zeros, slots = np.zeros((4, count.sum()), dtype=np.int64), gather_slots(layout, self.cache.page_size)
+        (ids, *places), slots_T = upload((zeros, slots), self.model.device)
+        attention = PagedAttention(self.cache, layout, slots_T, self._scratch, self._families)
+        self.model.decode(self.model.embed(ids), torch.stack(places), attention)
+        self._families.forget()
 
     @torch.inference_mode()
     def launch(self, rows: list[Row]) -> Flight:
