@@ -6,10 +6,11 @@ that needs a page when none is left preempts the youngest: its pages go (the ful
 again with all its tokens, so it continues where it was. Old is a sequence by its conversation: a second turn comes
 before the first turns of those that began later. None starves: a conversation's age never falls behind new ones.
 
-A pass may be scheduled while the one before it runs: the tokens which that one samples count, only their ids are not
+A pass may be scheduled while the one before it runs: the tokens that are being sampled count, only their ids are not
 known. A sequence may be found to have ended when one token too many of it is on its way: that one is nobody's, and the
-pages it was given are free at once, since passes run one after the other. Pages are published with known tokens only.
-A sequence gives way with known tokens only, too: `must_preempt` says beforehand whether one will have to.
+pages are free at once, since passes run one after the other. Whoever ends knows all tokens that are in its pages; only
+the one sampled last can be unknown, and to continue later, as a preempted sequence does, it must be known as well:
+`must_preempt` says beforehand whether somebody will have to give way.
 
 The pages of a prompt are published to the tree when they are scheduled, not when they are computed: every layer writes
 its keys and values before it attends, so siblings admitted in the same step already read them.
@@ -228,9 +229,9 @@ class Scheduler:
             sequence.num_shared = count
 
     def _release(self, sequence: Sequence) -> None:
-        """Gives all pages back; the full ones that were computed, of known tokens, stay in the tree."""
+        """Gives all pages back; the full ones that were computed stay in the tree."""
         if self.resume:
-            count = min(sequence.num_computed, len(sequence.tokens)) // self.pool.page_size
+            count = sequence.num_computed // self.pool.page_size
             self.tree.insert(sequence.page_keys(count, self.pool.page_size), sequence.pages[:count])
         self.pool.release(sequence.pages)
         sequence.pages = []
