@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from vtengine_kernels.layer_ops import native
+from vtengine_kernels import layer_ops, token_sample
 
 from tests.engine.embedded.test_attention_paths import answers_are_cold
 from tests.engine.harness import assert_cold, run
@@ -103,12 +103,13 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(decode_graphs, "prefix_attention", paged)
     monkeypatch.setattr(decode_graphs, "CONTEXT_TOKENS", (64, 256))
-    monkeypatch.setattr(native, "takes", lambda x: False)
+    for op in (layer_ops, token_sample):  # a recording sees torch's own operations, not our libraries' calls
+        monkeypatch.setattr(op.native, "takes", lambda x: False)
     return cuda
 
 
 def paged(q, keys, values, tables, lengths, siblings, impl):
-    """prefix_attention in torch's own operations, which a recording sees; our libraries' calls it does not."""
+    """prefix_attention in torch's own operations."""
     heads = q.shape[1] // keys.shape[2]
     k, v = (pages[tables].flatten(1, 2).repeat_interleave(heads, 2).transpose(1, 2) for pages in (keys, values))
     seen = torch.arange(k.shape[2])[None, None, None] < lengths[:, None, None, None]
