@@ -26,6 +26,7 @@ from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, attention, de
 from vtengine.engine.embedded.attention import KVCache
 from vtengine.engine.embedded.captures import Captures
 from vtengine.engine.embedded.decode_graphs import DecodeGraphs
+from vtengine.engine.embedded.head_graphs import WAYS
 from vtengine.engine.embedded.runner import Runner
 from vtengine.engine.embedded.sampled import Sampled
 
@@ -121,7 +122,9 @@ def use_graphs(engine):
     return engine.runner.captures
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "seed": 3, "top_p": 0.8}]
+)
 @pytest.mark.parametrize("overlap", [False, True])
 def test_replayed_steps_answer_as_plain_passes_do(cuda, overlap, sampling):
     engines, replays = [], []
@@ -142,7 +145,7 @@ def test_replayed_steps_answer_as_plain_passes_do(cuda, overlap, sampling):
     assert {size for _, size, *_ in keys} <= {1, 2, 4, 8}
     assert len(cuda.captures) == len(keys) < len(replays)
     ways = {tuple(ways) for name, _, *ways in keys if name == "head"}
-    assert ways == {(False, True) if sampling else (True, False)}
+    assert ways == {(False, 2) if "top_p" in sampling else (False, 1) if sampling else (True, 0)}
     ((_, stream),) = set(cuda.captures)  # one pool and one stream, or they would share no memory
     assert stream.device == engines[0].model.device
 
@@ -162,7 +165,7 @@ def test_they_are_captured_before_the_first_request(cuda):
     assert answers_are_cold(tiny_model(), prepare=prepare) == 8
     sizes = (64, 32, 16, 8, 4, 2, 1)
     keys = [("decode", size, width, 0) for width in (64, 16) for size in sizes]
-    keys += [("head", size, *ways) for size in sizes for ways in ((True, False), (False, True), (True, True))]
+    keys += [("head", size, *ways) for size in sizes for ways in WAYS]
     assert list(engines[0].runner.captures.replays) == keys and len(cuda.captures) == len(keys)
     cuda.captures.clear()
     cpu = torch.device("cpu")

@@ -1,7 +1,7 @@
 """From hidden states to sampled tokens: lm_head and sampling for the rows of any pass.
 
-Where there are captures, rows that are greedy or have a temperature and nothing else go through a graph; all others are
-sampled step by step (see `sampler`). N rows, H hidden.
+Where there are captures, a pass in which no row has a bias goes through a graph; others are sampled step by step, by
+`sampler`. N rows, H hidden.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vtengine.engine.base import SamplingParams
-from vtengine.engine.embedded.head_graphs import HeadGraphs, PlainPlan
-from vtengine.engine.embedded.sampler import SamplingPlan, is_plain, sample
+from vtengine.engine.embedded.head_graphs import GraphPlan, HeadGraphs
+from vtengine.engine.embedded.sampler import SamplingPlan, sample
 
 if TYPE_CHECKING:
     from vtengine.engine.embedded.captures import Captures
@@ -35,7 +35,7 @@ class Head:
         self._model, self._sampled = model, sampled
         self._banned = [model.config.image_token_id, model.config.video_token_id]
         self._graphs = None if captures is None else HeadGraphs(model, sampled, self._banned, captures)
-        self._plan: tuple[tuple[int, ...], SamplingPlan | PlainPlan] | None = None
+        self._plan: tuple[tuple[int, ...], SamplingPlan | GraphPlan] | None = None
 
     def capture(self) -> None:
         if self._graphs is not None:
@@ -54,10 +54,12 @@ class Head:
         key = tuple(s.arrival for s in sequences)
         if self._plan is None or self._plan[0] != key:
             params, seeds = [s.request.sampling for s in sequences], [s.seed for s in sequences]
-            plain = self._graphs is not None and all(map(is_plain, params))
-            self._plan = key, PlainPlan.of(params, seeds) if plain else self._build(params, seeds)
+            if self._graphs is None or any(p.logit_bias for p in params):
+                self._plan = key, self._build(params, seeds)
+            else:
+                self._plan = key, GraphPlan.of(params, seeds, self._model.config.text.vocab_size)
         plan, counters = self._plan[1], np.array([s.num_outputs for s in sequences], dtype=np.uint64)
-        if isinstance(plan, PlainPlan):
+        if isinstance(plan, GraphPlan):
             assert self._graphs is not None
             return self._graphs.prepare(plan, counters)
         return partial(self._sample, plan, plan.draws(counters))

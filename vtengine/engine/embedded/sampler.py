@@ -77,7 +77,7 @@ class SamplingPlan:
         params: Sequence[SamplingParams], seeds: Sequence[int], banned: Sequence[int], vocab: int, device: torch.device
     ) -> SamplingPlan:
         """banned: ids that no request may ever sample. What goes to the device goes in one copy, see `upload`."""
-        kinds = np.array([_kind(p) for p in params])
+        kinds = np.array([kind_of(p) for p in params])
         top_k = np.array([p.top_k or vocab for p in params], dtype=np.int64)
         floats = [(max(p.temperature, LEAST_TEMPERATURE), p.top_p, p.min_p) for p in params]
         numbers = np.array(floats, dtype=np.float32).T
@@ -104,12 +104,8 @@ class SamplingPlan:
         return upload([uniforms(self.seeds, counters)], self.device)[0]
 
 
-def is_plain(p: SamplingParams) -> bool:
-    """Whether it is greedy or has a temperature, and nothing else."""
-    return _kind(p) < 2 and not p.logit_bias
-
-
-def _kind(p: SamplingParams) -> int:
+def kind_of(p: SamplingParams) -> int:
+    """See `Rows`."""
     if p.temperature == 0:
         return 0
     return 1 if p.top_p == 1 and p.top_k == 0 and p.min_p == 0 else 2
