@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
                 meta["finish_reason"] = {"type": kind}
             begin = sent if fake.info["incremental_streaming_output"] else 0
             meta["output_token_logprobs"] = [[-0.125, token, None] for token in output[begin:count]]
-            chunk = {"text": "", "output_ids": output[begin:count], "meta_info": meta}
+            chunk = {"text": "\u0085\u2028\x1c", "output_ids": output[begin:count], "meta_info": meta}
             if body["return_prompt_token_ids"]:
                 chunk["prompt_token_ids"] = ids
             if "dead" in fake.always:
@@ -269,7 +269,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fake.strikes("garbage"):
             self.piece(b"data: {not json\n\n")
         else:
-            self.piece(b"data: " + json.dumps(data).encode() + b"\n\n")
+            # as SGLang does: U+2028 and U+0085 stand in the text as they are, and end no line
+            self.piece(b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n")
 
     def piece(self, data):
         self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))

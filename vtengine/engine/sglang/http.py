@@ -101,11 +101,11 @@ class HttpTransport:
                 if response.status_code != 200:
                     body = (await heard(response.aread())).decode("utf-8", "replace")
                     raise_for_status(self.where, response.status_code, _message(body))
-                lines = response.aiter_lines()
+                lines = _lines(response)
                 while (line := await heard(anext(lines, None))) is not None:
                     if not line:
                         continue
-                    if line.removeprefix("data:").strip() == "[DONE]":
+                    if line.removeprefix(b"data:").strip() == b"[DONE]":
                         return
                     yield self._chunk(line)
         except (TimeoutError, self._httpx.TimeoutException) as error:
@@ -158,14 +158,15 @@ class HttpTransport:
         await self._patience.close()
         await self._client.aclose()
 
-    def _chunk(self, line: str) -> dict[str, Any]:
+    def _chunk(self, line: bytes) -> dict[str, Any]:
         try:
-            chunk = json.loads(line.removeprefix("data:"))
+            chunk = json.loads(line.removeprefix(b"data:"))
             if isinstance(chunk, dict):
                 return chunk
         except ValueError:
             pass
-        raise BackendFailed(f"{self.where}: answered with something that is no JSON of SGLang: {line[:120]!r}")
+        said = line[:120].decode("utf-8", "replace")
+        raise BackendFailed(f"{self.where}: answered with something that is no JSON of SGLang: {said!r}")
 
     async def _post(self, path: str, body: dict[str, Any], **options: Any) -> Any:
         try:
@@ -221,6 +222,17 @@ def _in_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     return [_in_json(item) for item in value] if isinstance(value, list) else value
+
+
+async def _lines(response: Any) -> AsyncGenerator[bytes, None]:
+    """Of the body. httpx's own would end one at U+0085 or U+2028 as well, which text inside JSON may hold."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
+    if rest:
+        yield rest
 
 
 def _message(body: str) -> str:
