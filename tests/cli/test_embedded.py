@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vtengine.cli import engine
+from vtengine.cli.engine import EngineSetup
 from vtengine.engine.embedded.runner import Runner
 
 Run = Callable[..., Any]
@@ -86,6 +88,17 @@ def test_several_engines_are_embedded_ones(vtengine: Run, questions: Run, tmp_pa
     line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", "--data-parallel", 2, "--backend", "http://x:1"]
     done = vtengine(*line)
     assert done.status == 2 and "--data-parallel 2: is for --backend embedded" in done.err
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", [engine.SWITCH_INTERVAL_S]), ("cpu", [])])
+def test_where_an_engine_launches_passes_on_a_gpu_other_threads_give_way_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, expected: list[float]
+) -> None:
+    found: list[float] = []
+    monkeypatch.setattr(engine.sys, "setswitchinterval", found.append)
+    with pytest.raises(ValueError, match="no such file"):
+        EngineSetup(str(tmp_path), device, "float32", 1).load(None)  # type: ignore[arg-type]
+    assert found == expected
 
 
 @pytest.mark.parametrize("stated", [True, False])

@@ -21,10 +21,9 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 
 from tests.server.running import ANSWER, CALL, ask, byte_tokenizer, data_url
-from vtengine.cli import main, serve
+from vtengine.cli import main
 from vtengine.cli.arguments import build_parser
 from vtengine.server.config import ServerLimits
 
@@ -219,6 +218,7 @@ def test_the_shipped_model(process: Callable[..., Process]) -> None:
         assert len(texts) <= sum(turn["completion_tokens"] for turn in turns) / 2
         sampled = [client.chat.completions.create(**options, temperature=1, seed=5) for _ in range(2)]
         assert sampled[0].choices[0].message == sampled[1].choices[0].message
+    assert "vtengine_engine_engines 1.0" in get(server.url + "/metrics")[1], "one engine, in a process of its own"
     server.popen.send_signal(signal.SIGTERM)
     assert server.finish() == 0
 
@@ -252,13 +252,3 @@ def test_a_second_signal_does_not_wait(process: Callable[..., Process], scripted
     assert server.finish() == 0
     assert time.monotonic() - started_s < 6
     thread.join()
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cuda", serve.SWITCH_INTERVAL_S), ("cpu", None)])
-def test_beside_a_gpu_the_event_loop_gives_way_at_once(monkeypatch, device: str, expected: float | None) -> None:
-    found: list[float] = []
-    monkeypatch.setattr(serve, "find_device", lambda name: torch.device(device))
-    monkeypatch.setattr(serve.sys, "setswitchinterval", found.append)
-    monkeypatch.setattr(serve.asyncio, "run", lambda serving: serving.close())
-    assert main(["serve", "--port", "0"]) == 0
-    assert found == ([] if expected is None else [expected])

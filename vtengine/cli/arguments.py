@@ -178,10 +178,10 @@ def _add_serve(parser: Parser) -> None:
     add("--api-key-env", metavar="NAME", help="an environment variable that holds an API key")
     add("--config", type=Path, metavar="FILE.toml", help="limits on requests, see below")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="one limit; may be given several times")
-    _add_engine(parser, seed=None)
+    _add_engine(parser, seed=None, engines=1)
 
 
-def _add_engine(parser: Parser, seed: int | None = 0) -> None:
+def _add_engine(parser: Parser, seed: int | None = 0, engines: int = 0) -> None:
     """Flags that `generate`, `ask` and `serve` share: which model, what the model may do, how tokens are sampled."""
     add = parser.add_argument
     add(
@@ -228,20 +228,21 @@ def _add_engine(parser: Parser, seed: int | None = 0) -> None:
     add("--top-k", type=_whole(0), default=0, metavar="K", help="sample among the K best (default: 0, off)")
     stated = "another for each request" if seed is None else seed
     add("--seed", type=_whole(0), default=seed, metavar="S", help=f"same seed, same samples (default: {stated})")
-    _add_machine(parser)
+    _add_machine(parser, engines)
     add("--allow-http", action="store_true", help="fetch images from http(s) addresses in the input")
 
 
-def _add_machine(parser: Parser) -> None:
+def _add_machine(parser: Parser, engines: int) -> None:
     """Where the model runs, and with which memory."""
     add = parser.add_argument
     add("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1")
     add(
         "--data-parallel",
-        type=_whole(1),
-        default=1,
+        type=_whole(0),
+        default=engines,
         metavar="N",
-        help="engines side by side, each a process with a GPU or a share of the cores (default: 1, in this one)",
+        help="engines side by side, each a process with a GPU or a share of the cores; "
+        f"0: one in this process (default: {engines})",
     )
     add(
         "--image-device",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtengine.cli.errors import OK, CliError, UsageError, one_line
-from vtengine.cli.session import CONCURRENCY, check_backend, default_concurrency, find_device, open_session
+from vtengine.cli.session import CONCURRENCY, check_backend, default_concurrency, open_session
 
 if TYPE_CHECKING:
     from vtengine.server.config import ServerLimits
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vtengine.server")
 MAX_PORT = 65535
-SWITCH_INTERVAL_S = 1e-4
-"""For how long the event loop keeps Python to itself while the engine's thread waits to launch a pass on a GPU. Beside
-a loop that is busy for half of a step, the 5 ms that are Python's own make the step 4 to 12 % longer."""
 WAITING_PER_RUNNING = 4
 GPU_TEXT_EVENTS_PER_S = 2000
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -44,8 +41,6 @@ def run(arguments: argparse.Namespace) -> int:
     limits, keys = _limits(arguments), _keys(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
     listening = _bind(arguments)
-    if arguments.backend == "embedded" and find_device(arguments.device).type == "cuda":
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         asyncio.run(_serve(arguments, limits, keys, listening))
     finally:

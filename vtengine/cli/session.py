@@ -112,7 +112,7 @@ def default_concurrency(arguments: argparse.Namespace) -> int:
     if name.startswith(SERVERS):
         return GPU_CONCURRENCY * len(name.split(","))
     if name == "sglang" or (name == "embedded" and find_device(arguments.device).type == "cuda"):
-        return int(GPU_CONCURRENCY * arguments.data_parallel)
+        return int(GPU_CONCURRENCY * max(1, arguments.data_parallel))
     return CONCURRENCY
 
 
@@ -185,7 +185,7 @@ def _backend(
         return _sglang(arguments, folder, device, dtype, max_chunks_per_s)
     kind, graphs = str(dtype).removeprefix("torch."), not arguments.no_cuda_graphs
     setup = EngineSetup(str(folder), str(device), kind, concurrency, arguments.kv_gb, max_chunks_per_s, graphs)
-    if arguments.data_parallel > 1:
+    if arguments.data_parallel:
         return start_engines(arguments.data_parallel, setup)
     return setup.load(tokenizer)
 
@@ -278,7 +278,7 @@ def _image_device(arguments: argparse.Namespace, device: torch.device) -> torch.
     import torch
     from vtengine_kernels import dispatch
 
-    in_process = arguments.backend == "embedded" and arguments.data_parallel == 1
+    in_process = arguments.backend == "embedded" and not arguments.data_parallel
     on_gpu = device.type == "cuda" and in_process and arguments.image_device == "auto"
     if on_gpu and any(
         (found.op, found.impl, found.available) == ("patchify", "triton", True) for found in dispatch.report()

@@ -191,13 +191,16 @@ def test_a_caller_who_leaves_ends_the_request_there(on_two):
     assert stats["generated_tokens"] - before < 300
 
 
-def test_an_owner_that_is_killed_leaves_no_process(tmp_path):
+@pytest.mark.parametrize("is_ready", [True, False])
+def test_an_owner_that_is_killed_leaves_no_process(is_ready):
+    """Be the engine there, or still loading."""
     script = (
         "import asyncio, sys\n"
         "from tests.engine.processes.engines import process\n"
-        "engine = process('tiny')\n"
+        f"engine = process('tiny') if {is_ready} else process('loading', seconds=120)\n"
         "async def main():\n"
-        "    await engine.check()\n"
+        "    ready = asyncio.create_task(engine.check())\n"
+        f"    await asyncio.sleep(3) if not {is_ready} else await ready\n"
         "    print(engine._process.pid, flush=True)\n"
         "    await asyncio.sleep(600)\n"
         "asyncio.run(main())\n"

@@ -143,9 +143,22 @@ def _fault(error: Exception) -> Head:
     return {"kind": "failed", "message": f"{type(error).__name__}: {error}"}
 
 
+def _end_with_owner(line: socket.socket, is_made: threading.Event) -> None:
+    """In a thread: to load a large model takes minutes, for which an owner that was killed does not wait."""
+    try:
+        is_gone = not line.recv(1, socket.MSG_PEEK)
+    except OSError:
+        is_gone = True
+    if is_gone and not is_made.is_set():
+        os._exit(1)
+
+
 async def _serve(make: Any, options: Head, line: socket.socket) -> int:
+    is_made = threading.Event()
+    threading.Thread(target=_end_with_owner, args=(line, is_made), name="vtengine-owner", daemon=True).start()
     try:
         backend: Backend = make(**options)
+        is_made.set()
     except Exception as error:
         with suppress(OSError):  # the owner may have given up already
             write_frame(line, {"events": [{"event": "unready"} | _fault(error)], "stats": {}})

@@ -48,7 +48,7 @@ def _read(line: socket.socket, size: int) -> bytearray:
     data = bytearray(size)
     view, done = memoryview(data), 0
     while done < size:
-        count = line.recv_into(view[done:])
+        count = line.recv_into(view[done:], 0, socket.MSG_WAITALL)  # in one call: after each, Python is waited for
         if not count:
             raise EOFError
         done += count
