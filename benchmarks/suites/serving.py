@@ -3,9 +3,10 @@
 The shipped model, greedy, fp32, 64 at a time; every other picture is made to be asked about twice. Direct: `run_batch`
 in this process. Server: the real application in this process, asked by a process of its own over 64 kept connections,
 which has its requests ready beforehand (load_client.py); the images travel as base64 in either case. Each run has a
-fresh engine and empty caches; the sides take turns within each round. Both with the engine in this process, where it
-shares Python's lock with the event loop, and with two engines in processes of their own (`--data-parallel 2`).
-`overhead` is the median over the rounds of a side's time over that of the direct side with as many processes, less one.
+fresh engine and empty caches; the sides take turns within each round. With the engine in this process, where it shares
+Python's lock with the event loop (`--data-parallel 0`), in a process of its own (1, as `vtengine serve` has it), and
+with two of those (2). `overhead` is the median over the rounds of a side's time over that of the direct side with as
+many processes, less one. The client shares the machine, so its processor time is in it; the direct side has no client.
 The server writes its log, as the command does.
 """
 
@@ -43,16 +44,17 @@ from vtengine.server.config import ServerLimits
 from vtengine.server.run import Server, address, bind
 
 TESTS = ["tests/server/test_completions.py", "tests/server/test_choices.py"]
-QUESTIONS, CONCURRENCY, ROUNDS = 192, 64, 9
+QUESTIONS, CONCURRENCY, ROUNDS = 192, 64, 7
 SIDES = ("direct", "server", "server, streamed")
-ENGINES = (1, 2)
+ENGINES = (0, 1, 2)
+"""Processes of engines; 0: one engine in this one."""
 CLIENT = Path(__file__).parents[1] / "load_client.py"
 
 TABLES = {
     "serving-overhead": {
         "columns": {
             "side": "Side",
-            "engines": "Processes",
+            "engines": "Engine processes",
             "concurrency": "Concurrency",
             "questions_per_s": "Questions/s",
             "overhead": "Overhead",
@@ -99,8 +101,9 @@ def run(context: Any) -> list[dict[str, Any]]:
     for index in range(2 if context.quick else ROUNDS):
         shift = index % len(sides)
         for side, engines in sides[shift:] + sides[:shift]:
-            make = partial(embedded, model) if engines == 1 else partial(side_by_side, folder, engines)
+            make = partial(embedded, model) if engines == 0 else partial(side_by_side, folder, engines)
             passes[side, engines].append(once(side, partial(make, concurrency), folder, asked, concurrency))
+    gc.unfreeze()
     return [_row(side, engines, passes, concurrency) for side, engines in sides]
 
 
