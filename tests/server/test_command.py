@@ -235,7 +235,7 @@ def test_every_limit_is_documented() -> None:
 
 
 def test_a_second_signal_does_not_wait(process: Callable[..., Process], scripted: Callable[..., list[str]]) -> None:
-    server = process(*scripted(delay_s=8.0), "--set", "drain_s=60")
+    server = process(*scripted(delay_s=40.0), "--set", "drain_s=60")
     client = server.client().with_options(max_retries=0)
 
     def run() -> None:
@@ -250,5 +250,5 @@ def test_a_second_signal_does_not_wait(process: Callable[..., Process], scripted
     time.sleep(0.3)
     server.popen.send_signal(signal.SIGTERM)
     assert server.finish() == 0
-    assert time.monotonic() - started_s < 6
+    assert time.monotonic() - started_s < 30
     thread.join()
