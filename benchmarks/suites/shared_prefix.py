@@ -24,8 +24,9 @@ from vtengine_training.rewards.base import Score
 from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.rewards.rewarder import RewardConfig, Rewarder
 from vtengine_training.trainer.config import GrpoConfig
+from vtengine_training.trainer.figures import StepFigures
 from vtengine_training.trainer.loop import Run
-from vtengine_training.trainer.step import Learner, _Sums
+from vtengine_training.trainer.step import Learner
 from vtengine_training.trainer.trajectory import Group
 
 from vtengine.config import build
@@ -182,11 +183,12 @@ def switched(context: Any, one: Run, groups: Sequence[Group], vision: bool) -> l
         update = replace(
             one.config.update, share_images=images, share_prefix=prefix, logits="fused" if logits else "plain"
         )
-        return Learner(policy, learner.reference, learner.optimizer, learner.loss, update, learner.constant_length)
+        length = learner.cutter.constant_length
+        return Learner(policy, learner.reference, learner.optimizer, learner.loss, update, length)
 
     sides = {switches: side(*switches) for switches in itertools.product((False, True), repeat=3)}
-    built = {key: probe.build(groups) for key, probe in sides.items()}
-    calls = {key: lambda p=probe, b=built[key]: p.backward(b, None, _Sums()) for key, probe in sides.items()}
+    built = {key: probe.cutter.whole(groups) for key, probe in sides.items()}
+    calls = {key: lambda p=probe, b=built[key]: p.backward(b, StepFigures()) for key, probe in sides.items()}
     found = context.compare(calls, rounds=3)
     peaks = {key: grown_mib(call) for key, call in calls.items()}
     return [
