@@ -148,9 +148,12 @@ def trunk_row(context: Any, model: Qwen2_5_VL, *shape: int) -> dict[str, Any]:
 class Spread:
     """A reward that differs between siblings whatever the model says, so that every group has something to learn."""
 
+    def __init__(self) -> None:
+        self.asked = 0
+
     async def score(self, episode: Episode, example: Example) -> Score:
-        ids = [token for turn in episode.turns for token in turn.completion.token_ids]
-        return Score(sum(ids) % 7 / 7, 0.0)
+        self.asked += 1
+        return Score(self.asked % 2, 0.0)
 
 
 def trainer_rows(context: Any) -> list[dict[str, Any]]:
