@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from vtengine_training.trainer import models
 from vtengine_training.trainer import ranks as ranks_module
 from vtengine_training.trainer.checkpoint import check, files_below, find_latest
 from vtengine_training.trainer.figures import StepFigures
@@ -303,6 +305,22 @@ def test_several_ranks_refuse_an_engine_in_each(make_config, tiny_folder) -> Non
     config = make_config(rollout={"backend": "sglang"})
     with pytest.raises(ValueError, match=r'rollout.backend = "sglang".*start servers.*addresses'):
         build_models(config, tiny_folder, torch.device("cpu"), (), Ranks(0, 2))
+
+
+def test_learner_and_reference_lie_on_one_mesh(make_config, tiny_folder, monkeypatch) -> None:
+    """NCCL's buffers are per group."""
+    meshes, model = [], load_model(tiny_folder)
+
+    def shard(*_, mesh, **__):
+        meshes.append(mesh)
+        return SimpleNamespace(model=model, adapters=None)
+
+    monkeypatch.setattr(models, "shard", shard)
+    several = SimpleNamespace(is_alone=False, size=2, together=lambda make: make(), mesh=lambda *_: object())
+    config = make_config(loss={"kl_coef": 0.1}, rollout={"backend": "http://a:1", "sync": "disk"})
+    build_models(config, tiny_folder, torch.device("cpu"), (), several)
+    learner, reference = meshes
+    assert learner is reference
 
 
 def test_processes_that_do_not_meet_say_what_to_set(start_ranks, tmp_path, monkeypatch) -> None:
