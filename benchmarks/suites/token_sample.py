@@ -1,7 +1,7 @@
-"""token_sample on one core of a CPU, a vocabulary of 152,064: C++ beside torch, which sorts where there is a truncation.
+"""token_sample on one core of a CPU, a vocabulary of 152,064: C++ beside torch, which sorts with a truncation.
 
-`peaked`: normal scores of deviation 2.5 and one likely id, as most tokens of a reply have one; `flat`: normal scores of
-deviation 1, where top-p keeps tens of thousands of ids.
+`peaked`: normal scores of deviation 2.5 and one id 14 above its own, so that top-k and min-p keep few ids and top-p
+thousands; `flat`: of deviation 1, where top-p keeps most ids.
 """
 
 from __future__ import annotations
