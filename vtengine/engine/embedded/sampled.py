@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,8 @@ class Sampled:
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self.device = device
         self.max_rows = max_rows
-        self._numbers = torch.zeros((max_rows, 2), dtype=torch.int64, device=device)  # the id, a float64's bits
+        self._numbers = torch.zeros((max_rows, 2), dtype=torch.int64, device=device)
+        self._ids, self._logprobs = self._numbers[:, 0], self._numbers.view(torch.float64)[:, 1]
 
     @staticmethod
     def of(place: int) -> int:
@@ -26,13 +28,12 @@ class Sampled:
 
     def put(self, ids: Tensor, logprobs: Tensor) -> None:
         """ids int64 [n], logprobs float32 [n]."""
-        count = len(ids)
-        self._numbers[:count, 0] = ids
-        self._numbers[:count, 1].view(torch.float64).copy_(logprobs)
+        self._ids[: len(ids)].copy_(ids)
+        self._logprobs[: len(ids)].copy_(logprobs)
 
     def known(self, token_ids: Tensor) -> Tensor:
         """int64 [T] -> [T] with every `of(place)` replaced by the id that it stands for."""
-        found = self._numbers[:, 0].index_select(0, (-1 - token_ids).clamp_(min=0))
+        found = self._ids.index_select(0, (-1 - token_ids).clamp_(min=0))
         return torch.where(token_ids < 0, found, token_ids)
 
     def fetch(self, count: int) -> Fetched:
@@ -48,7 +49,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Fetched:
-    """On its way to main memory."""
+    """On its way to main memory. _numbers: int64 [n, 2], the ids and the bits of the logprobs as float64."""
 
     _numbers: Tensor
     _done: torch.cuda.Event | None
@@ -57,4 +58,5 @@ class Fetched:
         """ids and logprobs."""
         if self._done is not None:
             self._done.synchronize()
-        return self._numbers[:, 0].tolist(), self._numbers[:, 1].view(torch.float64).tolist()
+        numbers = self._numbers.numpy()
+        return numbers[:, 0].tolist(), numbers.view(np.float64)[:, 1].tolist()
