@@ -15,24 +15,19 @@ from typing import Any
 
 import torch
 from on_gpu import captured, layers_of
+from qwen_sizes import PAD, NoText, model_of, shapes
 from vtengine_kernels.prefix_attention import prefix_attention
 
 from vtengine.engine.base import Completion, ImageInput, Request, SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
-from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig
+from vtengine.model import Qwen2_5_VL
 
 TESTS = ["-m", "gpu", "tests/engine/embedded/test_attention_paths.py"]
 PICTURES, SIBLINGS, ROUNDS = 2, 16, 3
 LOW_SIDE, HIGH_SIDE = 64, 128  # patches: 1,024 and 4,096 visual tokens
 TEXT_TOKENS, NEW_TOKENS = 64, 32
-PAD = 151655
 BATCHES, LENGTHS = (8, 16, 32, 64, 128, 256), (1024, 4096)
 REPEATS = 4
-_SMALL = {"hidden_size": 256, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 256}
-SHAPES = {
-    "3B": {"hidden_size": 2048, "num_layers": 36, "num_heads": 16, "num_kv_heads": 2, "intermediate_size": 11008},
-    "7B": {"hidden_size": 3584, "num_layers": 28, "num_heads": 28, "num_kv_heads": 4, "intermediate_size": 18944},
-}
 TABLES = {
     "gpu-two-turn": {
         "columns": {
@@ -55,38 +50,10 @@ TABLES = {
 def run(context: Any) -> Iterator[dict[str, Any]]:
     if not torch.cuda.is_available() and not context.quick:
         raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
-    for name, sizes in ({"small": _SMALL} if context.quick else SHAPES).items():
-        yield from _two_turn(name, _model(sizes), context.quick)
+    for name, sizes in (shapes(context.quick)).items():
+        yield from _two_turn(name, model_of(sizes), context.quick)
     if torch.cuda.is_available():
         yield from _decode(context)
-
-
-def _model(sizes: dict[str, int]) -> Qwen2_5_VL:
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    vision = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "fullatt_block_indexes": (1,)}
-    vision = {"out_hidden_size": sizes["hidden_size"]} | (vision if sizes is _SMALL else {})
-    config = ModelConfig(
-        text=TextConfig(vocab_size=151936, **sizes), vision=VisionConfig(**vision), image_token_id=PAD,
-        video_token_id=PAD + 1, vision_start_token_id=PAD - 3, vision_end_token_id=PAD - 2, eos_token_id=PAD - 10,
-        bos_token_id=None, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = Qwen2_5_VL(config)
-    model = model.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
-            else:
-                parameter.fill_(1.0)
-    return model.eval()
-
-
-class _NoText:
-    """The engine asks for text only where there are stop strings."""
-
-    def decode(self, token_ids: object) -> str:
-        return ""
 
 
 def _two_turn(name: str, model: Qwen2_5_VL, quick: bool) -> Iterator[dict[str, Any]]:
@@ -120,7 +87,7 @@ async def _rounds(
     tokens = sum(side**2 // 4 for side in sides) + 2 * (TEXT_TOKENS + NEW_TOKENS)
     pages = PICTURES * siblings * (tokens // 16 + 2)
     config = EngineConfig(num_pages=pages, max_running=PICTURES * siblings, max_batch_tokens=8192, resume=resume)
-    engine = EmbeddedEngine(model, _NoText(), config)
+    engine = EmbeddedEngine(model, NoText(), config)
     runs = []
     try:
         for number in range(rounds + 1):

@@ -1,0 +1,48 @@
+"""Models of the sizes of Qwen2.5-VL with random weights, for what does not depend on what they say."""
+
+from __future__ import annotations
+
+import torch
+
+from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig
+
+PAD = 151655
+_SMALL = {"hidden_size": 256, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 256}
+SHAPES = {
+    "3B": {"hidden_size": 2048, "num_layers": 36, "num_heads": 16, "num_kv_heads": 2, "intermediate_size": 11008},
+    "7B": {"hidden_size": 3584, "num_layers": 28, "num_heads": 28, "num_kv_heads": 4, "intermediate_size": 18944},
+}
+
+
+def shapes(quick: bool) -> dict[str, dict[str, int]]:
+    """By name; quick: one that a CPU can run."""
+    return {"small": _SMALL} if quick else SHAPES
+
+
+def model_of(sizes: dict[str, int]) -> Qwen2_5_VL:
+    """On the GPU in bfloat16, or on the CPU where there is none."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    vision = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "fullatt_block_indexes": (1,)}
+    vision = {"out_hidden_size": sizes["hidden_size"]} | (vision if sizes is _SMALL else {})
+    config = ModelConfig(
+        text=TextConfig(vocab_size=151936, **sizes), vision=VisionConfig(**vision), image_token_id=PAD,
+        video_token_id=PAD + 1, vision_start_token_id=PAD - 3, vision_end_token_id=PAD - 2, eos_token_id=PAD - 10,
+        bos_token_id=None, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen2_5_VL(config)
+    model = model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+            else:
+                parameter.fill_(1.0)
+    return model.eval()
+
+
+class NoText:
+    """The engine asks for text only where there are stop strings."""
+
+    def decode(self, token_ids: object) -> str:
+        return ""

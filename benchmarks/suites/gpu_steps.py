@@ -1,0 +1,91 @@
+"""What a decode step of the embedded engine takes on one GPU, with and without overlap and CUDA graphs.
+
+Random weights (bfloat16) at the sizes of Qwen2.5-VL; the rows of a batch start and end together. `--quick` runs a small
+model, also on the CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from qwen_sizes import NoText, model_of, shapes
+
+from vtengine.engine.base import Request, SamplingParams
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.model import Qwen2_5_VL
+
+TESTS = ["-m", "gpu", "tests/engine/embedded/test_overlap.py"]
+BATCHES, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = (1, 16, 64), 200, 128, 3
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature 1": {"temperature": 1.0},
+    "temperature 1, top_p 0.95": {"temperature": 1.0, "top_p": 0.95},
+}
+TABLES = {
+    "gpu-steps": {
+        "columns": {
+            "model": "Model",
+            "rows": "Rows",
+            "sampling": "Sampling",
+            "graphs": "Graphs",
+            "overlap": "Overlap",
+            "ms": "ms per step",
+        }
+    }
+}
+
+
+def run(context: Any) -> Iterator[dict[str, Any]]:
+    if not torch.cuda.is_available() and not context.quick:
+        raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
+    batches, new_tokens, rounds = (BATCHES[:1], 8, 1) if context.quick else (BATCHES, NEW_TOKENS, ROUNDS)
+    for name, sizes in shapes(context.quick).items():
+        model = model_of(sizes)
+        for graphs, overlap in ((True, True), (True, False), (False, True), (False, False)):
+            for (rows, way), ms in asyncio.run(_steps(model, graphs, overlap, batches, new_tokens, rounds)).items():
+                yield {
+                    "model": name,
+                    "rows": rows,
+                    "sampling": way,
+                    "graphs": "yes" if graphs else "no",
+                    "overlap": "yes" if overlap else "no",
+                    "ms": statistics.median(ms),
+                    "rounds": rounds,
+                }
+
+
+async def _steps(
+    model: Qwen2_5_VL, graphs: bool, overlap: bool, batches: tuple[int, ...], new_tokens: int, rounds: int
+) -> dict[tuple[int, str], list[float]]:
+    """ms per step of each round, by rows and way to sample; the rounds of all in turn."""
+    pages = max(batches) * ((PROMPT_TOKENS + new_tokens) // 16 + 2)
+    config = EngineConfig(
+        num_pages=pages, max_running=max(batches), max_batch_tokens=max(batches) * PROMPT_TOKENS, resume=False,
+        share_prefix=False, cuda_graphs=graphs, overlap=overlap,
+    )  # fmt: skip
+    engine = EmbeddedEngine(model, NoText(), config)
+    found: dict[tuple[int, str], list[float]] = {(rows, way): [] for rows in batches for way in WAYS}
+    try:
+        for counted in (False, *[True] * rounds):
+            for rows, way in found:
+                ms = await _step(engine, rows, SamplingParams(max_new_tokens=new_tokens, seed=0, **WAYS[way]))
+                if counted:
+                    found[rows, way].append(ms)
+    finally:
+        await engine.close()
+    return found
+
+
+async def _step(engine: EmbeddedEngine, rows: int, sampling: SamplingParams) -> float:
+    """ms between two tokens of a row, on average, of as many at once."""
+    told_s: list[float] = []
+    prompts = [tuple((31 * row + index) % 1000 for index in range(PROMPT_TOKENS)) for row in range(rows)]
+    requests = [Request(str(row), ids, sampling=sampling) for row, ids in enumerate(prompts)]
+    last = engine.generate(requests[-1], lambda ids: told_s.append(time.perf_counter()))
+    await asyncio.gather(*map(engine.generate, requests[:-1]), last)
+    return 1e3 * (told_s[-1] - told_s[0]) / (len(told_s) - 1)
