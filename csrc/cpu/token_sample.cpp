@@ -81,19 +81,30 @@ Drawn draw_from(const Row& row, const std::vector<int32_t>& ids, double draw) {
     return {found, total};
 }
 
-// How many of ids[0, count), best first, weigh `target` together; puts these in front. At least one.
-int64_t fewest_of_mass(const Row& row, std::vector<int32_t>& ids, int64_t count, double target) {
-    const auto better = [&](int32_t a, int32_t b) {
-        return row.scores[a] != row.scores[b] ? row.scores[a] > row.scores[b] : a < b;
-    };
-    const auto at = ids.begin();
+// Ascending: the best score first, and of equal ones the lowest id, which is the lower half.
+uint64_t rank_of(const Row& row, int32_t id) {
+    const float score = row.scores[id] == 0.0f ? 0.0f : row.scores[id];  // 0 has two signs
+    uint32_t bits;
+    std::memcpy(&bits, &score, sizeof bits);
+    const uint32_t descending = bits >> 31 != 0 ? bits : ~bits & 0x7fffffffu;
+    return static_cast<uint64_t>(descending) << 32 | static_cast<uint32_t>(id);
+}
+
+double mass_of(const Row& row, const std::vector<uint64_t>& ranks, int64_t begin, int64_t end) {
+    double mass = 0.0;
+    for (int64_t i = begin; i < end; ++i) mass += row.weights[static_cast<uint32_t>(ranks[i])];
+    return mass;
+}
+
+// How many of ranks[0, count), best first, weigh `target` together; puts these in front. At least one.
+int64_t fewest_of_mass(const Row& row, std::vector<uint64_t>& ranks, int64_t count, double target) {
+    const auto at = ranks.begin();
     int64_t low = 0, high = count;
     double before = 0.0;
     while (high - low > kFew) {
         const int64_t middle = low + (high - low) / 2;
-        std::nth_element(at + low, at + middle, at + high, better);
-        double left = 0.0;
-        for (int64_t i = low; i < middle; ++i) left += row.weights[ids[i]];
+        std::nth_element(at + low, at + middle, at + high);
+        const double left = mass_of(row, ranks, low, middle);
         if (before + left >= target) {
             high = middle;
         } else {
@@ -101,8 +112,8 @@ int64_t fewest_of_mass(const Row& row, std::vector<int32_t>& ids, int64_t count,
             low = middle;
         }
     }
-    std::sort(at + low, at + high, better);
-    for (; low < high && before < target; ++low) before += row.weights[ids[low]];
+    std::sort(at + low, at + high);
+    for (; low < high && before < target; ++low) before += row.weights[static_cast<uint32_t>(ranks[low])];
     return std::max<int64_t>(low, 1);
 }
 
@@ -119,30 +130,22 @@ std::vector<int32_t> kept(const Row& row, const Passes& passes, int64_t top_k, f
     for (const float depth : kDepths) {
         ids.clear();
         passes.gather(row.scores, row.vocabulary, row.best - depth * row.temperature, ids);
-        if (by_count && static_cast<int64_t>(ids.size()) >= top_k) break;
-        if (by_count) continue;
         double mass = 0.0;
         for (const int32_t id : ids) mass += row.weights[id];
-        if (mass >= wanted) break;
+        if (by_count ? static_cast<int64_t>(ids.size()) >= top_k : mass >= wanted) break;
     }
-    int64_t count = static_cast<int64_t>(ids.size());
+    std::vector<uint64_t> ranks(ids.size());
+    std::transform(ids.begin(), ids.end(), ranks.begin(), [&](int32_t id) { return rank_of(row, id); });
+    int64_t count = static_cast<int64_t>(ranks.size());
     if (by_count && top_k < count) {
-        std::nth_element(ids.begin(), ids.begin() + top_k - 1, ids.end(), [&](int32_t a, int32_t b) {
-            return row.scores[a] != row.scores[b] ? row.scores[a] > row.scores[b] : a < b;
-        });
         count = top_k;
+        std::nth_element(ranks.begin(), ranks.begin() + count - 1, ranks.end());
     }
-    if (by_mass) {
-        if (by_count) {
-            wanted = 0.0;
-            for (int64_t i = 0; i < count; ++i) wanted += row.weights[ids[i]];
-            wanted *= static_cast<double>(top_p);
-        }
-        count = fewest_of_mass(row, ids, count, wanted);
-    }
-    ids.resize(count);
-    ids.erase(std::remove_if(ids.begin(), ids.end(), [&](int32_t id) { return row.scores[id] < least; }), ids.end());
-    std::sort(ids.begin(), ids.end());
+    if (by_count) wanted = static_cast<double>(top_p) * mass_of(row, ranks, 0, count);
+    if (by_mass) count = fewest_of_mass(row, ranks, count, wanted);
+    const uint64_t last = *std::max_element(ranks.begin(), ranks.begin() + count);
+    const auto is_out = [&](int32_t id) { return row.scores[id] < least || rank_of(row, id) > last; };
+    ids.erase(std::remove_if(ids.begin(), ids.end(), is_out), ids.end());
     return ids;
 }
 
