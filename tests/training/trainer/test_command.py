@@ -265,6 +265,11 @@ def test_metrics_after_a_kill(tmp_path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     cut_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    cut_metrics(path, 1)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    cut_metrics(path, 0)
+    assert path.read_text() == ""
 
 
 @pytest.mark.parametrize("line", ["{}", "[1]", "3", '{"step": "x"}', "st"])

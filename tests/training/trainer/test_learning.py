@@ -77,6 +77,11 @@ def test_validation_is_greedy_and_leaves_training_alone(make_config, tiny_data, 
     first, second = (one.parts.model.state_dict() for one, _ in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     rows = runs[1][1]
-    assert [("val/reward/accuracy" in row) for row in rows] == [False, True, True]
-    assert rows[1]["val/questions"] == 5
+    assert [(row["step"], "val/reward/accuracy" in row) for row in rows] == [
+        (0, True),
+        (1, False),
+        (2, True),
+        (3, True),
+    ]
+    assert rows[0]["val/questions"] == rows[2]["val/questions"] == 5
     assert not any(name.startswith("val/") for row in runs[0][1] for name in row)

@@ -99,7 +99,8 @@ def test_a_reward_that_draws_at_random_resumes_to_the_bit(make_config, tmp_path)
     for stop in (1, 3, 4):
         torch.manual_seed(stop), random.seed(stop), np.random.seed(stop)
         rows += run_until(parts, stop, Drawn())
-    found = [{name: value for name, value in row.items() if not name.startswith("val/")} for row in rows]
+    assert rows[0].keys() == {"step", "time/validate", *(name for name in rows[0] if name.startswith("val/"))}
+    found = [{name: value for name, value in row.items() if not name.startswith("val/")} for row in rows[1:]]
     assert [timeless(row) for row in found] == [timeless(row) for row in expected]
     assert saved(whole, whole.output)[1].keys() == saved(parts, parts.output)[1].keys()
     for file, content in saved(whole, whole.output)[1].items():

@@ -31,7 +31,8 @@ class JsonLines:
 
 
 def cut_metrics(path: Path, done: int) -> None:
-    """Keeps the rows up to step `done`: those after it, and a torn last line, belong to work that was lost.
+    """Keeps the rows up to step `done`: those after it, and a torn last line, belong to work that was lost. A run that
+    begins anew (0) keeps none: the row of the model before its first step comes again.
 
     Raises OSError for a line that is no row of ours: somebody else's file is not written over.
     """
@@ -41,7 +42,7 @@ def cut_metrics(path: Path, done: int) -> None:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            is_kept = json.loads(line)["step"] <= done
+            is_kept = json.loads(line)["step"] <= done and done > 0
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break

@@ -15,7 +15,7 @@ class TensorBoard:
     def __init__(self, output: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(output / FOLDER), purge_step=done + 1)
+        self._writer = SummaryWriter(str(output / FOLDER), purge_step=done and done + 1)
 
     def log(self, row: Row) -> None:
         for name, value in numbers(row).items():

@@ -17,7 +17,7 @@ from vtengine_training.sft.config import OptimizerConfig
 
 @dataclass(frozen=True)
 class ValidationConfig(SourceConfig):
-    """Greedy episodes every so many steps (0 = never), and after the last one: `val/*` in the metrics.
+    """Greedy episodes before the first step, every so many (0 = never) and after the last: `val/*` in the metrics.
 
     Examples as for training; `glance` draws from the validation split.
     """

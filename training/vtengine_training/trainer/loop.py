@@ -74,12 +74,13 @@ class Run:
         Raises TrainingDiverged when updates or rollouts keep failing, or when nothing was learned to the end;
         ValueError when the judge is down at the start, or no example can be asked.
         """
-        saved = self.step
+        saved, every = self.step, self.config.validation.every
         await self.parts.rewarder.start()
         await self.parts.publisher.publish(self.parts.learner.version)
+        if every and self.step == 0 and not self.ranks.any(self.stop_requested):
+            report({"step": 0.0} | await self.validate())  # what training starts from
         while self.step < self.config.steps and not self.ranks.any(self.stop_requested):
             figures = await self.advance()
-            every = self.config.validation.every
             if every and (self.step % every == 0 or self.step == self.config.steps):
                 figures |= await self.validate()
             report(figures)  # before the save: a kill in between must not lose the row of a saved step
