@@ -36,6 +36,8 @@ class Server(uvicorn.Server):
         """New requests get 503; those inside may finish within drain_s."""
         if self.should_exit:
             self.force_exit = True
+            for connection in list(self.server_state.connections):  # from Python 3.12 on asyncio waits for them
+                connection.transport.abort()
         self.house.gate.draining = True
         self.should_exit = True
         log.info("stopping: %d requests are inside", self.house.gate.inside)
