@@ -12,6 +12,7 @@ import torch
 from vtengine.cli.session import API_KEY
 from vtengine.engine.base import Backend
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.embedded.config import BATCH_TOKENS, VISION_CACHE_BYTES
 from vtengine.model import VLModel
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine_training.sync.base import Publisher, Weights, WeightsInParts, weights_of
@@ -50,7 +51,8 @@ def build_engine(config: GrpoConfig, folder: Path, model: VLModel, tokenizer: To
         engine_config = EngineConfig(
             kv_bytes=kv_bytes,
             max_running=rollout.concurrency,
-            max_batch_tokens=max(2048, rollout.concurrency),
+            max_batch_tokens=max(BATCH_TOKENS, rollout.concurrency),  # what a GPU has room for is the learner's
+            vision_cache_bytes=VISION_CACHE_BYTES,
             num_threads=config.threads,
         )
         return EmbeddedEngine(model, tokenizer, engine_config)
