@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -115,6 +116,16 @@ def test_refused_while_it_drains(serve: Serve) -> None:
     server.house.gate.draining = True
     raw = read_all(send_chat(server))
     assert raw.startswith(b"HTTP/1.1 503") and b"retry-after: 1" in raw and b"shutting_down" in raw
+
+
+def test_a_server_whose_engine_is_lost_says_so_to_its_keeper(serve: Serve) -> None:
+    server = serve([ANSWER])
+    paths = ("/health", "/ready")
+    assert [httpx.get(server.url + path).status_code for path in paths] == [200, 200]
+    server.backend.is_closed = True  # type: ignore[attr-defined]
+    for path in paths:
+        answer = httpx.get(server.url + path)
+        assert (answer.status_code, answer.json()) == (503, {"status": "the engine is lost"})
 
 
 def test_requests_after_each_other_on_one_connection(serve: Serve) -> None:

@@ -25,6 +25,7 @@ from vtengine.server.metrics import CONTENT_TYPE, Metrics
 from vtengine.server.page import load_page
 
 log = logging.getLogger(__name__)
+NO_ENGINE = {"status": "the engine is lost"}, 503
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -88,10 +89,13 @@ def _state(house: House) -> list[Route]:
     """Open to everybody: they tell nothing of requests."""
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        """Whether it is worth keeping: without an engine it is not, another process may have one."""
+        return JSONResponse({"status": "ok"}) if house.has_engine else JSONResponse(*NO_ENGINE)
 
     async def ready(request: Request) -> Response:
         """Whether new requests are welcome; a full queue is ready still, as it empties by itself."""
+        if not house.has_engine:
+            return JSONResponse(*NO_ENGINE)
         draining = house.gate.draining
         return JSONResponse({"status": "draining" if draining else "ready"}, 503 if draining else 200)
 

@@ -25,3 +25,8 @@ class House:
     gate: Gate
     metrics: Metrics
     created_s: int = field(default=0)
+
+    @property
+    def has_engine(self) -> bool:
+        """False once its engine is lost for good."""
+        return not getattr(self.setting.backend, "is_closed", False)

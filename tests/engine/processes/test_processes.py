@@ -135,11 +135,14 @@ def test_a_prompt_that_ends_every_process_ends_nothing_else(monkeypatch):
         await backend.check()
         with pytest.raises(EngineLost, match="status 9"):
             await backend.generate(request("bad", (66, 1)))
+        assert not backend.is_closed
         good = await backend.generate(request("good", (65, 1)))  # waits for the new process
         with pytest.raises(EngineLost):
             await backend.generate(request("bad", (66, 1)))
+        assert not backend.is_closed, "nobody has asked for another one yet"
         with pytest.raises(BackendFailed, match="none of 1 engines lives"):
             await backend.generate(request("good", (65, 1)))
+        assert backend.is_closed
         return good
 
     assert run(several("fragile", 1), poison).token_ids == tuple(map(ord, "abcdefghijkl"))

@@ -70,6 +70,12 @@ class DataParallel:
         if None not in found:
             raise self._none_lives()
 
+    @property
+    def is_closed(self) -> bool:
+        """By `close`, or because every engine has ended and none is started again: it serves nothing any more."""
+        given_up = (index in self._restarts and self._restarts[index].done() for index in range(len(self.engines)))
+        return self._is_closed or (not self._living() and (self._is_updated or all(given_up)))
+
     def stats(self) -> dict[str, float]:
         """Sums over the engines, with what those counted that were replaced."""
         living = [engine.stats() for engine in self.engines if not engine.is_lost]
