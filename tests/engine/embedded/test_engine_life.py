@@ -224,8 +224,9 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(overlap):
 
 
 @OVERLAP
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("together", [True, False])
-def test_an_image_that_the_gpu_has_no_room_for_fails_those_who_show_it_and_no_others(together, overlap):
+def test_an_image_that_the_gpu_has_no_room_for_fails_those_who_show_it_and_no_others(together, ahead, overlap):
     """In one step with others: some share the beginning of its prompt, some are in the middle of their answers."""
     small, large = image(1), image(2, h=12, w=12)
     text = prompt(5, 20)
@@ -249,7 +250,7 @@ def test_an_image_that_the_gpu_has_no_room_for_fails_those_who_show_it_and_no_ot
         tasks += [asyncio.create_task(engine.generate(a)) for a in (bad[0], *asks[3:], bad[1])]
         return await asyncio.gather(*tasks, return_exceptions=True), engine.stats()
 
-    results, stats = run(serve_all, model=model, encode_ahead=False, overlap=overlap)
+    results, stats = run(serve_all, model=model, encode_ahead=ahead, overlap=overlap)
     failed = [result for result in results if isinstance(result, BackendFailed)]
     assert len(failed) == 2
     assert all("an image of 144 patches does not fit" in str(error) for error in failed)

@@ -81,14 +81,20 @@ class EncodeAhead:
             self._share_threads(self._threads - self._tower_threads)
 
     def collect(self, wait: bool) -> None:
-        """Hands out what the tower has done. wait: for its next batch, if any was begun. Raises what failed there."""
+        """Hands out what the tower has done. wait: for its next batch, if any was begun.
+
+        Of images that the GPU has no memory for, the pass that shows them finds out whose they are. Raises what else
+        failed there.
+        """
         while self._begun and (wait or self._begun[0][1].done()):
             wait = False
             claims, features = self._pop()
-            self._encoder.give(claims, features.result())
+            fits = not isinstance(features.exception(), torch.OutOfMemoryError)
+            if fits:
+                self._encoder.give(claims, features.result())
             for claimants in claims.values():
                 for sequence, _ in claimants:
-                    sequence.held = bool(self._missing(sequence))
+                    sequence.held = fits and bool(self._missing(sequence))
 
     def forget(self) -> None:
         """Drops what was begun, once the tower is done with it."""
