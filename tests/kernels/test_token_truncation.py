@@ -9,6 +9,7 @@ import pytest
 import torch
 from vtengine_kernels import library
 from vtengine_kernels.token_sample import Truncation, native, token_sample, triton
+from vtengine_kernels.token_sample.threshold import MAX_VOCABULARY, UNIT_BITS
 
 from tests.kernels.interpreting import run_interpreted
 
@@ -173,6 +174,18 @@ def test_many_ids_are_halved_where_they_are_not_few():
     results = [token_sample(scores, *arguments, impl=impl) for impl in ("cpu", "ref")]
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-5)
+
+
+def test_rows_whose_masses_might_not_fit_are_left_to_others(monkeypatch):
+    """Masses are integers: of 2 ** 18 equal scores their sum fits, of 2 ** 19 it would not."""
+    monkeypatch.setattr(triton, "interpreted", lambda: True)
+    most = torch.zeros(1, 1).expand(1, MAX_VOCABULARY)
+    assert triton.takes(most) and most.shape[1] << UNIT_BITS < 1 << 63
+    scores, limits = torch.zeros(1, MAX_VOCABULARY + 1), Truncation(*map(torch.tensor, ([3], [1.0], [0.0])))
+    arguments = torch.tensor([0.5], dtype=torch.float64), torch.ones(1), limits
+    assert int(token_sample(scores, *arguments)[0]) == 1
+    with pytest.raises(ValueError, match=r"impl = 'triton' takes no .*\[1, 262145\]"):
+        token_sample(scores, *arguments, impl="triton")
 
 
 @pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))

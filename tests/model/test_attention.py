@@ -102,6 +102,17 @@ def test_flash_call(monkeypatch):
     assert calls == [([0, 3, 7], torch.int32, 4, True), ([0, 2, 4, 6, 7], torch.int32, 2, False)]
 
 
+def test_a_stream_has_offsets_of_its_own(monkeypatch):
+    """The copy is on its way in one stream; another, the vision tower's, does not wait for it."""
+    used = []
+    monkeypatch.setattr(attention, "_varlen", lambda q: lambda q, k, v, offsets, longest, causal: used.append(offsets))
+    _, q, k, v = qkv(4, 2, 1)
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(attention, "_current_stream", lambda device, stream=stream: stream)
+        dense_attention(q, k, v, Runs(((4, 1),)))
+    assert used[0] is used[2] is not used[1] and torch.equal(used[0], used[1])
+
+
 def test_flash_is_not_for_cpu_tensors():
     assert attention._varlen(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) is None
 

@@ -56,7 +56,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs, causal: bool = 
     """
     varlen = _varlen(q)
     if varlen is not None:
-        offsets = _offsets(runs.lengths, q.device)
+        offsets = _offsets(runs.lengths, q.device, _current_stream(q.device))
         return varlen(q, k, v, offsets, runs.max_length, causal)
     outputs, begin = [], 0
     for length, count in runs.items:
@@ -192,9 +192,16 @@ def _torchs_flash(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int
     return flash.attend(q, k, v, offsets, offsets, longest, longest, causal)[0]
 
 
+def _current_stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32 [n + 1] cumulative lengths. From pinned memory, or the host would wait for what runs on the GPU."""
+def _offsets(lengths: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """int32 [n + 1] cumulative lengths. From pinned memory, or the host would wait for what runs on the GPU.
+
+    stream: the current one. No other waits for the copy, nor before the memory is used again once this is forgotten.
+    """
     offsets = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
     return offsets.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else offsets

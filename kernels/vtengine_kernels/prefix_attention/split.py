@@ -131,8 +131,9 @@ if missing() is None:
 
 
 def work(siblings: Siblings, lengths: np.ndarray, device: torch.device) -> Tensor:
-    """`items` on a device."""
-    return torch.from_numpy(items(siblings, lengths)).to(device)
+    """`items` on a device, from pinned memory, or the host would wait for what runs there."""
+    found = torch.from_numpy(items(siblings, lengths))
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 def items(siblings: Siblings, lengths: np.ndarray) -> np.ndarray:

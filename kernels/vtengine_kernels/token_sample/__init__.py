@@ -38,9 +38,9 @@ def token_sample(
     temperature) exceeds the draw, over the ids that `truncation` keeps (None: all). The sums that a draw is compared
     with are float64; an id of probability 0 is never drawn. A row with a NaN, with +inf, or with nothing but -inf gets
     some id and NaN.
-    "triton": CUDA; two launches whose programs read the scores once and a block of them again, seven with a truncation;
-    nothing waits for the device. "cpu": C++. "torch", "ref": any device. ValueError: shapes, dtypes or devices that do
-    not fit. RuntimeError: `impl` is not available here.
+    "triton": CUDA, V <= 2 ** 18; two launches whose programs read the scores once and a block of them again, seven with
+    a truncation; nothing waits for the device. "cpu": C++. "torch", "ref": any device. ValueError: shapes, dtypes or
+    devices that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(scores, draws, temperature, truncation)
     module = select("token_sample", impl, _IMPLS, scores)

@@ -24,12 +24,15 @@ CAPACITY = 8192  # scores of a row that are brought together; of more, the row i
 CHUNK = 4096
 NUM_WARPS = 8
 SEARCH_WARPS = 16  # of a program that works on a row alone
+UNIT_BITS = 44
+MAX_VOCABULARY = 1 << (62 - UNIT_BITS)
+"""Of so many scores that all equal the best, the masses' sum fits int64."""
 
 if missing() is None:
     import triton
     import triton.language as tl
 
-    ONE: tl.constexpr = tl.constexpr(float(1 << 44))  # of the best score; 2 ** 18 of them fit
+    ONE: tl.constexpr = tl.constexpr(float(1 << UNIT_BITS))  # of the best score
     LOWEST: tl.constexpr = tl.constexpr(-0x7F800001)  # the key of -inf
 
     @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtengine_kernels.token_sample.threshold import threshold
+from vtengine_kernels.token_sample.threshold import MAX_VOCABULARY, threshold
 from vtengine_kernels.token_sample.truncation import Truncation
 from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
@@ -96,7 +96,7 @@ if missing() is None:
 
 
 def takes(scores: Tensor) -> bool:
-    return scores.is_cuda or interpreted()
+    return (scores.is_cuda or interpreted()) and scores.shape[1] <= MAX_VOCABULARY
 
 
 def block_of(vocabulary: int) -> int:

@@ -77,9 +77,11 @@ class Recording(TorchDispatchMode):
 class Stream:
     def __init__(self, device=None):
         self.device = device
+        self.waits = []
 
     def wait_stream(self, other):
         assert isinstance(other, Stream)
+        self.waits.append(other)
 
 
 @pytest.fixture
@@ -223,6 +225,7 @@ def test_where_a_capture_fails_the_engine_goes_on_without(cuda, caplog, at_once)
     assert answered == 8 and captures.failed and not captures.replays
     assert len(cuda.captures) == 2 or not at_once
     assert cuda.current is cuda.default
+    assert len(cuda.default.waits) == len(cuda.captures)  # for what ran before each, the one that failed too
     (warning,) = caplog.records
     assert "without CUDA graphs" in warning.getMessage() and "in a capture" in warning.getMessage()
 

@@ -58,12 +58,12 @@ class Captures:
             stream.wait_stream(outside)
             with torch.cuda.stream(stream):
                 function()  # a capture must neither compile a kernel nor set up a library
+                outside.wait_stream(stream)  # for that one; a capture computes nothing
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
                     result = function()
                 finally:
                     graph.capture_end()
-            outside.wait_stream(stream)
 
         def replay() -> Tensor:
             graph.replay()
