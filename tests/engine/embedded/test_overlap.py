@@ -14,6 +14,7 @@ import torch
 from tests.engine.harness import MODEL, TOLERANCE, assert_cold, run, serve
 from tests.engine.tiny import Letters, image, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.engine.embedded.captures import Captures
 from vtengine.engine.embedded.sampled import Fetched, Sampled
 from vtengine.model import hf_tensors
@@ -228,6 +229,21 @@ def test_what_nobody_wants_may_be_anything():
     first, passes, second = run(stop_then_nan, overlap=True)
     assert first.token_ids == whole[: cut + 1] and passes == cut + 2
     assert second.token_ids == whole
+
+
+def test_a_request_of_an_engine_that_was_just_closed_may_be_cancelled():
+    """Until the event loop hears of its end, it is known."""
+
+    async def cancel():
+        engine = EmbeddedEngine(MODEL, Letters(), EngineConfig(page_size=4, num_pages=300, overlap=True))
+        task = asyncio.create_task(engine.generate(request("a", prompt(1, 9), max_new_tokens=1000)))
+        await asyncio.sleep(0.01)
+        engine.worker.close()  # without a turn of the loop
+        engine.cancel("a")
+        with pytest.raises(BackendFailed, match="closed"):
+            await task
+
+    asyncio.run(cancel())
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -90,7 +91,7 @@ class EmbeddedEngine:
         """Ends a request: its `generate` returns what was sampled, finish "cancelled". Ignores unknown ids."""
         sequence = self._live.get(request_id)
         if sequence is not None:
-            self.worker.post(partial(self.answers.cancel, sequence))
+            self._end(sequence)
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         """source: a checkpoint folder, or tensors by checkpoint name (a part of them is enough).
@@ -149,7 +150,11 @@ class EmbeddedEngine:
     def _leave(self, sequence: Sequence) -> None:
         """The caller is gone: with its answer, or without one, which cancels the request."""
         del self._live[sequence.request.request_id]
-        if sequence.finish is None and not self.is_closed:
+        if sequence.finish is None:
+            self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        with contextlib.suppress(BackendFailed):  # closed meanwhile: it has failed already
             self.worker.post(partial(self.answers.cancel, sequence))
 
 
