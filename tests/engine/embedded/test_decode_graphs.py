@@ -41,7 +41,7 @@ class Graph:
     """What stands for torch.cuda.CUDAGraph."""
 
     def __init__(self, cuda):
-        self.cuda, self.operations = cuda, []
+        self.cuda, self.operations, self.is_invalid = cuda, [], False
 
     def capture_begin(self, pool, capture_error_mode):
         assert capture_error_mode == "thread_local"  # other threads prepare images meanwhile
@@ -53,6 +53,8 @@ class Graph:
     def capture_end(self):
         self.recording.__exit__(None, None, None)
         assert self.cuda.current is self.stream is not self.cuda.default
+        if self.is_invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def replay(self):
         for operation, arguments, options, results in self.operations:
@@ -68,7 +70,8 @@ class Recording(TorchDispatchMode):
         self.graph = graph
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        assert operation not in READS_BACK, f"{operation} in a capture"
+        self.graph.is_invalid |= operation in READS_BACK
+        assert not self.graph.is_invalid, f"{operation} in a capture"
         results = operation(*arguments, **(options or {}))
         self.graph.operations.append((operation, arguments, options or {}, results))
         return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Hashable
@@ -62,8 +63,11 @@ class Captures:
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
                     result = function()
-                finally:
-                    graph.capture_end()
+                except Exception:
+                    with contextlib.suppress(RuntimeError):  # which says no more than that there was an error before
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
 
         def replay() -> Tensor:
             graph.replay()
