@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.engine.tiny import Letters, prompt, request, tiny_model
+from vtengine.engine.base import SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, sampler
 from vtengine.engine.embedded.upload import packed, upload
 
@@ -32,6 +33,19 @@ def test_arrays_of_all_kinds_arrive_unchanged(send):
     if send is packed:
         assert len({tensor.untyped_storage().data_ptr() for tensor in found}) == 1
         assert all(tensor.data_ptr() % 16 == 0 for tensor in found)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_limits_lie_alike_however_many_rows_have_them(monkeypatch, rows):
+    """A kernel is compiled for where its arguments lie: in the middle of a batch nobody is to wait for another."""
+    monkeypatch.setattr(sampler, "upload", packed)
+    params = [SamplingParams(temperature=0.5 + k, top_p=0.5 + k / 10, top_k=k + 1, min_p=k / 10) for k in range(rows)]
+    plan = sampler.SamplingPlan.build([SamplingParams(), *params], [0] * (rows + 1), [7], 256, CPU)
+    greedy, limited = plan.parts
+    assert (greedy.kind, limited.kind) == (0, 2) and limited.index.tolist() == list(range(1, rows + 1))
+    for name in ("temperature", "top_p", "top_k", "min_p"):
+        found = getattr(limited, name)
+        assert found.tolist() == pytest.approx([getattr(p, name) for p in params]) and found.data_ptr() % 16 == 0
 
 
 @pytest.mark.gpu

@@ -29,9 +29,8 @@ class EngineConfig:
     for both. device: None is the model's. cuda_graphs: whether decode steps on a GPU are captured in CUDA graphs
     when the engine is made, which takes seconds; without them they are slower. overlap: whether a pass is launched
     before what the one before it sampled is taken in, so that the device does not wait for the host; None: on a GPU.
-    num_threads: torch threads of the
-    engine's worker; None leaves them as they are. max_chunks_per_s: of all streams together; where tokens come
-    faster, several share one (the first and the last never wait); None: no limit.
+    num_threads: torch threads of the engine's worker; None leaves them as they are. max_chunks_per_s: of all streams
+    together; where tokens come faster, several share one (the first and the last never wait); None: no limit.
     """
 
     page_size: int = 16

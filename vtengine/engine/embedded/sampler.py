@@ -84,14 +84,14 @@ class SamplingPlan:
         found = np.unique(kinds).tolist()
         arrays = [np.array(banned, dtype=np.int64), *_bias([p.logit_bias for p in params])]
         for index in (np.flatnonzero(kinds == kind) for kind in found):
-            arrays += [index, top_k[index], numbers[:, index]]
+            arrays += [index, top_k[index], *numbers[:, index]]
         ids, rows, tokens, values, *sent = upload(arrays, device)
         return SamplingPlan(
             np.asarray([seed_bits(s) for s in seeds], dtype=np.uint64),
             device,
             (rows, tokens, values) if len(rows) else None,
             ids if len(ids) else None,
-            tuple(Rows(kind, *sent[3 * n : 3 * n + 2], *sent[3 * n + 2]) for n, kind in enumerate(found)),
+            tuple(Rows(kind, *sent[5 * n : 5 * n + 5]) for n, kind in enumerate(found)),
         )
 
     def draws(self, counters: np.ndarray) -> Tensor | None:
