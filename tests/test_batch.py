@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_answers_come_in_order_and_a_bad_row_ends_nothing():
         ({"temperature": -1}, "'-1' is not a number >= 0"),
         ({"backend": "nope"}, "--backend nope"),
         ({"model": "no/such/folder"}, "no/such/folder"),
+        ({"image_root": "no/such/folder"}, "image_root = 'no/such/folder': is not a folder"),
         ({"engine_arg": ["tp_size=2", "page_size=1"]}, "--engine-arg tp_size=2: is for --backend sglang"),
     ],
 )
@@ -85,3 +87,20 @@ def test_what_is_missing_is_named():
     stage = AnswerBatches.__new__(AnswerBatches)
     with pytest.raises(ValueError, match="no column question; it has id, image"):
         stage({"image": [], "id": []})
+    with pytest.raises(ValueError, match="differ in length: {'image': 1, 'question': 2}"):
+        stage({"image": ["x.png"], "question": ["a", "b"]})
+
+
+@pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")
+def test_where_it_cannot_be_called():
+    stage = AnswerBatches("glance")
+
+    async def inside():
+        stage({"image": [], "question": []})
+
+    with pytest.raises(TypeError, match=r"in a coroutine: asyncio\.to_thread"):
+        asyncio.run(inside())
+    stage.close()
+    stage.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        stage({"image": [], "question": []})

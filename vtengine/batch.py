@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -51,15 +52,25 @@ class AnswerBatches:
                 flags += [switch] if one is True else [] if one is False or one is None else [switch, str(one)]
         self.arguments = engine_options(flags)
         self.image_root = Path(image_root)
+        if not self.image_root.is_dir():
+            raise ValueError(f"image_root = {str(image_root)!r}: is not a folder")
+        _refuse_in_loop()
         self.concurrency = concurrency or default_concurrency(self.arguments)
         self._runner, self._stack = asyncio.Runner(), AsyncExitStack()
+        self._is_closed = False
         self._setting = self._runner.run(self._open())
 
     def __call__(self, batch: Mapping[str, Any]) -> Columns:
-        """Raises ValueError where `image` or `question` is no column."""
+        """Raises ValueError where `image` or `question` is no column, or columns differ in length."""
         missing = [name for name in ("image", "question") if name not in batch]
         if missing:
-            raise ValueError(f"batch: has no column {missing[0]}; it has {', '.join(sorted(batch))}")
+            raise ValueError(f"batch: has no column {missing[0]}; it has {', '.join(map(str, batch))}")
+        lengths = {name: len(batch[name]) for name in ("image", "question", "id") if name in batch}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"batch: columns differ in length: {lengths}")
+        if self._is_closed:
+            raise RuntimeError("AnswerBatches is closed; make another one")
+        _refuse_in_loop()
         rows = self._runner.run(self._answer(self._questions(batch)))
         found: Columns = {name: [] for name in ANSWERS}
         for row in rows:
@@ -69,9 +80,11 @@ class AnswerBatches:
         return {"expected" if name == "answer" else name: column for name, column in batch.items()} | found
 
     def close(self) -> None:
-        """Stops the engine. Ray ends the process instead."""
-        self._runner.run(self._stack.aclose())
-        self._runner.close()
+        """Stops the engine; a second time does nothing. Ray ends the process instead."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._runner.run(self._stack.aclose())
+            self._runner.close()
 
     async def _open(self) -> Setting:
         return await self._stack.enter_async_context(open_session(self.arguments, self.concurrency))
@@ -103,6 +116,12 @@ class AnswerBatches:
             else:
                 rows.append(question)
         return rows
+
+
+def _refuse_in_loop() -> None:
+    with contextlib.suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise TypeError("AnswerBatches owns an event loop and is for plain code; in a coroutine: asyncio.to_thread")
 
 
 def _row_id(value: Any, index: int) -> str | int:

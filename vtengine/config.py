@@ -129,7 +129,10 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
             names = [str(choice) for choice in get_args(kind)]
-            raise ConfigError(f"{where} = {value!r}: must be one of {', '.join(names)}; {_nearest(str(value), names)}")
+            hint = did_you_mean(str(value), names)
+            raise ConfigError(
+                "; ".join(filter(None, (f"{where} = {value!r}: must be one of {', '.join(names)}", hint)))
+            )
         return value
     if origin is tuple:
         return _convert_tuple(value, kind, where)
@@ -196,7 +199,7 @@ def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    return did_you_mean(word, known, 0.5) or f"known: {', '.join(known) or 'none'}"
+    return did_you_mean(word, known) or f"known: {', '.join(known) or 'none'}"
 
 
 def _name(kind: Any) -> str:

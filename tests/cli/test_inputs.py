@@ -69,6 +69,19 @@ def test_bad_line_is_rejected_and_the_next_is_read(tmp_path: Path, line: bytes, 
     json.dumps([bad.id, bad.carried], allow_nan=False).encode("ascii")
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        (b'{"image": "a.png", "quesiton": "q"}', "; the row has 'quesiton'"),
+        (b'{"images": ["a.png"], "question": "q"}', "; the row has 'images'"),
+        (b'{"image": "", "question": "q"}', "is missing or empty"),
+    ],
+)
+def test_a_key_that_is_missing_may_be_a_typo(tmp_path: Path, line: bytes, hint: str) -> None:
+    (bad,) = read(tmp_path, line)
+    assert isinstance(bad, RejectedRow) and bad.message.endswith(hint)
+
+
 def test_half_a_line_at_the_end_is_rejected(tmp_path: Path) -> None:
     good, bad = read(tmp_path, GOOD, GOOD[:30])
     assert isinstance(good, InputRow) and isinstance(bad, RejectedRow)

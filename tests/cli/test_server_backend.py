@@ -42,6 +42,7 @@ def test_a_server_that_is_not_there(checkpoint: Path, vtengine: Run, questions: 
     line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", "--model", checkpoint]
     done = vtengine(*line, "--backend", "http://127.0.0.1:9")
     assert done.status == 1 and done.err.count("\n") == 1 and "is it running" in done.err
+    assert done.err.count("http://127.0.0.1:9") == 1
 
 
 def test_engine_arguments_are_for_an_engine_in_the_process(vtengine: Run, questions: Run, tmp_path: Path) -> None:

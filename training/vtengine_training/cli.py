@@ -12,18 +12,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vtengine.cli.arguments import Parser
 from vtengine.cli.errors import UsageError
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vtengine-train",
         description="train and evaluate vtengine models",
         epilog=_examples("vtengine-train COMMAND --help", "vtengine-train grpo configs/glance_grpo.toml --dry-run"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, (run, text, examples) in COMMANDS.items():
         command = commands.add_parser(
             name,

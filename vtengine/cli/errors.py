@@ -37,3 +37,8 @@ def one_line(error: BaseException | str) -> str:
     else:
         text = str(error) or type(error).__name__
     return " ".join(text.split())
+
+
+def reason(error: OSError) -> str:
+    """What is wrong with a file, for messages that name the file themselves."""
+    return error.strerror or one_line(error)

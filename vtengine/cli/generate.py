@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, one_line
+from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, reason
 from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
 from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, settings_path
 from vtengine.cli.progress import Progress
@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     check_backend(arguments)
     task = _Task.prepare(arguments)
+    if arguments.n > 1 and arguments.temperature == 0 and not arguments.quiet:
+        print(f"--n {arguments.n}: greedy samples are all the same; --temperature 1 makes them differ", file=sys.stderr)
     started_s = time.monotonic()
     if task.rows_done < task.rows_total:
         asyncio.run(_generate(task))
@@ -89,7 +91,7 @@ class _Task:
         try:
             task = cls(arguments, TotalsCounter(), sum(1 for _ in read_inputs(source)) * arguments.n)
         except OSError as error:
-            raise UsageError(f"{source}: cannot be read: {one_line(error)}") from None
+            raise UsageError(f"{source}: cannot be read: {reason(error)}") from None
         if arguments.resume and target.is_file():
             check_settings(target, sampling_settings(arguments))
             found = find_rows(target, source, task.places, arguments.n, task.counter.add)

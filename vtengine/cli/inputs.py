@@ -6,6 +6,7 @@ image_missing · image_wrong_type · question_missing · question_wrong_type · 
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -137,7 +138,9 @@ def _check_record(number: int, row_id: RowId, record: dict[str, Any], carried: d
 def _text(record: dict[str, Any], key: str) -> str:
     value = record.get(key)
     if value is None or value == "":
-        raise _Reject(f"{key}_missing", f"key {key!r} is missing or empty")
+        near = difflib.get_close_matches(key, [name for name in record if name != key], 1)
+        hint = f"; the row has {near[0]!r}" if near else ""
+        raise _Reject(f"{key}_missing", f"key {key!r} is missing or empty{hint}")
     if not isinstance(value, str):
         raise _Reject(f"{key}_wrong_type", f"{key} must be a string, not {_kind(value)}")
     if not value.strip():

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from vtengine.cli.errors import CliError, UsageError, one_line
+from vtengine.cli.errors import CliError, UsageError, one_line, reason
 
 SYNC_SECONDS = 2.0
 
@@ -66,7 +66,7 @@ class OutputFile:
                     self._file.truncate(resume_at)
                 self._marker.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"-o {path}: cannot be written: {one_line(error)}") from None
+            raise UsageError(f"-o {path}: cannot be written: {reason(error)}") from None
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes one row; it is safe against a crash of this process at once, against a power cut after `sync`."""
@@ -165,4 +165,5 @@ def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         f"{key} was {before.get(key)!r}, is {value!r}" for key, value in settings.items() if before.get(key) != value
     ]
     if changed:
-        raise UsageError(f"--resume {path}: the run was started with other settings ({'; '.join(changed)})")
+        remedy = "give them back, or leave out --resume to begin anew"
+        raise UsageError(f"--resume {path}: the run was started with other settings ({'; '.join(changed)}); {remedy}")

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vtengine.cli.errors import OK, CliError, UsageError, one_line
+from vtengine.cli.errors import OK, CliError, UsageError, one_line, reason
 from vtengine.cli.session import CONCURRENCY, check_backend, default_concurrency, open_session
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _limits(arguments: argparse.Namespace) -> ServerLimits:
     except ValueError as error:
         raise UsageError(f"--config, --set: {one_line(error)}") from None
     except OSError as error:
-        raise UsageError(f"--config {arguments.config}: cannot be read: {one_line(error)}") from None
+        raise UsageError(f"--config {arguments.config}: cannot be read: {reason(error)}") from None
     return limits
 
 
@@ -100,7 +100,7 @@ def _keys(arguments: argparse.Namespace) -> ApiKeys:
     except ValueError as error:
         raise UsageError(f"--api-key-file, --api-key-env: {one_line(error)}") from None
     except OSError as error:
-        raise UsageError(f"--api-key-file {arguments.api_key_file}: cannot be read: {one_line(error)}") from None
+        raise UsageError(f"--api-key-file {arguments.api_key_file}: cannot be read: {reason(error)}") from None
 
 
 def _bind(arguments: argparse.Namespace) -> socket.socket:

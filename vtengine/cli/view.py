@@ -14,6 +14,8 @@ def run(arguments: argparse.Namespace) -> int:
     source, target = arguments.input, arguments.output
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"-o {target}: is the input itself")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"-o {target}: cannot be written: {target.parent} is no folder")
     if arguments.image_root is not None and not arguments.image_root.is_dir():
         raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
     options = PageOptions(arguments.title or source.name, arguments.image_root, arguments.max_mb * 2**20)

@@ -78,7 +78,7 @@ def _read_path(source: str, root: Path, limits: SourceLimits) -> bytes:
     path = os.path.realpath(os.path.join(inside, source))
     if os.path.commonpath((inside, path)) != inside:
         found = f"image {_short(source)} is outside the image root {_short(str(root))}"
-        raise ImageError("image_outside_root", f"{found}; move it there, or name a folder that holds it (--image-root)")
+        raise ImageError("image_outside_root", f"{found}; move it there, or name a root that holds it")
     try:
         # O_NONBLOCK: opening a named pipe must not wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from vtengine_training.cli import main
 from vtengine_training.loggers.jsonl import cut_metrics, rounded
 from vtengine_training.stopping import EXIT_STOPPED
 from vtengine_training.trainer.checkpoint import find_latest
-from vtengine_training.trainer.command import EXIT_DIVERGED
+from vtengine_training.trainer.command import EXIT_DIVERGED, note
 
 from vtengine.config import to_toml
 
@@ -164,7 +165,8 @@ def test_a_run_that_learned_nothing_exports_nothing(command, tmp_path, capsys, m
     for _ in range(2):
         assert main(arguments) == EXIT_DIVERGED
         said = capsys.readouterr().err
-        assert "stopped at step 2: none of 2 steps changed a weight" in said and "zero_spread" in said
+        assert "stopped at step 2: none of 2 steps changed a weight" in said
+        assert re.search(r"\(groups of the last one: .*zero_spread \d+.*\); raise rollout.n", said)
     assert not (tmp_path / "idle" / "model").exists()
 
 
@@ -209,6 +211,9 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, mo
         ("checkpoint.keep=0", "1 or more"),
         ("update.shard_ranks=8", "update.shard_ranks = 8: one process holds all the weights; start several with"),
         ("model=/no/such/folder", "no config.json"),
+        ("model=glance-stf", "model: glance-stf holds no config.json; did you mean glance-sft?"),
+        ("reward.function=''", "accuracy = 'function', function = '': name yours as package.module:name"),
+        ("update.final_rate=1", "final_rate = 1.0: must be from 0 to learning_rate (="),
         ("data.files=[]", "JSONL"),
         ("data.files=['/no/such.jsonl']", "such.jsonl"),
         ("reward.function=toy_reward:missing", "has no missing"),
@@ -304,11 +309,27 @@ def test_a_full_gpu_is_no_traceback(command, monkeypatch, capsys) -> None:
     assert "a lower update.max_tokens" in last
 
 
+def test_what_the_console_says_of_a_step() -> None:
+    assert note({"step": 0.0, "val/reward/accuracy": 0.5, "val/upscale/ratio": 1.0}) == (
+        "val/reward/accuracy 0.5  val/upscale/ratio 1"
+    )
+    assert note({"step": 1.0, "groups/drawn": 12.0}) == "nothing scored: 12 groups drawn"
+
+
+def test_an_unknown_flag_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["grpo", "any.toml", "--dry-runn"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("vtengine-train grpo: ") and said.count("\n") == 1 and "did you mean --dry-run?" in said
+
+
 def test_a_dry_run_names_what_is_missing(command, tmp_path, capsys) -> None:
-    settings = ('data.files=["absent.jsonl"]', "profile=absent")
+    settings = ('data.files=["absent.jsonl"]', "profile=absent", "model=absent")
     assert main([*command("nothing", "no_such_module:name", *settings), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "# MISSING: profile 'absent': not found" in said
+    assert "# MISSING: model: absent holds no config.json" in said
     assert "# MISSING: data.files: absent.jsonl: no such file" in said
     assert "# MISSING: reward.function = 'no_such_module:name': cannot import" in said
     assert main([*command("nothing", "tests.training.rewards.rewards_of_users:half"), "--dry-run"]) == 0

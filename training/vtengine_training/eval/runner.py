@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vtengine.cli.models import SHIPPED_NAMES, image_processor, shipped_model
+from vtengine.config import did_you_mean
 from vtengine.engine.base import SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import load_model
@@ -38,14 +39,15 @@ ALL_COLUMNS = {
 }
 
 
-def model_folder(name: str) -> Path:
-    """The checkpoint folder a config names. Raises ValueError if it is none."""
+def model_folder(name: str, field: str = "model") -> Path:
+    """The checkpoint folder that `field` of a config names. Raises ValueError if it is none."""
     folder = shipped_model(name) if name in SHIPPED_NAMES else Path(name)
     if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"model: {folder} holds no config.json; give the folder of a checkpoint: train one with `vtengine-train "
-            "sft`, or download one (ids of the Hugging Face hub are not looked up here)"
+        remedy = did_you_mean(name, SHIPPED_NAMES) or (
+            "give the folder of a checkpoint: train one with `vtengine-train sft`, or download one (ids of the Hugging "
+            "Face hub are not looked up here)"
         )
+        raise ValueError(f"{field}: {folder} holds no config.json; {remedy}")
     return folder
 
 

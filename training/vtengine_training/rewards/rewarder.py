@@ -35,7 +35,8 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if (self.accuracy == "function") != bool(self.function):
-            raise ValueError(f'function = {self.function!r}: goes with accuracy = "function", and only with it')
+            remedy = "leave it out" if self.function else "name yours as package.module:name"
+            raise ValueError(f"accuracy = {self.accuracy!r}, function = {self.function!r}: {remedy}")
         if not 0 <= self.tolerance <= 1:
             raise ValueError(f"tolerance = {self.tolerance}: must be from 0 to 1")
         if self.uses_judge:

@@ -60,7 +60,7 @@ class Teaching:
 def make_tokenizer(config: SftConfig, profile: Profile) -> Tokenizer:
     """That of the checkpoint the run begins with, or a new one made for the profile."""
     if config.init:
-        return Tokenizer.from_file(str(model_folder(config.init) / "tokenizer.json"))
+        return Tokenizer.from_file(str(model_folder(config.init, "init") / "tokenizer.json"))
     return train_tokenizer(profile)
 
 
@@ -69,7 +69,7 @@ def make_model(config: SftConfig, tokenizer: Tokenizer) -> VLModel:
     wanted = config.shape.model(tokenizer.get_vocab_size(), token_ids(tokenizer))
     if not config.init:
         return Qwen2_5_VL.build(wanted, config.seed)
-    model = load_model(model_folder(config.init), torch.device("cpu"), torch.float32)
+    model = load_model(model_folder(config.init, "init"), torch.device("cpu"), torch.float32)
     if (model.config.vision, model.config.text) != (wanted.vision, wanted.text):
         raise ValueError(f"init = {config.init!r}: its config.json differs from [shape]; make [shape] the same")
     return model
@@ -177,7 +177,7 @@ class Run:
                 old.unlink()
         self.export(self.folder / "model")
         if self.adapters is not None:
-            base = model_folder(self.config.init)
+            base = model_folder(self.config.init, "init")
             save_adapter(self.adapters.tensors(), self.adapters, base, self.folder / "adapter")
 
     def _identity(self) -> dict[str, Any]:
@@ -185,7 +185,10 @@ class Run:
         the model that they sit on."""
         found: dict[str, Any] = {"shape": to_dict(self.config.shape)}
         if self.adapters is not None:
-            found |= {"lora": to_dict(self.config.lora), "init": weights_fingerprint(model_folder(self.config.init))}
+            found |= {
+                "lora": to_dict(self.config.lora),
+                "init": weights_fingerprint(model_folder(self.config.init, "init")),
+            }
         return found
 
     def export(self, folder: Path) -> None:

@@ -30,7 +30,10 @@ LESS_MEMORY = (
     "update.recompute = true, a lower update.max_tokens or rollout.kv_mib, and more processes take less of it; "
     "--dry-run adds it up"
 )
-NOTE = ("reward/mean", "reward/accuracy", "upscale/ratio", "kl", "entropy", "grad_norm")
+NOTE = (
+    *("reward/mean", "reward/accuracy", "upscale/ratio", "kl", "entropy", "grad_norm"),
+    *("val/reward/accuracy", "val/upscale/ratio"),
+)
 
 
 def run_grpo(arguments: argparse.Namespace) -> int:
@@ -116,7 +119,8 @@ async def train(run: Run, report: Callable[[dict[str, float]], None]) -> None:
 
 def note(figures: Mapping[str, Any]) -> str:
     """What the console says of a step."""
-    return "  ".join(f"{name} {figures[name]:.4g}" for name in NOTE if name in figures)
+    found = "  ".join(f"{name} {figures[name]:.4g}" for name in NOTE if name in figures)
+    return found or f"nothing scored: {figures.get('groups/drawn', 0):.0f} groups drawn"
 
 
 def plan(config: GrpoConfig) -> list[str]:
@@ -143,12 +147,13 @@ def plan(config: GrpoConfig) -> list[str]:
 def _missing(config: GrpoConfig) -> Iterator[str]:
     """What would end the run at its start, of what is seen without loading anything."""
     from vtengine.protocol.profile import load_profile
+    from vtengine_training.eval.runner import model_folder
     from vtengine_training.rewards.user import load_function
 
     held_out = config.validation.files if config.validation.every else ()
     for field, files in (("data", config.data.files), ("validation", held_out)):
         yield from (f"{field}.files: {name}: no such file or folder" for name in files if not Path(name).exists())
-    checks: list[Callable[[], object]] = [partial(check_loggers, config.loggers)]
+    checks: list[Callable[[], object]] = [partial(model_folder, config.model), partial(check_loggers, config.loggers)]
     if config.reward.function:
         checks.append(partial(load_function, config.reward.function))
     if config.profile:
@@ -179,8 +184,8 @@ def _estimate(config: GrpoConfig) -> list[str]:
 
     try:
         folder = model_folder(config.model)
-    except ValueError as error:
-        return [f"no estimate: {error}"]
+    except ValueError:
+        return ["no estimate without the model"]
     cost = ModelCost.of(ModelConfig.from_json(folder / "config.json"))
     gpu = gpu_bytes(torch.device("cuda")) if config.device != "cpu" and torch.cuda.is_available() else None
     frozen = bool(config.lora.rank)

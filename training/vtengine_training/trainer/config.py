@@ -138,7 +138,9 @@ class UpdateConfig:
         if not (self.learning_rate >= 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"learning_rate = {self.learning_rate}: must be 0 or more")
         if not 0 <= self.final_rate <= self.learning_rate:
-            raise ValueError(f"final_rate = {self.final_rate}: must be from 0 to learning_rate")
+            raise ValueError(
+                f"final_rate = {self.final_rate}: must be from 0 to learning_rate (= {self.learning_rate:g})"
+            )
         if self.final_rate and self.schedule == "constant":
             raise ValueError(f'final_rate = {self.final_rate}: needs schedule = "linear" or "cosine"')
         at_least(self, 1, "epochs", "max_tokens", "logits_chunk", "max_skipped")

@@ -179,7 +179,8 @@ class Run:
         """Raises ValueError where the data are to blame, else TrainingDiverged."""
         self.parts.collector.sampler.check_drawn()
         reason = max(REMEDIES, key=lambda name: self.counts.get(name, 0))
-        raise TrainingDiverged(f"{what} (last one: {self.counts}); {REMEDIES[reason]}")
+        counts = ", ".join(f"{name} {count:g}" for name, count in self.counts.items())
+        raise TrainingDiverged(f"{what} (groups of the last one: {counts}); {REMEDIES[reason]}")
 
     def _group_metrics(self, collected: Collected) -> Figures:
         found = {f"groups/{name}": float(collected.counts[name]) for name in COUNTED}

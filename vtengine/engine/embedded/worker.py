@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Worker:
 
     def start(self) -> None:
         self.thread.start()
+        atexit.register(self.close)  # torch aborts the process if Python ends a thread inside of it
         self._begun.wait()  # a synchronisation of the GPU by who made the engine would break a capture
 
     def post(self, command: Callable[[], None]) -> None:
@@ -73,6 +75,7 @@ class Worker:
             self.is_closed = True
             self._wake.notify()
         self.thread.join()
+        atexit.unregister(self.close)
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
