@@ -87,7 +87,7 @@ def test_what_is_missing_is_named():
     stage = AnswerBatches.__new__(AnswerBatches)
     with pytest.raises(ValueError, match="no column question; it has id, image"):
         stage({"image": [], "id": []})
-    with pytest.raises(ValueError, match="differ in length: {'image': 1, 'question': 2}"):
+    with pytest.raises(ValueError, match=r"differ in length: \{'image': 1, 'question': 2\}"):
         stage({"image": ["x.png"], "question": ["a", "b"]})
 
 
