@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -104,3 +106,17 @@ def test_where_it_cannot_be_called():
     stage.close()
     with pytest.raises(RuntimeError, match="is closed"):
         stage({"image": [], "question": []})
+
+
+@pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")
+def test_a_program_that_does_not_close_it_ends_in_order():
+    """Python ends a daemon's thread wherever it is, and inside of torch that aborts the process, now and then."""
+    program = (
+        "import atexit, threading\n"
+        "from vtengine.batch import AnswerBatches\n"
+        "stage = AnswerBatches('glance')\n"
+        "names = lambda: [thread.name for thread in threading.enumerate()].count('vtengine-engine')\n"
+        "before = names(); atexit._run_exitfuncs(); print(before, names())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "1 0\n"

@@ -64,7 +64,7 @@ class AnswerBatches:
         """Raises ValueError where `image` or `question` is no column, or columns differ in length."""
         missing = [name for name in ("image", "question") if name not in batch]
         if missing:
-            raise ValueError(f"batch: has no column {missing[0]}; it has {', '.join(map(str, batch))}")
+            raise ValueError(f"batch: has no column {missing[0]}; it has {', '.join(sorted(batch))}")
         lengths = {name: len(batch[name]) for name in ("image", "question", "id") if name in batch}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"batch: columns differ in length: {lengths}")

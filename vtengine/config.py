@@ -199,7 +199,7 @@ def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    return did_you_mean(word, known) or f"known: {', '.join(known) or 'none'}"
+    return did_you_mean(word, known, 0.55) or f"known: {', '.join(known) or 'none'}"
 
 
 def _name(kind: Any) -> str:

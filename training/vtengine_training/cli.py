@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vtengine.cli.arguments import Parser
-from vtengine.cli.errors import UsageError
+from vtengine.cli.errors import UsageError, one_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vtengine-train: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"vtengine-train: {error}", file=sys.stderr)
+        print(f"vtengine-train: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("vtengine-train: interrupted; run the same command again to go on", file=sys.stderr)

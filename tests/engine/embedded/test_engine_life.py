@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -298,19 +296,6 @@ def test_closing_fails_what_is_left_and_refuses_more():
         return errors[0]
 
     assert isinstance(asyncio.run(close_midway()), BackendFailed)
-
-
-def test_a_program_that_does_not_close_its_engine_ends_in_order():
-    """Python ends a daemon's thread wherever it is, and inside of torch that aborts the process, now and then."""
-    program = (
-        "import atexit\n"
-        "from tests.engine.embedded.test_engine_life import MODEL, EmbeddedEngine, EngineConfig, Letters\n"
-        "engine = EmbeddedEngine(MODEL, Letters(), EngineConfig(page_size=4, num_pages=300))\n"
-        "atexit._run_exitfuncs()\n"
-        "print(engine.worker.thread.is_alive())"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(
