@@ -1,4 +1,4 @@
-"""Every implementation of patchify that this machine can run, and images to run it on."""
+"""Every implementation and instruction set that this machine can run, and images to run patchify on."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ def compiled(request: pytest.FixtureRequest) -> Run:
     if request.param not in library.isas():
         pytest.skip(f"{request.param}: not on this machine, or the C++ library is not built")
     return run_as(request.param)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS[1:])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set of the C++ library in turn, which is also the one that "auto" means."""
+    if request.param not in library.isas():
+        pytest.skip(f"{request.param}: not on this machine, or the C++ library is not built")
+    monkeypatch.setitem(library.ISAS, "auto", library.ISAS[request.param])
+    return str(request.param)
 
 
 @pytest.fixture

@@ -34,20 +34,23 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes beside the place and renames, so that a reader never sees half a file. Raises OSError."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    _written_beside(path, text).replace(path)
 
 
 def write_new(path: Path, text: str) -> Path | None:
     """The same, but keeps an older file: returns the name that it has now. Raises OSError, the older one in place."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary = _written_beside(path, text)
     previous = free_previous(path) if path.exists() else None
     if previous is not None:
         path.replace(previous)
     temporary.replace(path)
     return previous
+
+
+def _written_beside(path: Path, text: str) -> Path:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    return temporary
 
 
 def check_place(path: Path) -> None:

@@ -84,9 +84,11 @@ class EngineConfig:
 
     def vision_bytes(self, on_gpu: bool) -> int:
         """0: no visual feature outlives its request."""
-        if not self.resume or self.vision_cache_bytes is None:
-            return self.resume * (GPU_VISION_CACHE_BYTES if on_gpu else VISION_CACHE_BYTES)
-        return self.vision_cache_bytes
+        if not self.resume:
+            return 0
+        if self.vision_cache_bytes is not None:
+            return self.vision_cache_bytes
+        return GPU_VISION_CACHE_BYTES if on_gpu else VISION_CACHE_BYTES
 
     def pages_that_fit(self, page_bytes: int, free_bytes: int | None = None) -> int:
         """Pages of the pool, for pages of this many bytes (keys and values of all layers). free_bytes: of a GPU."""

@@ -72,7 +72,7 @@ class EmbeddedEngine:
         self._outbox, self._pace = Outbox(), Pace(config.max_chunks_per_s)
         self.answers = Answers(self.scheduler, self.encoder, StopFinder(tokenizer), self._pace)
         ahead = EncodeAhead(self.encoder, self.scheduler, config.num_threads, config.encode_ahead)
-        overlap = self.model.device.type == "cuda" if config.overlap is None else config.overlap
+        overlap = on_gpu if config.overlap is None else config.overlap
         self.worker = Worker(
             self.scheduler, self.runner, ahead, self.answers, self._outbox, overlap, config.num_threads
         )
