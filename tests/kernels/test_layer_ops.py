@@ -8,7 +8,6 @@ from vtengine_kernels import layer_ops
 from vtengine_kernels.layer_ops import native, plain
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no C++ library: {native.missing()}")
-ISAS = ["scalar", "avx2", "avx512"]
 
 
 def numbers(*shape, seed=0, scale=1.0):
