@@ -79,7 +79,7 @@ def run_suite(name: str, *, quick: bool = False, gated: bool = True) -> dict[str
     try:
         for row in module.run(Context(quick=quick, results=RESULTS)):
             rows.append(row)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if not rows:
             raise
         traceback.print_exc()

@@ -20,7 +20,7 @@ from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.model import Qwen2_5_VL
 
 TESTS = ["-m", "gpu", "tests/engine/embedded/test_overlap.py"]
-BATCHES, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = (1, 16, 64), 200, 128, 3
+BATCHES, PROMPT_TOKENS, NEW_TOKENS, ROUNDS = (1, 16, 64), 200, 32, 3
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "temperature 1": {"temperature": 1.0},
