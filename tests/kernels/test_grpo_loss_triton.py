@@ -115,7 +115,7 @@ def on_gpu(case, objective, impl, dtype, chunk):
     hidden, weight, targets = hidden.cuda().requires_grad_(), head.weight.cuda().requires_grad_(), targets.cuda()
     banned = None if head.banned is None else head.banned.cuda()
     head = type(head)(weight, head.temperature, head.soft_cap, banned)
-    tokens = make_tokens(token_logprob(hidden, head, targets, impl="ref")[0])  # on a CPU bfloat16 may take seconds
+    tokens = make_tokens(token_logprob(*case.tensors(), impl="ref")[0])
     moved = type(tokens)(
         *(getattr(tokens, name).cuda() for name in ("advantages", "weights", "old", "rollout", "ref", "sequences")),
         tokens.num_sequences,

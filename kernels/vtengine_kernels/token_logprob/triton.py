@@ -32,23 +32,29 @@ if missing() is None:
 
     @triton.jit
     def row_statistics(row_ptr, target, vocabulary, cold, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
-        """(logprob of the target, entropy, log-sum-exp) of one row, in one pass."""
-        v = tl.arange(0, BLOCK)
-        highest = -3.0e38
-        total = 0.0
-        moment = 0.0  # sum of weight * (score - highest)
-        for first in range(0, vocabulary, BLOCK):
-            in_V = first + v < vocabulary
-            x_V = tl.load(row_ptr + first + v, mask=in_V, other=float("-inf")).to(tl.float32)
-            x_V, _ = bounded(x_V, cold, cap, CAPPED)
-            new = tl.maximum(highest, tl.max(x_V, axis=0))
-            fade = tl.exp(highest - new)
-            below_V = x_V - new
-            weight_V = tl.exp(below_V)
-            moment = (moment + total * (highest - new)) * fade
-            moment += tl.sum(tl.where(in_V, weight_V * below_V, 0.0), axis=0)
-            total = total * fade + tl.sum(weight_V, axis=0)
-            highest = new
+        """(logprob of the target, entropy, log-sum-exp) of one row, in one pass. BLOCK scores at a time are four lines
+        of W: a thread keeps the sums of its own columns, and threads meet only at the end."""
+        WIDTH: tl.constexpr = BLOCK // 4
+        v_LW = tl.arange(0, 4)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        highest_W = tl.full((WIDTH,), -3.0e38, dtype=tl.float32)
+        total_W = tl.zeros((WIDTH,), dtype=tl.float32)
+        moment_W = tl.zeros((WIDTH,), dtype=tl.float32)  # sum of weight * (score - highest)
+        for first in tl.range(0, vocabulary, BLOCK):
+            in_LW = first + v_LW < vocabulary
+            x_LW = tl.load(row_ptr + first + v_LW, mask=in_LW, other=float("-inf")).to(tl.float32)
+            x_LW, _ = bounded(x_LW, cold, cap, CAPPED)
+            new_W = tl.maximum(highest_W, tl.max(x_LW, axis=0))
+            fade_W = tl.exp(highest_W - new_W)
+            below_LW = x_LW - new_W[None, :]
+            weight_LW = tl.exp(below_LW)
+            moment_W = (moment_W + total_W * (highest_W - new_W)) * fade_W
+            moment_W += tl.sum(tl.where(in_LW, weight_LW * below_LW, 0.0), axis=0)
+            total_W = total_W * fade_W + tl.sum(weight_LW, axis=0)
+            highest_W = new_W
+        highest = tl.max(highest_W, axis=0)
+        fade_W = tl.exp(highest_W - highest)
+        total = tl.sum(total_W * fade_W, axis=0)
+        moment = tl.sum((moment_W + total_W * (highest_W - highest)) * fade_W, axis=0)
         log_total = tl.log(total)
         own, _ = bounded(tl.load(row_ptr + target).to(tl.float32), cold, cap, CAPPED)
         return own - highest - log_total, log_total - moment / total, highest + log_total
