@@ -1,7 +1,7 @@
 """Ways to one loss: from hidden states and a head to DAPO's loss (clip 0.2 / 0.28, k3 0.04) and its two gradients.
 
-Peers take part where they are installed (`make bench-peers`). All but Liger and ours give log-probabilities, and share
-the few lines that turn those into the loss.
+Peers take part where they are installed (`make bench-peers`; "Liger, SM90" wants Hopper and liger-kernel[cutedsl]). All
+but Liger and ours give log-probabilities, and share the few lines that turn those into the loss.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from vtengine_kernels.grpo_loss import Head, Objective, Tokens, grpo_loss
 from vtengine_kernels.grpo_loss.ref import policy_terms
-from vtengine_kernels.token_logprob import token_logprob
+from vtengine_kernels.token_logprob import Impl, liger, token_logprob
 
 OBJECTIVE = Objective("clip", 0.2, 0.28, kl_coef=0.04)
 Logprobs = Callable[["Problem"], Tensor]
@@ -87,13 +87,16 @@ def candidates(chunks: tuple[int, ...] = (1024,)) -> dict[str, Callable[[Problem
         if logprobs is not None:
             ways[name] = partial(from_logprobs, logprobs)
     if importlib.util.find_spec("liger_kernel") is not None:
-        ways["Liger"] = liger
+        ways["Liger"] = liger_grpo
+    if liger.missing() is None:
+        ways["Liger, SM90"] = partial(ours, chunk=chunks[0], impl="liger")
     return ways
 
 
-def ours(problem: Problem, chunk: int) -> Tensor:
+def ours(problem: Problem, chunk: int, impl: Impl = "auto") -> Tensor:
     flat, targets, mask = problem.hidden.flatten(0, 1), problem.targets.view(-1), problem.mask.view(-1)
-    return grpo_loss(flat, Head(problem.weight), targets, problem.tokens, OBJECTIVE, mask=mask, chunk=chunk).total
+    head = Head(problem.weight)
+    return grpo_loss(flat, head, targets, problem.tokens, OBJECTIVE, mask=mask, chunk=chunk, impl=impl).total
 
 
 def from_logprobs(logprobs: Logprobs, problem: Problem) -> Tensor:
@@ -156,11 +159,11 @@ def verl() -> Logprobs | None:
     return logprobs
 
 
-def liger(problem: Problem) -> Tensor:
-    """Its options as TRL sets them for DAPO, but for compilation, which a CPU benchmark would only wait for."""
+def liger_grpo(problem: Problem) -> Tensor:
+    """Its options as TRL sets them for DAPO, but for compilation: it is of the arithmetic on N logprobs alone."""
     module = importlib.import_module("liger_kernel.chunked_loss")
     made = module.LigerFusedLinearGRPOLoss(
-        beta=OBJECTIVE.kl_coef, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo", compiled=problem.hidden.is_cuda
+        beta=OBJECTIVE.kl_coef, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo", compiled=False
     )
     shape, tokens = problem.mask.shape, problem.tokens
     found = made(

@@ -16,7 +16,7 @@ from memory import grown_on_gpu_mib
 from torch import Tensor
 from vtengine_kernels.token_logprob.chunked import parts
 
-TESTS = ["-m", "gpu", "tests/kernels/test_grpo_loss_triton.py"]
+TESTS = ["-m", "gpu", "tests/kernels/test_grpo_loss_triton.py", "tests/kernels/test_installed_loss.py"]
 _COLUMNS = {
     "model": "Head",
     "candidate": "Implementation",
@@ -31,7 +31,7 @@ _COLUMNS = {
 TABLES = {"gpu-grpo-loss": {"columns": _COLUMNS}}
 HEADS = {"3B": (2048, 151_936), "7B": (3584, 152_064)}
 CHUNK = 4096
-TAKEN = ("vtengine", "masked rows, head, torch", "Apple CCE (torch)", "Liger")
+TAKEN = ("vtengine", "masked rows, head, torch", "Apple CCE", "Liger", "Liger, SM90")
 
 
 def run(context: Any) -> Iterator[dict[str, Any]]:
@@ -48,7 +48,8 @@ def run(context: Any) -> Iterator[dict[str, Any]]:
 
 def measure(context: Any, model: str, problem: Problem) -> list[dict[str, Any]]:
     trained = int(problem.mask.sum())
-    ways = {name: way for name, way in candidates((CHUNK,)).items() if name in TAKEN}
+    named = {name.removesuffix(" (torch)"): way for name, way in candidates((CHUNK,)).items()}  # Apple's: Triton here
+    ways = {name: way for name, way in named.items() if name in TAKEN}
     if trained > 8192:  # float32 scores of all rows would not fit
         ways.pop("masked rows, head, torch", None)
     calls = {name: partial(problem.gradients, way) for name, way in ways.items()}

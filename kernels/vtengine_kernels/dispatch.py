@@ -127,6 +127,13 @@ def _flashinfer(op: str, does: str) -> Availability:
     )
 
 
+def _liger(op: str) -> Availability:
+    from vtengine_kernels.token_logprob import liger
+
+    reason = liger.missing()
+    return Availability(op, "liger", reason is None, reason or "Liger's kernels for Hopper, bfloat16; only by name")
+
+
 def _rows(op: str) -> list[Availability]:
     """An op on scores over a vocabulary: the same implementations for each."""
     return [
@@ -134,6 +141,7 @@ def _rows(op: str) -> list[Availability]:
         _native(op, "more passes over the scores in training, which shows where the head is small"),
         Availability(op, "torch", True, "torch, in chunks"),
         Availability(op, "ref", True, "torch, all scores at once"),
+        _liger(op),
     ]
 
 

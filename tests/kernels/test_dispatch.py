@@ -29,10 +29,10 @@ def test_report_names_every_implementation():
         *(("layer_ops", impl) for impl in ("flashinfer", "triton", "cpu", "torch")),
         *(("visual_scatter", impl) for impl in ("triton", "ref")),
         *(("token_sample", impl) for impl in ("triton", "cpu", "torch", "ref")),
-        *((op, impl) for op in ("token_logprob", "grpo_loss") for impl in ("triton", "cpu", "torch", "ref")),
+        *((op, impl) for op in ("token_logprob", "grpo_loss") for impl in ("triton", "cpu", "torch", "ref", "liger")),
     }
     assert all(entry.reason for entry in report)
-    assert report[-1].available
+    assert {entry.op for entry in report if entry.available} == {entry.op for entry in report}
 
 
 def test_without_the_library(monkeypatch, fresh_search):

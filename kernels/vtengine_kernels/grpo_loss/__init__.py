@@ -7,6 +7,7 @@ three matrix products per step, as the plain head takes, and no tensor of all ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,7 @@ from torch import Tensor
 from vtengine_kernels.dispatch import select
 from vtengine_kernels.grpo_loss import chunked, ref
 from vtengine_kernels.grpo_loss.objective import MAX_LOG_RATIO, Objective, Tokens
-from vtengine_kernels.token_logprob import ROWS, Head, Impl, LowRank
-from vtengine_kernels.token_logprob import ref as token_ref
+from vtengine_kernels.token_logprob import ROWS, WHOLE, Head, Impl, LowRank
 from vtengine_kernels.token_logprob.head import check, check_ids
 
 __all__ = ["MAX_LOG_RATIO", "Head", "Impl", "Loss", "LowRank", "Objective", "Tokens", "grpo_loss"]
@@ -61,10 +61,12 @@ def grpo_loss(
 
 
 def _run(
-    rows: object, hidden: Tensor, head: Head, targets: Tensor, tokens: Tokens, objective: Objective, chunk: int
+    rows: Any, hidden: Tensor, head: Head, targets: Tensor, tokens: Tokens, objective: Objective, chunk: int
 ) -> Loss:
-    if rows is token_ref:
-        return Loss(*ref.grpo_loss(hidden, head, targets, tokens, objective))
+    if rows in WHOLE:
+        logprobs, entropies = rows.token_logprob(hidden, head, targets)
+        total = ref.total(logprobs, entropies, tokens, objective)
+        return Loss(total, logprobs.detach(), entropies.detach())
     return Loss(*chunked.grpo_loss(hidden, head, targets, tokens, objective, chunk, rows))
 
 

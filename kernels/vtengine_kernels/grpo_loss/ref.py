@@ -1,4 +1,4 @@
-"""The reference: all scores at once, the loss written as it is defined, torch's own gradients. float32 or float64."""
+"""The reference: the loss written as it is defined, on the logprobs of all tokens; torch's own gradients."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ import torch
 from torch import Tensor
 
 from vtengine_kernels.grpo_loss.objective import MAX_LOG_RATIO, Objective, Tokens
-from vtengine_kernels.token_logprob import ref
-from vtengine_kernels.token_logprob.head import Head
 
 
-def grpo_loss(
-    hidden: Tensor, head: Head, targets: Tensor, tokens: Tokens, objective: Objective
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Contract: the package's docstring."""
-    logprobs, entropies = ref.token_logprob(hidden, head, targets)
+def total(logprobs: Tensor, entropies: Tensor, tokens: Tokens, objective: Objective) -> Tensor:
+    """float32 or float64 [N] both -> the sum over tokens of weight x loss, a scalar of the same dtype."""
     terms = policy_terms(logprobs, tokens, objective)
     if objective.kl_coef:
         assert tokens.ref is not None
@@ -22,7 +17,7 @@ def grpo_loss(
         terms = terms + objective.kl_coef * {"k1": -d, "k2": d * d / 2, "k3": d.exp() - d - 1}[objective.kl]
     if objective.entropy_coef:
         terms = terms - objective.entropy_coef * entropies
-    return (terms * tokens.weights).sum(), logprobs.detach(), entropies.detach()
+    return (terms * tokens.weights).sum()
 
 
 def policy_terms(logprobs: Tensor, tokens: Tokens, objective: Objective) -> Tensor:

@@ -12,13 +12,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from vtengine_kernels.dispatch import select
-from vtengine_kernels.token_logprob import chunked, eager, native, ref, triton
+from vtengine_kernels.token_logprob import chunked, eager, liger, native, ref, triton
 from vtengine_kernels.token_logprob.head import BANNED, Head, LowRank, check
 
-Impl = Literal["auto", "triton", "cpu", "torch", "ref"]
+Impl = Literal["auto", "triton", "cpu", "torch", "ref", "liger"]
 
-ROWS: dict[str, ModuleType] = {"triton": triton, "cpu": native, "torch": eager, "ref": ref}
-"""What works on a chunk's scores; `ref` has all scores at once."""
+ROWS: dict[str, ModuleType] = {"triton": triton, "cpu": native, "torch": eager, "ref": ref, "liger": liger}
+"""What works on a chunk's scores, or on all rows at once."""
+
+WHOLE = (ref, liger)
+"""Those that take all rows at once."""
 
 __all__ = ["BANNED", "Head", "Impl", "LowRank", "token_logprob"]
 
@@ -39,7 +42,8 @@ def token_logprob(
     they hold. chunk: rows whose scores exist at the same time: memory is O(chunk x V) beside the gradients; the result
     does not depend on it beyond rounding. Sums are float32. NaN or infinite hidden states give their own rows results
     that are not finite. A target among the banned ids has a logprob near -1e30.
-    impl: "triton": CUDA; "cpu": the C++ library; "torch": anywhere; "ref": plain torch with all scores at once.
+    impl: "triton": CUDA; "cpu": the C++ library; "torch": anywhere; "ref": plain torch with all scores at once;
+    "liger": bfloat16 on Hopper, liger-kernel's own (coarser, and only by name: see `liger`).
     ValueError: shapes, dtypes, devices or ids that do not fit. RuntimeError: `impl` is not available here.
     """
     check(hidden, head, targets, mask, chunk)
@@ -53,6 +57,7 @@ def token_logprob(
 
 
 def _run(module: Any, hidden: Tensor, head: Head, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    if module is ref:
-        return ref.token_logprob(hidden, head, targets)
+    if module in WHOLE:
+        found: tuple[Tensor, Tensor] = module.token_logprob(hidden, head, targets)
+        return found
     return chunked.token_logprob(hidden, head, targets, chunk, module)
