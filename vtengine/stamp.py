@@ -16,7 +16,7 @@ CPU_FEATURES = (
 """Those that kernels, ours or the libraries', choose their code by; named as Linux does."""
 PACKAGES = (
     "torch", "triton", "numpy", "pillow", "transformers", "tokenizers", "sglang", "opencv-python-headless",
-    "torchvision", "hf-processors-rs",
+    "torchvision", "hf-processors-rs", "flashinfer-python", "liger-kernel", "cut-cross-entropy",
 )  # fmt: skip
 """Those whose versions a number may depend on."""
 NOT_CODE = ("benchmarks/results", "docs", "README.md")
