@@ -100,14 +100,36 @@ def test_a_machines_defaults_give_way_to_file_and_overrides(tmp_path: Path) -> N
         (["size=[1]"], "size = [1]: must be a whole number or text"),
         (["seed=x"], "seed = 'x': must be a whole number"),
         (["out=1"], "out = 1: must be a path"),
-        (["optim.lr"], "override 'optim.lr': must look like section.key=value"),
+        (["optim.lr"], "--set optim.lr: must look like section.key=value"),
         (["=1"], "must look like section.key=value"),
         (["out.x=1"], "out is not a section"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_config(Config, write(tmp_path, 'out = "runs"\n'), overrides)
+    assert str(caught.value).startswith(f"--set {overrides[0]}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("[optim]\nsteps = 0", ["out=runs", "optim.lr=1"], "FILE: optim: steps = 0: must be >= 1"),
+        ("[optim]\nsteps = 0", ["out=runs", "optim.steps=-1"], "--set optim.steps=-1: optim: steps = -1: must be >= 1"),
+        ("", ["out=runs", "optim.lr=1", "optim.steps=0"], "--set optim.steps=0: optim: steps = 0: must be >= 1"),
+        ("", ["out=runs", "optim.steps=9", "optim.steps=0"], "--set optim.steps=0: optim: steps = 0: must be >= 1"),
+        ("", ["out=runs", "seed=x", "optim.steps=0"], "--set optim.steps=0: optim: steps = 0: must be >= 1"),
+        ("[optim]\nsteps = 0", ["out=runs", "optim.steps=1", "seed=x"], "--set seed=x: seed = 'x': must be a whole"),
+        ("", ["seed=1"], "FILE: out: missing; add it"),
+        ("odd = 1", ["out=runs", "seed=x"], "FILE: odd: unknown key"),
+    ],
+)
+def test_where_a_mistake_stands(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    """In the file, or in the `--set` that brought it."""
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, path, overrides)
+    assert str(caught.value).startswith(message.replace("FILE", str(path)))
 
 
 @pytest.mark.parametrize(("text", "message"), [("out =", "not TOML"), ("", "out: missing; add it")])

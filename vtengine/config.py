@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -34,13 +35,38 @@ def load_config(
     """Reads a TOML file (or nothing: defaults), applies overrides "a.b=c" in order, and builds `cls`.
 
     An override's value is read as TOML, and as plain text where it is not TOML. defaults: of this machine, in place of
-    the class's. Raises ConfigError; OSError when the file cannot be read.
+    the class's. Raises ConfigError, which names the file, or the override that is to blame; OSError when the file
+    cannot be read.
     """
-    data = {**defaults, **read_data(path, overrides)}
+    return load(lambda data: build(cls, {**defaults, **data}), path, overrides)
+
+
+def load(make: Callable[[dict[str, Any]], T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """`load_config` for what `make` builds from plain data and raises ConfigError for."""
+    data = read_data(path, overrides)
     try:
-        return build(cls, data)
+        return make(data)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}" if path is not None else str(error)) from None
+        place = _place(make, path, overrides, str(error))
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from None
+
+
+def _place(
+    make: Callable[[dict[str, Any]], object], path: str | Path | None, overrides: Sequence[str], message: str
+) -> str:
+    """Where the value stands that an error is about: in an override without which there would be another error or none,
+    and which the message has a word of; else in the file."""
+    words = set(re.findall(r"\w+", message))
+    for override in reversed(overrides):  # of two values of a key the last one counts
+        key = _key_of(override)
+        try:
+            make(read_data(path, [other for other in overrides if _key_of(other) != key]))
+        except ConfigError as error:
+            if str(error) == message:
+                continue
+        if words.intersection(key.split(".")):
+            return f"--set {override}"
+    return "" if path is None else str(path)
 
 
 def read_data(path: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -99,16 +125,20 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _key_of(override: str) -> str:
+    return ".".join(key.strip() for key in override.partition("=")[0].split("."))
+
+
 def _apply(data: dict[str, Any], override: str) -> None:
-    path, sign, text = override.partition("=")
-    keys = [key.strip() for key in path.split(".")]
+    _, sign, text = override.partition("=")
+    keys = _key_of(override).split(".")
     if not sign or not all(keys):
-        raise ConfigError(f"override {override!r}: must look like section.key=value")
+        raise ConfigError(f"--set {override}: must look like section.key=value")
     table = data
     for key in keys[:-1]:
         inner = table.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {key} is not a section")
+            raise ConfigError(f"--set {override}: {key} is not a section")
         table = inner
     table[keys[-1]] = _read_value(text.strip())
 

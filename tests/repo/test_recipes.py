@@ -70,8 +70,9 @@ def test_flags_of_our_commands_exist(path: Path) -> None:
 def test_configs_load(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from vtengine_training.cli import main
 
-    assert main(["grpo", str(path), "--dry-run"]) == 0
-    assert "Plan" in capsys.readouterr().out
+    assert main(["grpo", str(path), "--dry-run"]) == 2  # weights and data are the reader's
+    said = capsys.readouterr()
+    assert "# Plan" in said.out and "# MISSING: " in said.out and f"{path}: would not start: " in said.err
 
 
 def containers(path: Path) -> list[dict]:

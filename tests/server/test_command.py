@@ -167,9 +167,9 @@ def test_what_outlasts_the_drain_is_told(process: Callable[..., Process], script
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--set", "max_wating=3"], "max_waiting"),
-        (["--set", "max_running=0"], "max_running = 0: must be >= 1"),
-        (["--set", "max_image_pixels=999999999"], "max_pixels"),
+        (["--set", "max_wating=3"], "--set max_wating=3: max_wating: unknown key; did you mean max_waiting?"),
+        (["--set", "max_running=0"], "--set max_running=0: max_running = 0: must be >= 1"),
+        (["--set", "max_image_pixels=999999999"], "--set max_image_pixels=999999999: max_image_pixels = "),
         (["--config", "absent.toml"], "absent.toml"),
         (["--api-key-file", "absent.keys"], "absent.keys"),
         (["--api-key-env", "VTENGINE_NOT_SET"], "VTENGINE_NOT_SET"),

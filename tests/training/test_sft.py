@@ -269,6 +269,7 @@ def test_shipped_configs_load(path: Path, capsys: pytest.CaptureFixture[str]) ->
         ("lora.rank=4", "name it with init"),
         ("loggers=['tensorbord']", "did you mean tensorboard"),
         ("phases=[{name='a', steps=0}]", "steps"),
+        ("phases=[{name='a', steps=9, warmup=10}]", "warmup = 10: must be at most steps"),
         ("phases=[{name='a', low_share=0.7, high_share=0.7}]", "low_share"),
     ],
 )

@@ -8,8 +8,9 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from vtengine.config import build, read_data, to_toml
+from vtengine.config import ConfigError, build, load, to_toml
 from vtengine_training.rewards.judge.check import Outcome, all_probes, try_probes
 from vtengine_training.rewards.judge.config import JudgeConfig
 from vtengine_training.rewards.judge.judge import Judge
@@ -37,16 +38,18 @@ def run_judge_check(arguments: argparse.Namespace) -> int:
 
 def judge_config(path: Path, overrides: Sequence[str]) -> JudgeConfig:
     """`[reward.judge]` of a file that holds only `[reward]`, or of a whole training config. Raises ValueError."""
-    data = read_data(path, overrides)
-    section = data.get("reward")
-    if not isinstance(section, dict) or not isinstance(section.get("judge"), dict):
-        raise ValueError(f"{path}: has no section [reward.judge]; see docs/rewards.md")
-    if set(data) == {"reward"}:
-        config = build(RewardConfig, section, "reward.").judge
-    else:
-        config = build(GrpoConfig, data).reward.judge
+    config = load(_make, path, overrides)
     config.require_model()
     return config
+
+
+def _make(data: dict[str, Any]) -> JudgeConfig:
+    section = data.get("reward")
+    if not isinstance(section, dict) or not isinstance(section.get("judge"), dict):
+        raise ConfigError("has no section [reward.judge]; see docs/rewards.md")
+    if set(data) == {"reward"}:
+        return build(RewardConfig, section, "reward.").judge
+    return build(GrpoConfig, data).reward.judge
 
 
 async def _ask(judge: Judge) -> list[Outcome]:

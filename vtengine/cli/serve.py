@@ -72,16 +72,13 @@ async def _serve(arguments: argparse.Namespace, limits: ServerLimits, keys: ApiK
 def _limits(arguments: argparse.Namespace) -> ServerLimits:
     from vtengine.config import load_config
     from vtengine.server.config import ServerLimits
-    from vtengine.vision.decode import DecodeLimits
 
     try:
-        limits = load_config(ServerLimits, arguments.config, arguments.set, _ample(default_concurrency(arguments)))
-        DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
+        return load_config(ServerLimits, arguments.config, arguments.set, _ample(default_concurrency(arguments)))
     except ValueError as error:
-        raise UsageError(f"--config, --set: {one_line(error)}") from None
+        raise UsageError(one_line(error)) from None
     except OSError as error:
         raise UsageError(f"--config {arguments.config}: cannot be read: {reason(error)}") from None
-    return limits
 
 
 def _ample(concurrency: int) -> dict[str, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vtengine.vision.decode import PILLOW_MAX_PIXELS
+
 MIB = 1 << 20
 
 
@@ -46,6 +48,8 @@ class ServerLimits:
             "max_choices",
         ):
             self._require(name, 1)
+        if self.max_image_pixels > PILLOW_MAX_PIXELS:
+            raise ValueError(f"max_image_pixels = {self.max_image_pixels}: must be <= {PILLOW_MAX_PIXELS}")
         self._require("max_running", 1)
         self._require("max_waiting", 0)
         self._require("max_held_bytes", self.max_body_bytes)

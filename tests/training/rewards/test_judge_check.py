@@ -76,3 +76,5 @@ def test_a_config_that_cannot_be_used_is_one_line(tmp_path, capsys, text, says):
 def test_the_shipped_config_and_the_dry_run(capsys):
     assert main(["judge-check", str(SHIPPED), "--set", "reward.judge.model=other", "--dry-run"]) == 0
     assert 'model = "other"' in capsys.readouterr().out
+    assert main(["judge-check", str(SHIPPED), "--set", "reward.judge.modle=other"]) == 2
+    assert "--set reward.judge.modle=other: reward.judge.modle: unknown key" in capsys.readouterr().err

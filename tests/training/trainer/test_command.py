@@ -214,6 +214,7 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, mo
         ("model=glance-stf", "model: glance-stf holds no config.json; did you mean glance-sft?"),
         ("reward.function=''", "accuracy = 'function', function = '': name yours as package.module:name"),
         ("update.final_rate=1", "final_rate = 1.0: must be from 0 to learning_rate (="),
+        ("update.warmup=99", "--set update.warmup=99: update.warmup = 99: must be at most steps (= "),
         ("data.files=[]", "JSONL"),
         ("data.files=['/no/such.jsonl']", "such.jsonl"),
         ("reward.function=toy_reward:missing", "has no missing"),
@@ -326,8 +327,9 @@ def test_an_unknown_flag_is_one_line(capsys) -> None:
 
 def test_a_dry_run_names_what_is_missing(command, tmp_path, capsys) -> None:
     settings = ('data.files=["absent.jsonl"]', "profile=absent", "model=absent")
-    assert main([*command("nothing", "no_such_module:name", *settings), "--dry-run"]) == 0
-    said = capsys.readouterr().out
+    assert main([*command("nothing", "no_such_module:name", *settings), "--dry-run"]) == 2
+    said, why = capsys.readouterr()
+    assert why.count("\n") == 1 and "would not start: data.files: absent.jsonl: no such file" in why
     assert "# MISSING: profile 'absent': not found" in said
     assert "# MISSING: model: absent holds no config.json" in said
     assert "# MISSING: data.files: absent.jsonl: no such file" in said

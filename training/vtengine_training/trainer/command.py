@@ -41,7 +41,11 @@ def run_grpo(arguments: argparse.Namespace) -> int:
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
-        print("\n".join(f"# {line}" if line else "#" for line in plan(config)))
+        missing = list(_missing(config))
+        lines = plan(config) + [f"MISSING: {what}" for what in missing]
+        print("\n".join(f"# {line}" if line else "#" for line in lines))
+        if missing:
+            raise ValueError(f"{arguments.config}: would not start: {'; '.join(missing)}")
         return 0
     check_loggers(config.loggers)
     from torch import OutOfMemoryError
@@ -124,7 +128,7 @@ def note(figures: Mapping[str, Any]) -> str:
 
 
 def plan(config: GrpoConfig) -> list[str]:
-    """What the run would do, what it would take, and what is missing here.
+    """What the run would do, and what it would take.
 
     Reads only the model's config.json, where it is there, and the reward function's module.
     """
@@ -141,7 +145,7 @@ def plan(config: GrpoConfig) -> list[str]:
         f"penalty: {_penalty(config.reward.penalty)}",
         f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, in {config.output}",
     ]
-    return lines + _estimate(config) + [f"MISSING: {what}" for what in _missing(config)]
+    return lines + _estimate(config)
 
 
 def _missing(config: GrpoConfig) -> Iterator[str]:

@@ -199,6 +199,8 @@ class GrpoConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "steps")
         positive_or_none(self, "threads", "max_pixels", "peak_tflops", "rank_timeout_s")
+        if self.update.warmup > self.steps:
+            raise ValueError(f"update.warmup = {self.update.warmup}: must be at most steps (= {self.steps})")
         if (self.update.minibatch_prompts or 1) > self.rollout.prompts:
             raise ValueError(
                 f"update.minibatch_prompts = {self.update.minibatch_prompts}: must be at most rollout.prompts "
