@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,22 @@ def test_no_process_is_started_for_a_folder_that_cannot_be_used(
     done = vtengine(*line)
     assert done.status == 2 and "patch_size = 15" in done.err
     assert not started
+
+
+@pytest.mark.parametrize("engines", [0, 2])
+def test_a_pool_that_holds_no_question_is_refused_and_the_least_named_that_does(
+    checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    engines: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    out = tmp_path / "out.jsonl"
+    line = ["generate", questions(2), "-o", out, *flags(checkpoint), "--data-parallel", engines, "--kv-gb"]
+    done = vtengine(*line, "0.00001")
+    assert done.status == 2 and done.err.count("\n") == 1 and "--kv-gb 1e-05: holds no question at all" in done.err
+    assert not out.exists()
+    least = re.search(r"give --kv-gb (\S+) or more", done.err)[1]  # type: ignore[index]
+    assert vtengine(*line, float(least) - 1e-5).status == 2
+    assert vtengine(*line, least).status in (0, 3) and rows_of(out)
 
 
 def test_more_engines_than_cores_are_refused(checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ class EngineSetup:
     """What an engine is made from, in words that can go to another process.
 
     folder: of the checkpoint. device, dtype: by torch's names ("cuda:1", "bfloat16"). kv_gb: GiB of keys and values;
-    None: by the engine's rule. max_chunks_per_s, cuda_graphs: see EngineConfig.
+    None: by the engine's rule. max_chunks_per_s, cuda_graphs, least_tokens: see EngineConfig.
     """
 
     folder: str
@@ -36,12 +37,13 @@ class EngineSetup:
     kv_gb: float | None = None
     max_chunks_per_s: float | None = None
     cuda_graphs: bool = True
+    least_tokens: int = 1
 
     def load(self, tokenizer: Tokenizer) -> EmbeddedEngine:
         """The engine, in this process. Raises UsageError where memory is short."""
         import torch
 
-        from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+        from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, PoolTooSmall
         from vtengine.model import load_model
 
         if torch.device(self.device).type == "cuda":
@@ -52,10 +54,13 @@ class EngineSetup:
             config = EngineConfig(
                 max_running=min(self.concurrency, MAX_RUNNING),
                 kv_bytes=None if self.kv_gb is None else max(1, int(self.kv_gb * 2**30)),
+                least_tokens=self.least_tokens,
                 max_chunks_per_s=self.max_chunks_per_s,
                 cuda_graphs=self.cuda_graphs,
             )
             return EmbeddedEngine(model, tokenizer, config)
+        except PoolTooSmall as error:
+            raise UsageError(self._too_small(error.needed_bytes)) from None
         except (RuntimeError, MemoryError) as error:  # torch's words for memory that is not there, and Python's
             if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
@@ -63,6 +68,14 @@ class EngineSetup:
             raise UsageError(
                 f"the model and its keys and values do not fit into memory; {fix}: {one_line(error)}"
             ) from None
+
+    def _too_small(self, needed_bytes: int) -> str:
+        given = "what is free of the GPU's memory" if self.kv_gb is None else f"--kv-gb {self.kv_gb:g}"
+        least = math.ceil(needed_bytes / 2**30 * 1e5) / 1e5
+        return (
+            f"{given}: holds no question at all, the shortest takes {self.least_tokens} tokens with its reply; "
+            f"give --kv-gb {least:g} or more, or lower --max-new-tokens"
+        )
 
 
 def start_engines(count: int, setup: EngineSetup) -> DataParallel:

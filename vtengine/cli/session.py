@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
@@ -11,12 +10,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtengine.cli.beginning import prefill_beginning, shortest_prompt
 from vtengine.cli.engine import EngineSetup, start_engines
 from vtengine.cli.engine_args import deciding, read_engine_args
 from vtengine.cli.errors import CliError, UsageError, one_line
 from vtengine.cli.models import context_tokens, find_model, image_processor
-from vtengine.protocol.conversation import Conversation, Limits
-from vtengine.protocol.messages import Text, View, ViewSize
+from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import Profile, load_profile, own_profile
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ async def open_session(
         raise UsageError(f"--model {arguments.model}: cannot be read: {one_line(error)}") from None
     try:
         await _check_server(setting.backend, arguments.backend)
-        await _prefill_shared_prompt(setting)
+        await prefill_beginning(setting)
         yield setting
     finally:
         await setting.backend.close()
@@ -165,8 +164,9 @@ def _build(
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
+    least_tokens = max(1, shortest_prompt(tokenizer, profile, limits) + sampling.max_new_tokens - 1)
     # the last thing that can fail: nobody would close it
-    backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency, max_chunks_per_s)
+    backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency, max_chunks_per_s, least_tokens)
     return Setting(backend, pipeline, tokenizer, profile, limits, sampling)
 
 
@@ -178,13 +178,16 @@ def _backend(
     dtype: torch.dtype,
     concurrency: int,
     max_chunks_per_s: float | None,
+    least_tokens: int,
 ) -> Backend:
     if arguments.backend.startswith(SCRIPTED):
         return _scripted(Path(arguments.backend.removeprefix(SCRIPTED)), tokenizer)
     if arguments.backend != "embedded":
         return _sglang(arguments, folder, device, dtype, max_chunks_per_s)
     kind, graphs = str(dtype).removeprefix("torch."), not arguments.no_cuda_graphs
-    setup = EngineSetup(str(folder), str(device), kind, concurrency, arguments.kv_gb, max_chunks_per_s, graphs)
+    setup = EngineSetup(
+        str(folder), str(device), kind, concurrency, arguments.kv_gb, max_chunks_per_s, graphs, least_tokens
+    )
     if arguments.data_parallel:
         return start_engines(arguments.data_parallel, setup)
     return setup.load(tokenizer)
@@ -299,34 +302,3 @@ def _dtype(arguments: argparse.Namespace) -> torch.dtype:
     if arguments.dtype == "auto":
         return torch.bfloat16 if find_device(arguments.device).type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]
-
-
-class _OneToken:
-    """The smallest geometry, for a prompt that is cut off before its image."""
-
-    def size(self, view: View) -> ViewSize:
-        return ViewSize(28, 28)
-
-
-async def _prefill_shared_prompt(setting: Setting) -> None:
-    """Computes what all prompts begin with, so that every row finds it in the cache, the first ones too.
-
-    It also makes the token account of a row independent of the rows before it, as far as images differ.
-    """
-    from vtengine.engine.base import BackendFailed, Request, RequestRejected, SamplingParams
-
-    ask = Conversation.start("", setting.profile, setting.limits, _OneToken()).ask()
-    texts: list[Text] = []
-    for part in ask.parts if ask is not None else ():
-        if not isinstance(part, Text) or not part.trusted:
-            break
-        texts.append(part)
-    token_ids = tuple(setting.tokenizer.encode(texts))
-    if not token_ids:
-        return
-    request = Request("shared prompt", token_ids, (), SamplingParams(max_new_tokens=1))
-    engines = getattr(setting.backend, "engines", [setting.backend])
-    try:
-        await asyncio.gather(*(engine.generate(request) for engine in engines))
-    except (BackendFailed, RequestRejected) as error:
-        raise CliError(f"the engine cannot run the prompt: {one_line(error)}") from None

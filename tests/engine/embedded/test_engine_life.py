@@ -12,7 +12,7 @@ import torch
 from tests.engine.harness import MODEL, TOLERANCE, assert_cold, mixed_requests, run, serve, settle
 from tests.engine.tiny import PAD, VOCAB, Letters, image, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed, RequestRejected
-from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, PoolTooSmall
 from vtengine.model import ModelLoadError, hf_tensors, save_model
 
 OVERLAP = pytest.mark.parametrize("overlap", [False, True])
@@ -329,8 +329,12 @@ def test_the_pool_takes_what_is_asked_for_or_what_the_device_has():
     assert EngineConfig(max_running=128, max_batch_tokens=128).pages_that_fit(page_bytes) == 128 * 1024 // 16
     assert EngineConfig().pages_that_fit(10 * page_bytes) == gib // page_bytes // 10
     for config, free in ((EngineConfig(kv_bytes=99_999), None), (EngineConfig(), 160_000)):
-        with pytest.raises(ValueError, match=r"engine.kv_bytes = 9\d*: one page of this model takes 100000 bytes"):
+        with pytest.raises(ValueError, match=r"engine.kv_bytes = 9\d*: keys and values of 1 tokens take 100000 bytes"):
             config.pages_that_fit(page_bytes, free)
+    assert EngineConfig(kv_bytes=3 * page_bytes, least_tokens=48).pages_that_fit(page_bytes) == 3
+    with pytest.raises(PoolTooSmall) as caught:
+        EngineConfig(kv_bytes=3 * page_bytes, least_tokens=49).pages_that_fit(page_bytes)
+    assert caught.value.needed_bytes == 4 * page_bytes
 
 
 @pytest.mark.parametrize("ahead", [False, True])

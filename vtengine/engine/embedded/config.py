@@ -15,10 +15,22 @@ BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 VISION_CACHE_BYTES, GPU_VISION_CACHE_BYTES = GIB // 4, GIB
 
 
+class PoolTooSmall(ValueError):
+    """kv_bytes hold no request at all. needed_bytes: the least that they may be."""
+
+    def __init__(self, kv_bytes: int, needed_bytes: int, tokens: int) -> None:
+        super().__init__(
+            f"engine.kv_bytes = {kv_bytes}: keys and values of {tokens} tokens take {needed_bytes} bytes; raise it "
+            "(--kv-gb, rollout.kv_mib)"
+        )
+        self.needed_bytes = needed_bytes
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """num_pages: pages of the KV pool; None: as many as fit kv_bytes. kv_bytes None: on a GPU FREE_SHARE of what is
-    free when the engine starts, in main memory what max_running sequences need, up to 1 GiB.
+    free when the engine starts, in main memory what max_running sequences need, up to 1 GiB. least_tokens: of the
+    shortest request there will be, which the pool has to hold.
 
     max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. vision_cache_bytes: of features
     that are kept when no request holds them. None: more on a GPU than elsewhere. max_running: sequences that hold
@@ -36,6 +48,7 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int | None = None
     kv_bytes: int | None = None
+    least_tokens: int = 1
     max_batch_tokens: int | None = None
     max_running: int = 64
     vision_cache_bytes: int | None = None
@@ -53,6 +66,7 @@ class EngineConfig:
             (self.page_size >= 1, "page_size", self.page_size, ">= 1"),
             (self.num_pages is None or self.num_pages >= 1, "num_pages", self.num_pages, ">= 1, or None"),
             (self.kv_bytes is None or self.kv_bytes >= 1, "kv_bytes", self.kv_bytes, ">= 1, or None"),
+            (self.least_tokens >= 1, "least_tokens", self.least_tokens, ">= 1"),
             (self.max_running >= 1, "max_running", self.max_running, ">= 1"),
             (
                 self.max_batch_tokens is None or self.max_batch_tokens >= self.max_running,
@@ -91,7 +105,10 @@ class EngineConfig:
         return GPU_VISION_CACHE_BYTES if on_gpu else VISION_CACHE_BYTES
 
     def pages_that_fit(self, page_bytes: int, free_bytes: int | None = None) -> int:
-        """Pages of the pool, for pages of this many bytes (keys and values of all layers). free_bytes: of a GPU."""
+        """Pages of the pool, for pages of this many bytes (keys and values of all layers). free_bytes: of a GPU.
+
+        Raises PoolTooSmall.
+        """
         if self.num_pages is not None:
             return self.num_pages
         kv_bytes = self.kv_bytes
@@ -100,8 +117,7 @@ class EngineConfig:
         elif kv_bytes is None:
             tokens = max(MIN_KV_TOKENS, self.max_running * TOKENS_PER_SEQUENCE)
             kv_bytes = min(GIB, -(-tokens // self.page_size) * page_bytes)
-        if kv_bytes < page_bytes:
-            raise ValueError(
-                f"engine.kv_bytes = {kv_bytes}: one page of this model takes {page_bytes} bytes; raise --kv-gb"
-            )
+        needed_bytes = -(-self.least_tokens // self.page_size) * page_bytes
+        if kv_bytes < needed_bytes:
+            raise PoolTooSmall(kv_bytes, needed_bytes, self.least_tokens)
         return kv_bytes // page_bytes
