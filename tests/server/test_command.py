@@ -119,7 +119,7 @@ def test_serves_and_stops(process: Callable[..., Process], scripted: Callable[..
     assert reply.choices[0].message.content == "a red ball"
     assert get(server.url + "/ready") == (200, '{"status":"ready"}')
     assert 'vtengine_episodes_total{status="answered"} 1.0' in get(server.url + "/metrics")[1]
-    assert "vtengine_engine_requests" in get(server.url + "/metrics")[1]
+    assert "# TYPE vtengine_engine_requests_total counter" in get(server.url + "/metrics")[1]
     server.popen.send_signal(signal.SIGINT)
     assert server.finish() == 0
     assert "POST /v1/chat/completions 200" in server.log and "no API key" not in server.log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from vtengine.protocol.messages import ErrorInfo
@@ -41,9 +42,22 @@ class ApiError(Exception):
         return headers | {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(self.status, {})
 
 
-def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
-    """Status 400; the message names the field."""
-    return ApiError(400, code, message if message.startswith(param) else f"{param}: {message}", param=param)
+NOT_SHOWN: Any = object()
+SHOWN_CHARS = 64
+
+
+def invalid(param: str, message: str, code: str = "invalid_value", *, value: Any = NOT_SHOWN) -> ApiError:
+    """Status 400; the message names the field, and its value where one is given."""
+    field = param if value is NOT_SHOWN else f"{param} = {shown(value)}"
+    return ApiError(400, code, f"{field}: {message}", param=param)
+
+
+def shown(value: Any) -> str:
+    """A value of a request as JSON in ASCII, cut where it is long; of lists and objects only what they are."""
+    if isinstance(value, list | dict) and value:
+        return "a list" if isinstance(value, list) else "an object"
+    text = json.dumps(value[: SHOWN_CHARS + 1] if isinstance(value, str) else value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
 
 
 def episode_error(status: str, error: ErrorInfo, image_param: str | None, retry_after_s: int) -> ApiError:

@@ -9,9 +9,10 @@ from functools import cache
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from vtengine.engine.totals import GAUGES
 from vtengine.rollout.episode import Episode
 from vtengine.server.admission import Gate
 
@@ -112,17 +113,23 @@ class _EpisodeTotals(Collector):
             yield family
 
 
+_GAUGES = GAUGES | {"engines", "engines_down", "servers", "servers_down", "cache_bytes"}
+_NAMES = {"pages_total": "pages"}
+"""Where `_total` would say that a gauge counts."""
+
+
 class _StatsCollector(Collector):
-    """Figures kept elsewhere, as gauges named vtengine_<prefix>_<name>."""
+    """Figures kept elsewhere: counters vtengine_<prefix>_<name>_total, and gauges without the ending."""
 
     def __init__(self, sources: Mapping[str, Stats]) -> None:
         self._sources = sources
 
-    def describe(self) -> list[GaugeMetricFamily]:
+    def describe(self) -> list[Metric]:
         return []
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
         for prefix, stats in self._sources.items():
             for name, value in stats().items():
-                full = f"vtengine_{prefix}_{_ODD.sub('_', name)}"
-                yield GaugeMetricFamily(full, f"{name} of the {prefix}", value=value)
+                kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
+                full = f"vtengine_{prefix}_{_ODD.sub('_', _NAMES.get(name, name))}"
+                yield kind(full, f"{name} of the {prefix}", value=value)

@@ -51,7 +51,7 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
         raise invalid("messages", "no image; add a part of type image_url to a user message", "image_missing")
     most = min(limits.max_choices, limits.max_running + limits.max_waiting)
     if chat.n is not None and chat.n > most:
-        raise invalid("n", f"at most {most} choices are allowed here")
+        raise invalid("n", f"must be at most {most} here", value=chat.n)
     names = ("temperature", "top_p", "seed")
     stated = {name: value for name in names if (value := getattr(chat, name)) is not None}
     sampling = replace(setting.sampling, **stated) if stated else setting.sampling
@@ -90,11 +90,11 @@ def _limits(chat: ChatRequest, base: Limits, details: set[str | None]) -> Limits
     elif details == {"low"} or details == {"high"}:
         resolution = "low" if "low" in details else "high"
     if own.max_turns is not None and own.max_turns > base.max_turns:
-        raise invalid("vtengine.max_turns", f"at most {base.max_turns} turns are allowed here")
-    for name, unit in (("visual_token_budget", " visual tokens are"), ("scale", " is")):
+        raise invalid("vtengine.max_turns", f"must be at most {base.max_turns} here", value=own.max_turns)
+    for name in ("visual_token_budget", "scale"):
         asked, most = getattr(own, name), getattr(base, name)
         if asked is not None and most is not None and asked > most:
-            raise invalid(f"vtengine.{name}", f"at most {most}{unit} allowed here")
+            raise invalid(f"vtengine.{name}", f"must be at most {most} here", value=asked)
     return replace(
         base,
         resolution=resolution,
@@ -150,7 +150,8 @@ def _read_user(message: UserMessage, where: str, images: _Images, limits: Server
         if images.num_parts > limits.max_images:
             raise invalid(param, f"at most {limits.max_images} image parts are accepted", "too_many_images")
         if not url[:8].lower().startswith(_SCHEMES):
-            raise invalid(f"{param}.url", "must be a data: URL, or http(s) where allowed", "image_url_not_allowed")
+            message_ = "must be a data: URL, or http(s) where allowed"
+            raise invalid(f"{param}.url", message_, "image_url_not_allowed", value=url)
         if url not in images.urls:
             images.details.add(part.image_url.detail)
             images.urls.append(url)

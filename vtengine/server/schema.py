@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
-from vtengine.config import did_you_mean
 from vtengine.protocol.messages import Resolution
-from vtengine.server.errors import ApiError, invalid
+from vtengine.server.errors import invalid
+from vtengine.server.faults import refusal, unknown
 
 MAX_STOPS, MAX_STOP_CHARS = 4, 256
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -94,7 +93,7 @@ class AssistantMessage(BaseModel):
     @classmethod
     def _none(cls, value: list[Any] | None) -> None:
         if value:
-            raise ValueError("earlier tool calls are not supported")
+            raise ValueError("earlier tool calls are not supported; leave them out")
 
 
 Message = Annotated[UserMessage | SystemMessage | AssistantMessage, Field(discriminator="role")]
@@ -134,7 +133,7 @@ class ChatRequest(BaseModel):
     @classmethod
     def _stops(cls, value: list[str] | None) -> list[str] | None:
         if value and (len(value) > MAX_STOPS or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in value)):
-            raise ValueError(f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
+            raise ValueError(f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters")
         return value
 
 
@@ -143,40 +142,12 @@ def parse_chat(body: bytes) -> ChatRequest:
     try:
         chat = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        param, message = field_name(first["loc"]), str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "json_invalid":
-            raise ApiError(400, "invalid_json", f"the body is not JSON: {message}") from None
-        if first["type"] == "extra_forbidden" and first["loc"][:1] == ("vtengine",):
-            message = _unknown("field", str(first["loc"][-1]), Extension.model_fields)
-        raise invalid(param or "body", message, f"{first['type']}") from None
+        raise refusal(error, {"vtengine": Extension.model_fields}) from None
     for name, value in (chat.model_extra or {}).items():
         if name in IGNORED or value is None:
             continue
-        shown = ascii(name)[1:-1][:64]
         if name not in NEUTRAL:
-            known = (*ChatRequest.model_fields, *IGNORED)
-            raise invalid(shown, _unknown("parameter", shown, known), "unknown_parameter")
+            raise unknown("parameter", name, name, (*ChatRequest.model_fields, *IGNORED))
         if not any((value == neutral and type(value) is not bool) or value is neutral for neutral in NEUTRAL[name]):
-            raise invalid(shown, "is not supported by this server", "unsupported_parameter")
+            raise invalid(name, "is not supported by this server; leave it out", "unsupported_parameter", value=value)
     return chat
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    return "; ".join(filter(None, (f"unknown {what}", did_you_mean(name, known))))
-
-
-_UNION_TAGS = frozenset(("user", "system", "developer", "assistant", "text", "image_url"))
-
-
-def field_name(loc: tuple[int | str, ...]) -> str:
-    """("messages", 0, "user", "content", 1, "text", "text") -> "messages[0].content[1].text", as OpenAI names it."""
-    parts: list[str] = []
-    is_tag_next = False
-    for item in loc:
-        if isinstance(item, int):
-            parts.append(f"[{item}]")
-        elif not (is_tag_next and item in _UNION_TAGS):
-            parts.append(f".{item}" if parts else item)
-        is_tag_next = isinstance(item, int)
-    return "".join(parts)
