@@ -206,7 +206,8 @@ def test_unknown_model(plain: Running) -> None:
 
 @pytest.mark.parametrize(
     ("body", "code"),
-    [(b"", "invalid_json"), (b"{", "invalid_json"), (b"[]", "invalid_type"), (b"{}", "missing_required_parameter"), (b"\xff", "invalid_json"),
+    [(b"", "invalid_json"), (b"{", "invalid_json"), (b"[]", "invalid_type"), (b"\xff", "invalid_json"),
+     (b"{}", "missing_required_parameter"),
      (b"[" * 5000, "invalid_json"),
      (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "invalid_json")],
 )  # fmt: skip
