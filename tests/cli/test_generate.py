@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -48,6 +49,18 @@ def test_summary_is_printed(vtengine: Run, scripted: Run, questions: Run, tmp_pa
     for name in ("accuracy", "upscale ratio", "against always-high", "resumed from the cache", "throughput"):
         assert name in done.out
     assert vtengine("generate", questions(2), "-o", tmp_path / "q.jsonl", *scripted(), "--quiet").out == ""
+
+
+def test_rows_that_could_not_be_asked_are_neither_right_nor_wrong(
+    vtengine: Run, scripted: Run, questions: Run, rows_of: Run, tmp_path: Path
+) -> None:
+    """An image that is not there, and a line that is no question: both are counted apart."""
+    path = questions(4, {"image": "gone.png", "question": "?", "answer": "b"}, {"question": "?", "answer": "b"})
+    replies = [["<think>a</think><answer>blue</answer>"]]
+    done = vtengine("generate", path, "-o", tmp_path / "out.jsonl", *scripted(0, replies))
+    assert done.status == 3
+    assert ["correct" in row for row in rows_of(tmp_path / "out.jsonl")] == [True] * 4 + [False] * 2
+    assert re.search(r"accuracy +100.0%  \(4 of 4 with an answer; 2 rejected or failed left out\)\n", done.out)
 
 
 def test_samples_follow_their_question(
@@ -139,7 +152,8 @@ def test_bad_image_becomes_a_row_and_the_run_goes_on(
     rejected, good = rows_of(tmp_path / "out.jsonl")
     assert done.status == 3
     assert (rejected["status"], rejected["error"]["code"], rejected["turns"]) == ("rejected", code, [])
-    assert rejected["error"]["message"] and rejected["note"] == [1] and rejected["correct"] is False
+    assert rejected["error"]["message"] and rejected["note"] == [1] and rejected["expected"] == ["x"]
+    assert "correct" not in rejected
     assert good["status"] == "answered"
 
 

@@ -49,6 +49,9 @@ def test_help_and_usage_errors_import_nothing_heavy() -> None:
     [
         ([], ["COMMAND"]),
         (["fly"], ["fly"]),
+        (["genrate", "in.jsonl"], ["genrate", "did you mean generate?"]),
+        (["ask", "p.png", "what?", "--resolution", "hihg"], ["did you mean high?"]),
+        (["bench", "pachify"], ["did you mean patchify?"]),
         (["generate", "in.jsonl"], ["-o"]),
         (["generate", "in.jsonl", "-o", "o", "--n", "0"], ["--n", "'0'"]),
         (["generate", "in.jsonl", "-o", "o", "--n", "many"], ["--n", "'many'"]),
@@ -167,6 +170,25 @@ def test_doctor_names_kernels_and_packages(vtengine: Run) -> None:
     findings = json.loads(vtengine("doctor", "--json").out)
     assert {finding["state"] for finding in findings} <= {"ok", "slower", "missing"}
     assert all(finding["detail"] for finding in findings)
+
+
+def test_what_is_piped_has_no_spaces_at_the_ends_of_lines(
+    vtengine: Run, scripted: Run, questions: Run, tmp_path: Path
+) -> None:
+    said = vtengine("doctor").out, vtengine("generate", questions(3), "-o", tmp_path / "o.jsonl", *scripted()).out
+    for text in said:
+        lines = text.splitlines()
+        assert len(lines) > 5 and [line for line in lines if line != line.rstrip()] == []
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_bench_hands_a_suite_to_the_runner(vtengine: Run, monkeypatch: pytest.MonkeyPatch, quick: bool) -> None:
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        assert command[2:] == ["--suite", "patchify", *(["--quick"] if quick else [])] and not check
+        return subprocess.CompletedProcess(command, 7)
+
+    monkeypatch.setattr("vtengine.cli.bench.subprocess.run", run)
+    assert vtengine("bench", "patchify", *(["--quick"] if quick else [])).status == 7
 
 
 def test_bench_lists_its_suites(vtengine: Run) -> None:

@@ -48,7 +48,8 @@ def two_turn_rows() -> list[dict[str, Any]]:
     call = '<think>Too small.</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
     answer = "<think>A red ball.</think><answer>yes</answer>"
     low, high = (84, 56), (168, 112)
-    rejected = {"id": "gone", "status": "rejected", "error": {"code": "image_not_found", "message": "no such file"}}
+    fault = {"code": "image_not_found", "message": "no such file"}
+    rejected = {"id": "gone", "status": "rejected", "error": fault, "expected": ["no"], "correct": False}
     return [
         episode("plain", "ball.png", turn(answer, low), correct=True, expected=["yes"]),
         episode(

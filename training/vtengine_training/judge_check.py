@@ -21,7 +21,7 @@ EXIT_UNFIT = 1
 
 
 def run_judge_check(arguments: argparse.Namespace) -> int:
-    """The command. 0 = every verdict was right, else 1."""
+    """The command. 0 = every probe got a verdict, and the right one; else 1."""
     config = judge_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
@@ -60,14 +60,17 @@ async def _ask(judge: Judge) -> list[Outcome]:
 
 
 def report(outcomes: Sequence[Outcome]) -> list[str]:
-    """What went wrong, one line each, then the count."""
+    """What went wrong or got no verdict, one line each, then the counts."""
     lines = []
+    right = wrong = missing = 0
     for outcome in outcomes:
         if outcome.is_right:
-            continue
-        said = {True: "said correct", False: "said incorrect", None: f"no verdict: {outcome.problem}"}[outcome.verdict]
-        lines.append(f"WRONG  {outcome.canary.name}: {said}")
-    right = sum(outcome.is_right for outcome in outcomes)
-    failed = sum(outcome.verdict is None for outcome in outcomes)
-    lines.append(f"{right} of {len(outcomes)} verdicts right, {failed} missing")
+            right += 1
+        elif outcome.verdict is None:
+            missing += 1
+            lines.append(f"NO VERDICT  {outcome.canary.name}: {outcome.problem}")
+        else:
+            wrong += 1
+            lines.append(f"WRONG  {outcome.canary.name}: said {'correct' if outcome.verdict else 'incorrect'}")
+    lines.append(f"of {len(outcomes)} probes {right} right, {wrong} wrong, {missing} without a verdict")
     return lines

@@ -33,7 +33,8 @@ input, one JSON object per line:
 
 output, one JSON object per line and sample, in input order: id, sample, status, error, answer, upscaled, turns with
   their token account, visual_tokens, visual_tokens_full (what always-high costs), latency_s, logprob_sum, the carried
-  keys, image_path (from OUT's folder), and where an answer was given: expected, correct
+  keys, image_path (from OUT's folder), and where an answer was given: expected, correct (rows that were rejected or
+  failed are neither right nor wrong, and count in no accuracy)
 
 {_EXIT_STATUSES}"""
 
@@ -57,7 +58,8 @@ _VIEW = """examples:
 
 _BENCH = """examples:
   vtengine bench --list
-  vtengine bench patchify"""
+  vtengine bench patchify
+  vtengine bench patchify --quick"""
 
 _DOCTOR = """examples:
   vtengine doctor
@@ -72,7 +74,7 @@ _MAIN = """examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and name the nearest flag where one is unknown."""
+    """argparse whose errors are one line, and name the nearest flag, command or choice where one is unknown."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """A command answers for its own arguments: the parser above it does not know its flags."""
@@ -82,6 +84,13 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(given, self._option_string_actions)
             self.error("; ".join(filter(None, (f"unrecognized arguments: {' '.join(unknown)}", hint))))
         return known, unknown
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = did_you_mean(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, "; ".join(filter(None, (error.message, hint)))) from None
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -101,6 +110,7 @@ def build_parser() -> Parser:
     bench = _command(commands, "bench", "run a benchmark of a source checkout", _BENCH)
     bench.add_argument("suite", nargs="?", metavar="SUITE", help="name of a suite, see --list")
     bench.add_argument("--list", action="store_true", help="list the suites")
+    bench.add_argument("--quick", action="store_true", help="little work, no tests first, no result file: a look")
     doctor = _command(commands, "doctor", "say what is installed, what is missing and what is slower for it", _DOCTOR)
     doctor.add_argument("--json", action="store_true", help="as JSON, for programs and bug reports")
     return parser

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import vtengine
 from vtengine.cli.errors import OK, UsageError
+from vtengine.config import did_you_mean
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Runs `benchmarks/run.py --suite SUITE` and returns its status."""
+    """Runs `benchmarks/run.py --suite SUITE` and returns its status. Raises UsageError."""
     folder = Path(vtengine.__file__).resolve().parents[1] / "benchmarks"
     if not (folder / "run.py").is_file():
         raise UsageError(
@@ -24,5 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         return OK
     if arguments.suite not in suites:
         asked = "no SUITE is given" if arguments.suite is None else f"there is no suite {arguments.suite!r}"
-        raise UsageError(f"bench: {asked}; there is {', '.join(suites) or 'none yet'}")
-    return subprocess.run([sys.executable, str(folder / "run.py"), "--suite", arguments.suite], check=False).returncode
+        remedy = did_you_mean(arguments.suite or "", suites) or f"there is {', '.join(suites) or 'none yet'}"
+        raise UsageError(f"bench: {asked}; {remedy}")
+    command = [sys.executable, str(folder / "run.py"), "--suite", arguments.suite]
+    return subprocess.run([*command, *(["--quick"] if arguments.quick else [])], check=False).returncode

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -128,7 +127,9 @@ def _print(findings: list[Finding]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    from vtengine.cli.tables import print_table
+
+    console = Console(highlight=False)
     marks = {"ok": "[green]ok[/]", "slower": "[yellow]slower[/]", "missing": "[red]missing[/]"}
     table = Table(box=None, show_header=False, pad_edge=False)
     for column in ("state", "group", "name"):
@@ -139,7 +140,7 @@ def _print(findings: list[Finding]) -> None:
         shown = finding.group if finding.group != group else ""
         table.add_row(marks[finding.state], f"[dim]{shown}[/]", finding.name, _plain(finding.detail))
         group = finding.group
-    console.print(table)
+    print_table(table, 160)
     counts = {state: sum(finding.state == state for finding in findings) for state in ("slower", "missing")}
     if counts["missing"]:
         console.print(f"\n[red]{counts['missing']} needed part(s) missing; see the lines above.[/]")

@@ -30,7 +30,7 @@ from vtengine.cli.resume import KeptRows, Place, find_rows
 from vtengine.cli.scoring import is_correct
 from vtengine.cli.session import check_backend, default_concurrency, open_session, sampling_settings
 from vtengine.cli.summary import print_summary
-from vtengine.viewer.totals import TotalsCounter
+from vtengine.viewer.totals import UNFINISHED, TotalsCounter
 
 if TYPE_CHECKING:
     from vtengine.rollout.group import Setting
@@ -224,7 +224,9 @@ async def _row(task: _Task, setting: Setting, number: int, row: InputRow | Rejec
     if record["logprob_sum"] is not None:  # it is where it has no finite value
         record["logprob_sum"] = round(record["logprob_sum"], LOGPROB_DIGITS)
     if row.answers:
-        record |= {"expected": list(row.answers), "correct": is_correct(record["answer"], row.answers)}
+        record["expected"] = list(row.answers)
+        if record["status"] not in UNFINISHED:
+            record["correct"] = is_correct(record["answer"], row.answers)
     if done.episode.image is not None and not _URL.match(row.image):
         path = os.path.abspath(arguments.input.parent / row.image)
         record["image_path"] = Path(os.path.relpath(path, os.path.abspath(arguments.output.parent))).as_posix()

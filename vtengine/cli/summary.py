@@ -15,7 +15,8 @@ def summary_rows(totals: Totals, wall_s: float | None, fresh_rows: int, fresh_to
     if totals.codes:
         yield "rejected or failed", ", ".join(f"{count:,} {code}" for code, count in totals.codes)
     if totals.accuracy is not None:
-        yield "accuracy", f"{totals.accuracy:.1%}  ({totals.correct:,} of {totals.scored:,} with an answer)"
+        counts = f"{totals.correct:,} of {totals.scored:,} with an answer{totals.left_out}"
+        yield "accuracy", f"{totals.accuracy:.1%}  ({counts})"
     if totals.upscale_ratio is not None:
         yield "upscale ratio", f"{totals.upscale_ratio:.1%}  ({totals.upscaled:,} asked for more pixels)"
     if totals.visual_ratio is not None:
@@ -37,13 +38,13 @@ def print_summary(
 ) -> None:
     """Writes the table to `stream` (default: stdout); colours only on a terminal."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+
+    from vtengine.cli.tables import print_table
 
     table = Table(box=SIMPLE_HEAD, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     for name, value in summary_rows(totals, wall_s, fresh_rows, fresh_tokens):
         table.add_row(name, value)
-    console = Console(file=stream, highlight=False)
-    console.print(table, width=None if console.is_terminal else 120)
+    print_table(table, 120, stream)

@@ -141,7 +141,8 @@ def _tiles(totals: Totals) -> Iterator[tuple[str, str, str, float | None]]:
     """(name, value, explanation, share or None) of each figure at the top of the page."""
     yield "Rows", f"{totals.rows:,}", ", ".join(f"{count:,} {name}" for name, count in totals.statuses), None
     if totals.accuracy is not None:
-        yield "Accuracy", f"{totals.accuracy:.1%}", f"{totals.correct:,} of {totals.scored:,} right", totals.accuracy
+        counts = f"{totals.correct:,} of {totals.scored:,} right{totals.left_out}"
+        yield "Accuracy", f"{totals.accuracy:.1%}", counts, totals.accuracy
     if totals.upscale_ratio is not None:
         yield (
             "Asked for more pixels",

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+UNFINISHED = ("rejected", "failed")
+"""Statuses of rows that could not be asked, or not to the end: neither right nor wrong."""
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -39,7 +42,7 @@ class Totals:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right answers among the rows that have an accepted answer; None without such rows."""
+        """Share of right answers among the rows that were asked and have an accepted answer; None without such rows."""
         return self.correct / self.scored if self.scored else None
 
     @property
@@ -55,8 +58,12 @@ class Totals:
     @property
     def unfinished(self) -> int:
         """Rows that were rejected or failed."""
-        counts = dict(self.statuses)
-        return counts.get("rejected", 0) + counts.get("failed", 0)
+        return sum(count for status, count in self.statuses if status in UNFINISHED)
+
+    @property
+    def left_out(self) -> str:
+        """What is said behind the accuracy of the rows that it leaves out."""
+        return f"; {self.unfinished:,} rejected or failed left out" if self.unfinished else ""
 
 
 class TotalsCounter:
@@ -71,10 +78,10 @@ class TotalsCounter:
         sums = self._sums
         sums["rows"] += 1
         self._statuses[str(row.get("status"))] += 1
-        if row.get("status") in ("rejected", "failed"):
+        if row.get("status") in UNFINISHED:
             error = row.get("error")
             self._codes[str(error.get("code")) if isinstance(error, Mapping) else "unknown"] += 1
-        if isinstance(row.get("correct"), bool):
+        elif isinstance(row.get("correct"), bool):
             sums["scored"] += 1
             sums["correct"] += row["correct"]
         turns = [turn for turn in _list(row.get("turns")) if isinstance(turn, Mapping)]

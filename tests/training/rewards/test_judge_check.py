@@ -33,7 +33,7 @@ def test_a_good_judge(config, capsys):
         assert main(["judge-check", config(server.url, price_prompt=1.0)]) == 0
     said = capsys.readouterr()
     total = len(all_probes())
-    assert said.out == f"{total} of {total} verdicts right, 0 missing\n"
+    assert said.out == f"of {total} probes {total} right, 0 wrong, 0 without a verdict\n"
     assert "cost 0.0" in said.err and f"{len(server.asked)} requests" in said.err
 
 
@@ -49,7 +49,11 @@ def test_a_judge_that_is_down(config, capsys):
     pytest.importorskip("openai")
     with serving(lambda asked: status(500)) as server:
         assert main(["judge-check", config(server.url, breaker_failures=2, breaker_pause_s=30)]) == 1
-    assert "no verdict: http://" in capsys.readouterr().out
+    *lines, counts = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("NO VERDICT  ") for line in lines) and "http://" in lines[0]
+    total, missing = len(all_probes()), len(lines)
+    assert counts == f"of {total} probes {total - missing} right, 0 wrong, {missing} without a verdict"
+    assert 0 < missing < total, "what is not asked at all, empty or too long, is right"
     assert len(server.asked) < 300
 
 
