@@ -118,6 +118,19 @@ def test_one_fails_the_others_run_and_the_next_call_does_the_rest(sweep, tmp_pat
     assert (out / "curves.png").stat().st_size > 1000
 
 
+def test_a_metric_that_no_run_has_is_told_of(sweep, tmp_path, capsys) -> None:
+    path = sweep('[sweep]\nreward.penalty.theta = [0.1]\n[plot]\nmetrics = ["upscale/ration", "reward/accuracy", "loss"]')
+    assert main(["sweep", str(path)]) == 0
+    said = capsys.readouterr().err
+    assert "plot.metrics: no run has 'upscale/ration'; did you mean upscale/ratio? (corrected, the same" in said
+    assert "no run has 'loss'; they have reward/accuracy, step, time/step, upscale/ratio (" in said
+    assert "'reward/accuracy'" not in said
+    path.write_text(path.read_text().replace("upscale/ration", "upscale/ratio").replace(', "loss"', ""))
+    assert main(["sweep", str(path)]) == 0
+    assert "plot.metrics" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "theta-0.1" / "started.txt").read_text() == "once\n"
+
+
 def test_other_settings_are_refused(sweep, capsys) -> None:
     path = sweep("[sweep]\nreward.penalty.theta = [0.1]")
     assert main(["sweep", str(path)]) == 0

@@ -26,7 +26,7 @@ SETTINGS = {
     "rollout logprobs, one episode at a time": {"rollout": {"concurrency": 1, "oversample": 2.0, "max_refill": 6.0}},
     "recomputed logprobs, all at once": {
         "loss": {"old_logprobs": "recompute", "kl_coef": 0.01},
-        "rollout": {"oversample": 2.0, "max_refill": 6.0},
+        "rollout": {"oversample": 2.0, "max_refill": 6.0, "max_stale": 0},
         "update": {"minibatch_prompts": 1},
     },
     "adapters": {

@@ -171,6 +171,50 @@ def test_recomputed_ratios_are_one_in_the_first_update(run) -> None:
     assert abs(figures["approx_kl"]) < 1e-6 and figures["clip_frac"] == 0  # with and without gradients: other sums
 
 
+def moved_on(one) -> None:
+    """The weights are other ones than those that sampled."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in one.parts.model.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn_like(parameter))
+    one.parts.learner.version += 1
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_of_older_weights_ratios_refer_to_what_the_engine_sampled_with(run, epochs) -> None:
+    """Recomputed log-probabilities would say that a group left over is on-policy."""
+    figures = {}
+    for way in ("rollout", "recompute"):
+        one = run(loss={"old_logprobs": way}, update={"epochs": epochs})
+        groups = collect(one)
+        moved_on(one)
+        figures[way] = one.parts.learner.learn(groups, 0.0)
+    assert abs(figures["rollout"]["approx_kl"]) > 1e-3
+    for name in ("approx_kl", "clip_frac", "grad_norm", "loss", "tokens/trained"):
+        assert figures["recompute"][name] == pytest.approx(figures["rollout"][name], rel=1e-4, abs=1e-6), name
+
+
+def test_groups_of_the_present_weights_are_recomputed_beside_older_ones(run) -> None:
+    one = run(loss={"old_logprobs": "recompute"})
+    learner, groups = one.parts.learner, collect(one)
+    moved_on(one)
+    alone = learner.learn(groups[:1], 0.0)
+    fresh = tuple(replace(one, version=learner.version) for one in groups[1].trajectories)
+    both = learner.learn([groups[0], replace(groups[1], trajectories=fresh)], 0.0)
+    assert alone["approx_kl"] and both["tokens/trained"] > alone["tokens/trained"]
+    assert both["approx_kl"] * both["tokens/trained"] == pytest.approx(
+        alone["approx_kl"] * alone["tokens/trained"], rel=1e-3
+    )
+
+
+def test_an_importance_cap_corrects_older_weights_without_a_pass(run, monkeypatch) -> None:
+    one = run(loss={"old_logprobs": "recompute", "importance_cap": 2.0})
+    groups = collect(one)
+    moved_on(one)
+    monkeypatch.setattr(one.parts.learner, "_logprobs", lambda *_: pytest.fail("a pass more"))
+    assert one.parts.learner.learn(groups, 0.0)["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_non_finite_updates_are_skipped_counted_and_bounded(run) -> None:
     one = run(update={"max_skipped": 3})
     learner, model = one.parts.learner, one.parts.model

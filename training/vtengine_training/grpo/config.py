@@ -50,7 +50,8 @@ class LossConfig:
     dual_clip: where the advantage is negative, a token's loss is at most dual_clip * |advantage|; of the clip policies.
     kl_coef > 0 needs the reference model (the one training began with). importance_cap: the truncated importance
     correction of the rollout engine's log-probabilities, min(old / rollout, cap) per token; needs old_logprobs =
-    "recompute". old_logprobs: those the engine sampled with, or computed again by the trainer before the first update.
+    "recompute". old_logprobs: those the engine sampled with, or computed again by the trainer before the first update;
+    of groups that older weights sampled, without a cap, those the engine sampled with in either case.
     turn_advantages: tokens that ask for a view and tokens that answer are credited with their own parts of the reward,
     see `advantage.turn_advantages`.
     """

@@ -80,12 +80,14 @@ async def _run(config: SweepConfig, planned: Sequence[Planned]) -> list[Ended]:
 def _write(config: SweepConfig, planned: Sequence[Planned], ended: Sequence[Ended], stopped: bool = False) -> None:
     """summary.json and curves.png, of whatever there is so far."""
     from vtengine_training.sweep.plot import plot
-    from vtengine_training.sweep.summary import summary
+    from vtengine_training.sweep.summary import absent_metrics, summary
 
     output = Path(config.output)
     text = json.dumps(summary(config, planned, {one.name: one.exit for one in ended}), indent=1) + "\n"
     for path in (output / "summary.json", *([Path(config.results)] if config.results and not stopped else [])):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    for note in absent_metrics(config, planned):
+        print(f"vtengine-train: {note} (corrected, the same command draws them anew)", file=sys.stderr)
     if any(map(steps_done, planned)):
         plot(planned, config.plot, output / "curves.png")

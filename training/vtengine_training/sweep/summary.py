@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtengine.config import did_you_mean
 from vtengine_training.sweep.config import SweepConfig
 from vtengine_training.sweep.plan import Planned, short
 
@@ -33,6 +34,19 @@ def read_rows(folder: Path) -> list[Row]:
 def curve(rows: Sequence[Row], metric: str) -> Curve:
     """(step, value) where the metric has one."""
     return [(row["step"], row[metric]) for row in rows if isinstance(row.get(metric), int | float)]
+
+
+def absent_metrics(config: SweepConfig, planned: Sequence[Planned]) -> list[str]:
+    """A line for each of plot.metrics that no run has, with the nearest one that some run has. Nothing before a run has
+    any: which there will be depends on rewards, data and settings."""
+    rows = [row for one in planned for row in read_rows(one.folder)]
+    names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+    return [
+        f"plot.metrics: no run has {metric!r}; "
+        + (did_you_mean(metric, sorted(names)) or f"they have {', '.join(sorted(names))}")
+        for metric in config.plot.metrics
+        if names and metric not in names
+    ]
 
 
 def summary(config: SweepConfig, planned: Sequence[Planned], ended: Mapping[str, int]) -> Row:

@@ -61,8 +61,8 @@ class Learner:
         began = self.version
         minibatches = self.cutter.cut(groups)
         updates = len(minibatches) * self.update.epochs
-        if self.loss.old_logprobs == "recompute" and updates > 1:
-            minibatches = [replace(one, old=self._logprobs(self.policy, one)) for one in minibatches]
+        if self.loss.old_logprobs == "recompute" and (updates > 1 or self._any_refers_back(groups)):
+            minibatches = [replace(one, old=self._old(one)) for one in minibatches]
         if self.reference is not None and self.update.epochs > 1:
             minibatches = [replace(one, reference=self._logprobs(self.reference, one)) for one in minibatches]
         figures = StepFigures()
@@ -124,6 +124,28 @@ class Learner:
         )
         result = grpo_loss(logprobs, tokens, self.loss, entropy)
         return logprobs, result if fused is None else LossResult(fused.total, result.figures)
+
+    @property
+    def _refers_back(self) -> bool:
+        """Whether the ratios of tokens that older weights sampled refer to what the engine sampled with: the only record
+        of those weights. An importance cap corrects them otherwise; without ratios nothing does."""
+        return self.loss.importance_cap is None and self.loss.objective.policy != "reinforce"
+
+    def _any_refers_back(self, groups: Sequence[Group]) -> bool:
+        """On any rank. A meeting, of ranks with the same settings."""
+        old = sum(one.version != self.version for group in groups for one in group.trajectories)
+        return self._refers_back and self.ranks.total({"old": old})["old"] > 0
+
+    def _old(self, minibatch: MiniBatch) -> tuple[Tensor, ...]:
+        """What ratios refer to: log-probabilities of the weights that sampled, of the present ones computed again."""
+        now = self._logprobs(self.policy, minibatch)
+        if not self._refers_back:
+            return now
+        pairs = zip(minibatch.batches, now, strict=True)
+        return tuple(
+            torch.where((batch.versions == self.version).to(new.device), new, batch.rollout.to(new.device))
+            for batch, new in pairs
+        )
 
     def _logprobs(self, policy: Policy, minibatch: MiniBatch) -> tuple[Tensor, ...]:
         """Of each micro-batch's trainable tokens."""
