@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from tests.engine.processes.engines import tiny
-from vtengine.engine.totals import GAUGES, total
+from vtengine.engine.base import GAUGES
+from vtengine.engine.totals import total
 
 
 def test_counters_outlive_their_engine_and_gauges_do_not() -> None:

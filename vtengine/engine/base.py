@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import torch
 
 Finish = Literal["stop", "length", "cancelled", "error"]
+GAUGES = frozenset(
+    ("running", "waiting", "pages_total", "pages_in_use", "pages_cached", "vision_cache_bytes", "weight_version")
+)
+"""Those of an engine's figures (`Backend.stats`) that are of now. All others count, and never fall."""
 
 
 class RequestRejected(ValueError):
@@ -131,7 +135,7 @@ class Backend(Protocol):
         ...
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges, flat, with units in the names."""
+        """Counters, and GAUGES; flat, with units in the names."""
         ...
 
     async def close(self) -> None: ...

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-GAUGES = frozenset(
-    ("running", "waiting", "pages_total", "pages_in_use", "pages_cached", "vision_cache_bytes", "weight_version")
-)
-"""Figures of now. All others count, and never fall."""
+from vtengine.engine.base import GAUGES
 
 
 def total(living: Iterable[Mapping[str, float]], gone: Iterable[Mapping[str, float]] = ()) -> dict[str, float]:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from vtengine.engine.totals import GAUGES
+from vtengine.engine.base import GAUGES
 from vtengine.rollout.episode import Episode
 from vtengine.server.admission import Gate
 

@@ -119,7 +119,9 @@ def test_one_fails_the_others_run_and_the_next_call_does_the_rest(sweep, tmp_pat
 
 
 def test_a_metric_that_no_run_has_is_told_of(sweep, tmp_path, capsys) -> None:
-    path = sweep('[sweep]\nreward.penalty.theta = [0.1]\n[plot]\nmetrics = ["upscale/ration", "reward/accuracy", "loss"]')
+    path = sweep(
+        '[sweep]\nreward.penalty.theta = [0.1]\n[plot]\nmetrics = ["upscale/ration", "reward/accuracy", "loss"]'
+    )
     assert main(["sweep", str(path)]) == 0
     said = capsys.readouterr().err
     assert "plot.metrics: no run has 'upscale/ration'; did you mean upscale/ratio? (corrected, the same" in said
