@@ -127,8 +127,8 @@ class Learner:
 
     @property
     def _refers_back(self) -> bool:
-        """Whether the ratios of tokens that older weights sampled refer to what the engine sampled with, the only record
-        of those weights. An importance cap corrects them in its own way; `reinforce` has no ratios."""
+        """Whether the ratios of tokens that older weights sampled refer to what the engine sampled with, the only
+        record of those weights. An importance cap corrects them in its own way; `reinforce` has no ratios."""
         return self.loss.importance_cap is None and self.loss.objective.policy != "reinforce"
 
     def _any_refers_back(self, groups: Sequence[Group]) -> bool:
