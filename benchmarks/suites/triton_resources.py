@@ -137,10 +137,10 @@ def _sample(kernel: str, variant: str) -> Spec:
     ]
     types = {f"{name}_ptr": f"*{others.get(name, 'fp32')}" for name in names if name not in absent}
     sizes = {"BLOCK": token_sample.MAX_BLOCK, "PARTS": 64}
-    sizes |= {name: getattr(threshold, name) for name in ("LEVELS", "CAPACITY", "CHUNK")}
+    sizes |= {name: getattr(threshold, name) for name in ("LEVELS", "EVEN", "SAMPLE", "CAPACITY", "CHUNK")}
     known: dict[str, Any] = {name: value for name, value in sizes.items() if name in function.arg_names}
     known |= {f"{name}_ptr": None for name in names if name in absent}
-    warps = threshold.SEARCH_WARPS if kernel == "_threshold_kernel" else token_sample.NUM_WARPS
+    warps = {"_threshold_kernel": threshold.SEARCH_WARPS, "_levels_kernel": 4}.get(kernel, token_sample.NUM_WARPS)
     return Spec("token_sample", module, kernel, variant, types, known, warps, HEAD)
 
 
@@ -157,6 +157,8 @@ def _merge(dtype: str, heads: int, size: int) -> Spec:
     variant = f"{heads} heads of {size}, {dtype}"
     return Spec("shared_prefix_attention", merge, "_merge_kernel", variant, types | {"rows_ptr": "*i64"}, constants)
 
+
+THRESHOLD = ("_levels_kernel", "_totals_kernel", "_gather_kernel", "_threshold_kernel")
 
 SPECS = (
     *(
@@ -210,7 +212,7 @@ SPECS = (
         for kernel in ("_blocks_kernel", "_pick_kernel")
         for variant in ("greedy", "a draw", "truncated")
     ),
-    *(_sample(kernel, "truncated") for kernel in ("_totals_kernel", "_gather_kernel", "_threshold_kernel")),
+    *(_sample(kernel, "truncated") for kernel in THRESHOLD),
     Spec(
         "visual_scatter",
         visual_scatter,
