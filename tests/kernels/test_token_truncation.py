@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from vtengine_kernels.token_sample import Truncation, native, token_sample, triton
+from vtengine_kernels.token_sample import Truncation, native, ref, threshold, token_sample, triton
 from vtengine_kernels.token_sample.threshold import MAX_VOCABULARY, UNIT_BITS
 
 from tests.kernels.interpreting import run_interpreted
@@ -144,6 +145,35 @@ def check_ties_and_faults(impl, vocabulary, device="cpu"):
     assert token_sample(nothing, draws, temperature, limits, impl=impl)[1].isnan().all()
 
 
+def flat_rows(vocabulary):
+    """(scores, truncation): many ids that are about as likely, as a model without training, or a high temperature,
+    has them; then scores of few values, as a head in bfloat16 has them, and of one."""
+    normal = torch.randn(vocabulary, generator=torch.Generator().manual_seed(5))
+    kinds = [*(normal * size for size in (0.02, 0.1, 0.5, 1)), (normal / 2).bfloat16().float(), torch.zeros(vocabulary)]
+    limits = [(10**6, 0.95), (10**6, 0.999), (50_000, 1.0), (50_000, 0.95)]
+    scores, chosen = zip(*itertools.product(kinds, limits), strict=True)
+    top_k, top_p = zip(*chosen, strict=True)
+    return torch.stack(scores), Truncation(torch.tensor(top_k), torch.tensor(top_p), torch.zeros(len(scores)))
+
+
+def check_flat_rows(some=slice(None), device="cpu", vocabulary=151_936):
+    """As the reference has it, by a search of a small part of each row."""
+    scores, limits = flat_rows(vocabulary)
+    scores, top_k, top_p, min_p = (x[some] for x in (scores, limits.top_k, limits.top_p, limits.min_p))
+    draws = torch.rand(len(scores), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    sent = [x.to(device) for x in (scores, draws, torch.ones(len(scores)), top_k, top_p, min_p)]
+    with mock.patch.object(threshold, "launch", wraps=threshold.launch) as launched:
+        ids, logprobs = token_sample(*sent[:3], Truncation(*sent[3:]), impl="triton")
+    kernel, _, *given = launched.call_args.args
+    searched = dict(zip(kernel.arg_names, given, strict=False))["totals_ptr"][:, -1]
+    assert int(searched.max()) < vocabulary // 8 and threshold.CAPACITY > vocabulary // 8
+    for n, row in enumerate(scores):
+        probs = row.double().softmax(0)
+        masks = [ref.kept(row, probs, int(top_k[n]), side, 0.0) for side in around(float(top_p[n]))]
+        found = int(ids[n]), float(logprobs[n])
+        assert any(is_right((probs * mask).numpy(), float(draws[n]), *found, 20) for mask in masks), (n, found)
+
+
 def check_all(impl, device="cpu"):
     check(impl, (1, 2, 17, 576, 4099), (0.0, 0.21, 0.5, 0.83, LAST), device=device)
     check_what_holds_for_any_row(impl, device=device)
@@ -192,6 +222,7 @@ def test_rows_whose_masses_might_not_fit_are_left_to_others(monkeypatch):
         "check('triton', (4099,), (0.5,), (9,))",
         "check_what_holds_for_any_row('triton', 19, slice(3, 7))",
         "check_ties_and_faults('triton', 9001)",
+        "check_flat_rows(slice(0, None, 5))",
     ],
 )
 def test_interpreted(what):
@@ -202,3 +233,8 @@ def test_interpreted(what):
 @pytest.mark.gpu
 def test_on_the_gpu():
     check_all("triton", "cuda")
+
+
+@pytest.mark.gpu
+def test_flat_rows_on_the_gpu():
+    check_flat_rows(device="cuda")
