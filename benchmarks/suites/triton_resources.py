@@ -20,7 +20,7 @@ from vtengine_kernels.patchify import triton as patchify
 from vtengine_kernels.prefix_attention import split
 from vtengine_kernels.shared_prefix_attention import merge
 from vtengine_kernels.token_logprob import triton as token_logprob
-from vtengine_kernels.token_sample import threshold
+from vtengine_kernels.token_sample import levels, threshold
 from vtengine_kernels.token_sample import triton as token_sample
 from vtengine_kernels.visual_scatter import triton as visual_scatter
 
@@ -129,7 +129,7 @@ def _sample(kernel: str, variant: str) -> Spec:
     """Of "greedy", "a draw" and "truncated"."""
     others = {"draws": "fp64", "sum": "fp64", "where": "i32", "last": "i32"}
     others |= dict.fromkeys(("ids", "top_k", "totals"), "i64")
-    module = token_sample if hasattr(token_sample, kernel) else threshold
+    module = next(module for module in (token_sample, levels, threshold) if hasattr(module, kernel))
     function = getattr(module, kernel)
     names = [name.removesuffix("_ptr") for name in function.arg_names if name.endswith("_ptr")]
     absent = {"greedy": ("temperature", "draws", "least", "last"), "a draw": ("least", "last"), "truncated": ()}[
@@ -140,7 +140,7 @@ def _sample(kernel: str, variant: str) -> Spec:
     sizes |= {name: getattr(threshold, name) for name in ("LEVELS", "EVEN", "SAMPLE", "CAPACITY", "CHUNK")}
     known: dict[str, Any] = {name: value for name, value in sizes.items() if name in function.arg_names}
     known |= {f"{name}_ptr": None for name in names if name in absent}
-    warps = {"_threshold_kernel": threshold.SEARCH_WARPS, "_levels_kernel": 4}.get(kernel, token_sample.NUM_WARPS)
+    warps = {"_threshold_kernel": threshold.SEARCH_WARPS, "levels_kernel": 4}.get(kernel, token_sample.NUM_WARPS)
     return Spec("token_sample", module, kernel, variant, types, known, warps, HEAD)
 
 
@@ -158,7 +158,7 @@ def _merge(dtype: str, heads: int, size: int) -> Spec:
     return Spec("shared_prefix_attention", merge, "_merge_kernel", variant, types | {"rows_ptr": "*i64"}, constants)
 
 
-THRESHOLD = ("_levels_kernel", "_totals_kernel", "_gather_kernel", "_threshold_kernel")
+THRESHOLD = ("levels_kernel", "totals_kernel", "_gather_kernel", "_threshold_kernel")
 
 SPECS = (
     *(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from vtengine_kernels.token_sample import Truncation, native, ref, threshold, token_sample, triton
-from vtengine_kernels.token_sample.threshold import MAX_VOCABULARY, UNIT_BITS
+from vtengine_kernels.token_sample.levels import MAX_VOCABULARY, UNIT_BITS
 
 from tests.kernels.interpreting import run_interpreted
 
@@ -166,7 +166,7 @@ def check_flat_rows(some=slice(None), device="cpu", vocabulary=151_936):
         ids, logprobs = token_sample(*sent[:3], Truncation(*sent[3:]), impl="triton")
     kernel, _, *given = launched.call_args.args
     searched = dict(zip(kernel.arg_names, given, strict=False))["totals_ptr"][:, -1]
-    assert int(searched.max()) < vocabulary // 8 and threshold.CAPACITY > vocabulary // 8
+    assert int(searched.max()) < vocabulary // 8 < threshold.CAPACITY
     for n, row in enumerate(scores):
         probs = row.double().softmax(0)
         masks = [ref.kept(row, probs, int(top_k[n]), side, 0.0) for side in around(float(top_p[n]))]

@@ -1,11 +1,7 @@
 """The least score that a truncation keeps, on a GPU, without a sort: four launches after the statistics of blocks.
 
-LEVELS scores of each row say where the threshold lies: how many scores reach each, and with what mass. A few are evenly
-spaced below the best; the others are quantiles of a sample, so that between two there are few scores, or many equal
-ones, however the scores lie. The scores between the levels around a threshold are brought together and halved until
-one is left. Masses are fixed-point integers, relative to the best score: in whatever order they are added, the sum is
-the same. Suffixes: V a block of the vocabulary, P the blocks of a row, S a sample, L levels, C a part of what is
-searched.
+Two find the levels of each row around the threshold (levels.py). The scores between them are brought together and
+halved until one is left. Suffixes: V a block of the vocabulary, P the blocks of a row, C a part of what is searched.
 """
 
 from __future__ import annotations
@@ -14,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vtengine_kernels.token_sample.levels import EVEN, LEVELS, SAMPLE
 from vtengine_kernels.triton_runtime import launch, missing
 
 if TYPE_CHECKING:
@@ -21,132 +18,29 @@ if TYPE_CHECKING:
 
     from vtengine_kernels.token_sample.truncation import Truncation
 
-LEVELS = 32  # the last is -inf: all scores
-EVEN = 8  # of them are a temperature apart
-SAMPLE = 512
-CAPACITY = 1 << 15  # scores of a row that are brought together: some five quantiles of the largest vocabulary, of more
-#                     (the sample misled) the row itself is searched
+CAPACITY = 1 << 15  # scores of a row that are brought together; of more (the sample misled) the row itself is searched
 CHUNK = 4096
 NUM_WARPS = 8
 SEARCH_WARPS = 16  # of a program that works on a row alone
-UNIT_BITS = 44
-MAX_VOCABULARY = 1 << (62 - UNIT_BITS)
-"""Of so many scores that all equal the best, the masses' sum fits int64."""
 
 if missing() is None:
     import triton
     import triton.language as tl
 
-    ONE: tl.constexpr = tl.constexpr(float(1 << UNIT_BITS))  # of the best score
+    from vtengine_kernels.token_sample.levels import (
+        band_keys,
+        bands,
+        key_of,
+        levels_kernel,
+        mass_of,
+        row_best,
+        score_of,
+        total_of,
+        totals_kernel,
+    )
+
     NONE: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # above the key of every score
     LOWEST: tl.constexpr = tl.constexpr(-0x7F800001)  # the key of -inf
-    GOLDEN: tl.constexpr = tl.constexpr(0x9E3779B1)  # of 2 ** 32: its multiples are evenly spread, without a period
-
-    @triton.jit
-    def _key(x):
-        """int32 in the order of the scores; -0.0 is 0.0."""
-        bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-    @triton.jit
-    def _score(key):
-        return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-    @triton.jit
-    def _mass(x, best, temperature):
-        return (tl.exp((x - best) / temperature) * ONE).to(tl.int64)
-
-    @triton.jit
-    def _row_best(best_ptr, row, parts, PARTS: tl.constexpr):
-        p_P = tl.arange(0, PARTS)
-        return tl.max(tl.load(best_ptr + row * parts + p_P, mask=p_P < parts, other=float("-inf")), axis=0)
-
-    @triton.jit
-    def _levels_kernel(
-        scores_ptr, temperature_ptr, top_k_ptr, top_p_ptr, best_ptr, levels_ptr, totals_ptr, row_stride, vocabulary,
-        parts, PARTS: tl.constexpr, LEVELS: tl.constexpr, EVEN: tl.constexpr, SAMPLE: tl.constexpr,
-    ):  # fmt: skip
-        """A row's levels, the highest first; no totals yet."""
-        row = tl.program_id(0).to(tl.int64)
-        if (tl.load(top_k_ptr + row) < vocabulary) | (tl.load(top_p_ptr + row) < 1.0):
-            spread_S = (tl.arange(0, SAMPLE).to(tl.int64) * GOLDEN) & 0xFFFFFFFF
-            x_S = tl.load(scores_ptr + row * row_stride + ((spread_S * vocabulary) >> 32))
-            n_L = tl.arange(0, LEVELS)
-            rank_L = (n_L - EVEN + 1) * SAMPLE // (LEVELS - 1 - EVEN) - 1
-            rank_L = tl.minimum(tl.maximum(rank_L, 0), SAMPLE - 1)
-            x_L = tl.gather(tl.sort(x_S, descending=True), rank_L, 0)
-            # A score that is so frequent gets a band of its own: up to the next float above it.
-            same_LL = (x_L[:, None] == x_L[None, :]) & (n_L[:, None] < n_L[None, :]) & (n_L[None, :] < LEVELS - 1)
-            is_again_L = tl.max((same_LL & (n_L[:, None] >= EVEN)).to(tl.int32), axis=1) > 0
-            x_L = tl.where(is_again_L, _score(_key(x_L) + 1), x_L)
-            even_L = _row_best(best_ptr, row, parts, PARTS) - n_L * tl.load(temperature_ptr + row)
-            level_L = tl.where(n_L < EVEN, even_L, tl.where(n_L == LEVELS - 1, float("-inf"), x_L))
-            tl.store(levels_ptr + row * LEVELS + n_L, tl.sort(level_L, descending=True))
-            n_T = tl.arange(0, 4 * LEVELS)
-            tl.store(totals_ptr + row * (2 * LEVELS + 1) + n_T, n_T.to(tl.int64) * 0, mask=n_T < 2 * LEVELS + 1)
-
-    @triton.jit
-    def _level(levels_ptr, row, n, best, LEVELS: tl.constexpr):
-        """The nth; before the first, the next float above the best."""
-        return tl.where(n < 0, _score(_key(best) + 1), tl.load(levels_ptr + row * LEVELS + tl.maximum(n, 0)))
-
-    @triton.jit
-    def _band_keys(levels_ptr, row, low, high, best, LEVELS: tl.constexpr):
-        """A band's keys: from the one of the level `low` up to that of `high`, which is not in it."""
-        return _key(_level(levels_ptr, row, low, best, LEVELS)), _key(_level(levels_ptr, row, high, best, LEVELS))
-
-    @triton.jit
-    def _total(totals_ptr, row, n, LEVELS: tl.constexpr):
-        """(scores that reach the nth level, their mass)."""
-        row_ptr = totals_ptr + row * (2 * LEVELS + 1)
-        count = tl.load(row_ptr + n, mask=n >= 0, other=0)
-        return count, tl.load(row_ptr + LEVELS + n, mask=n >= 0, other=0)
-
-    @triton.jit
-    def _bands(levels_ptr, totals_ptr, row, top_k, top_p, best, temperature, vocabulary, LEVELS: tl.constexpr):
-        """Numbers of levels: the threshold of top-k lies between the first and the one before it, that of top-p
-        between the second and the third, with scores from the third on all kept."""
-        n_L = tl.arange(0, LEVELS)
-        row_ptr = totals_ptr + row * (2 * LEVELS + 1)
-        count_L, mass_L = tl.load(row_ptr + n_L), tl.load(row_ptr + LEVELS + n_L)
-        of_k = tl.min(tl.where(count_L >= top_k, n_L, LEVELS - 1), axis=0)
-        fewest = tl.max(mass_L, axis=0)
-        most = fewest
-        if top_k < vocabulary:  # what the best top_k weigh: the last of them no less, no more than the band's ends
-            count, mass = _total(totals_ptr, row, of_k - 1, LEVELS)
-            _, enough = _total(totals_ptr, row, of_k, LEVELS)
-            lightest = (top_k - count) * _mass(_level(levels_ptr, row, of_k, best, LEVELS), best, temperature)
-            highest = _score(_key(_level(levels_ptr, row, of_k - 1, best, LEVELS)) - 1)
-            heaviest = (top_k - count) * _mass(tl.minimum(highest, best), best, temperature)
-            # exp rounds: a score may weigh a little more than the next one.
-            fewest = mass + lightest - (lightest >> 16)
-            most = tl.minimum(mass + heaviest + (heaviest >> 16), enough)
-        share_L, share = mass_L.to(tl.float64), top_p.to(tl.float64)
-        low = tl.min(tl.where(share_L >= share * most.to(tl.float64), n_L, LEVELS - 1), axis=0)
-        high = tl.max(tl.where(share_L < share * fewest.to(tl.float64), n_L, -1), axis=0)
-        return of_k, low, tl.minimum(high, low - 1)
-
-    @triton.jit
-    def _totals_kernel(
-        scores_ptr, temperature_ptr, top_k_ptr, top_p_ptr, best_ptr, levels_ptr, totals_ptr, row_stride, vocabulary,
-        PARTS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        """Adds a block's scores, and their masses, to the levels that they reach."""
-        row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-        if (tl.load(top_k_ptr + row) < vocabulary) | (tl.load(top_p_ptr + row) < 1.0):
-            best, temperature = _row_best(best_ptr, row, parts, PARTS), tl.load(temperature_ptr + row)
-            v_V = part * BLOCK + tl.arange(0, BLOCK)
-            real_V = v_V < vocabulary
-            x_V = tl.load(scores_ptr + row * row_stride + v_V, mask=real_V, other=float("-inf"))
-            mass_V = tl.where(x_V > float("-inf"), _mass(x_V, best, temperature), 0)
-            level_L = tl.load(levels_ptr + row * LEVELS + tl.arange(0, LEVELS))
-            # No score of the block reaches the levels before.
-            first = tl.sum((level_L > tl.load(best_ptr + row * parts + part)).to(tl.int32), axis=0)
-            row_ptr = totals_ptr + row * (2 * LEVELS + 1)
-            for n in range(first, LEVELS):
-                reached_V = real_V & (x_V >= tl.load(levels_ptr + row * LEVELS + n))
-                tl.atomic_add(row_ptr + n, tl.sum(reached_V.to(tl.int32), axis=0).to(tl.int64), sem="relaxed")
-                tl.atomic_add(row_ptr + LEVELS + n, tl.sum(tl.where(reached_V, mass_V, 0), axis=0), sem="relaxed")
 
     @triton.jit
     def _gather_kernel(
@@ -158,19 +52,17 @@ if missing() is None:
         row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
         top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
         if (top_k < vocabulary) | (top_p < 1.0):
-            best, temperature = _row_best(best_ptr, row, parts, PARTS), tl.load(temperature_ptr + row)
-            of_k, low, high = _bands(
-                levels_ptr, totals_ptr, row, top_k, top_p, best, temperature, vocabulary, LEVELS
-            )
-            k_bottom, k_top = _band_keys(levels_ptr, row, of_k, of_k - 1, best, LEVELS)
-            p_bottom, p_top = _band_keys(levels_ptr, row, low, high, best, LEVELS)
+            best, temperature = row_best(best_ptr, row, parts, PARTS), tl.load(temperature_ptr + row)
+            of_k, low, high = bands(levels_ptr, totals_ptr, row, top_k, top_p, best, temperature, vocabulary, LEVELS)
+            k_bottom, k_top = band_keys(levels_ptr, row, of_k, of_k - 1, best, LEVELS)
+            p_bottom, p_top = band_keys(levels_ptr, row, low, high, best, LEVELS)
             k_bottom = tl.where((top_k < vocabulary) & (k_bottom + 1 < k_top), k_bottom, NONE)
             p_bottom = tl.where((top_p < 1.0) & (p_bottom + 1 < p_top), p_bottom, NONE)
-            if _key(tl.load(best_ptr + row * parts + part)) >= tl.minimum(k_bottom, p_bottom):
+            if key_of(tl.load(best_ptr + row * parts + part)) >= tl.minimum(k_bottom, p_bottom):
                 v_V = part * BLOCK + tl.arange(0, BLOCK)
                 real_V = v_V < vocabulary
                 x_V = tl.load(scores_ptr + row * row_stride + v_V, mask=real_V, other=float("-inf"))
-                key_V = _key(x_V)
+                key_V = key_of(x_V)
                 in_V = ((key_V >= k_bottom) & (key_V < k_top)) | ((key_V >= p_bottom) & (key_V < p_top))
                 here_V = (real_V & in_V).to(tl.int32)
                 count = tl.sum(here_V, axis=0)
@@ -189,11 +81,11 @@ if missing() is None:
         for begin in range(0, size, CHUNK):
             at_C = begin + tl.arange(0, CHUNK)
             x_C = tl.load(from_ptr + at_C, mask=at_C < size, other=float("-inf"))
-            key_C = _key(x_C)
+            key_C = key_of(x_C)
             in_C = (at_C < size) & (key_C >= low) & (key_C < high)
             reach_C = in_C & (key_C >= middle)
             count_C += reach_C.to(tl.int32)
-            mass_C += tl.where(reach_C & (x_C > float("-inf")), _mass(x_C, best, temperature), 0)
+            mass_C += tl.where(reach_C & (x_C > float("-inf")), mass_of(x_C, best, temperature), 0)
             least_C = tl.minimum(least_C, tl.where(reach_C, key_C, high))
             other_C = tl.maximum(other_C, tl.where(in_C & (key_C < middle), key_C, low - 1))
         count = tl.sum(count_C, axis=0).to(tl.int64)
@@ -219,7 +111,7 @@ if missing() is None:
         """int32: 1 where a score equals the key."""
         at_C = begin + tl.arange(0, CHUNK)
         x_C = tl.load(row_ptr + at_C, mask=at_C < vocabulary, other=float("-inf"))
-        return ((at_C < vocabulary) & (_key(x_C) == key)).to(tl.int32)
+        return ((at_C < vocabulary) & (key_of(x_C) == key)).to(tl.int32)
 
     @triton.jit
     def _nth(row_ptr, vocabulary, key, nth, CHUNK: tl.constexpr):
@@ -243,47 +135,45 @@ if missing() is None:
         row = tl.program_id(0).to(tl.int64)
         row_ptr = scores_ptr + row * row_stride
         top_k, top_p, temperature = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(temperature_ptr + row)
-        best = _row_best(best_ptr, row, parts, PARTS)
+        best = row_best(best_ptr, row, parts, PARTS)
         p_P = tl.arange(0, PARTS)
         total = tl.sum(tl.load(sum_ptr + row * parts + p_P, mask=p_P < parts, other=0.0), axis=0)
         is_number = (total > 0.0) & (best < float("inf"))  # not: a NaN in the row, or nothing to draw
         key, last = tl.program_id(0) * 0 + LOWEST, row * 0 + vocabulary - 1
         if is_number & ((top_k < vocabulary) | (top_p < 1.0)):
-            low, p_low, p_high = _bands(
-                levels_ptr, totals_ptr, row, top_k, top_p, best, temperature, vocabulary, LEVELS
-            )
+            low, p_low, p_high = bands(levels_ptr, totals_ptr, row, top_k, top_p, best, temperature, vocabulary, LEVELS)
             high = low - 1
             size = tl.load(totals_ptr + row * (2 * LEVELS + 1) + 2 * LEVELS)
             from_ptr = found_ptr + row * CAPACITY
             if size > CAPACITY:
                 from_ptr, size = row_ptr, row * 0 + vocabulary
             allowed = row * 0 + vocabulary  # scores equal to the threshold
-            everything = _total(totals_ptr, row, LEVELS - 1, LEVELS)[1]
+            everything = total_of(totals_ptr, row, LEVELS - 1, LEVELS)[1]
             if top_k < vocabulary:
-                bottom, top = _band_keys(levels_ptr, row, low, high, best, LEVELS)
-                count, mass = _total(totals_ptr, row, high, LEVELS)
+                bottom, top = band_keys(levels_ptr, row, low, high, best, LEVELS)
+                count, mass = total_of(totals_ptr, row, high, LEVELS)
                 key = _highest(from_ptr, size, bottom, top, count, mass, top_k, 0.0, best, temperature, CHUNK)
                 more, heavier, _, _ = _reaching(from_ptr, size, bottom, top, key + 1, best, temperature, CHUNK)
                 allowed = top_k - count - more
-                everything = mass + heavier + allowed * _mass(_score(key), best, temperature)
+                everything = mass + heavier + allowed * mass_of(score_of(key), best, temperature)
             if top_p < 1.0:
                 wanted, lowest = top_p.to(tl.float64) * everything.to(tl.float64), key
                 low, high = p_low, p_high
-                bottom, top = _band_keys(levels_ptr, row, low, high, best, LEVELS)
-                count, mass = _total(totals_ptr, row, high, LEVELS)
+                bottom, top = band_keys(levels_ptr, row, low, high, best, LEVELS)
+                count, mass = total_of(totals_ptr, row, high, LEVELS)
                 bottom = tl.maximum(bottom, lowest)
                 key = _highest(from_ptr, size, bottom, top, count, mass, 0, wanted, best, temperature, CHUNK)
                 _, heavier, _, _ = _reaching(from_ptr, size, bottom, top, key + 1, best, temperature, CHUNK)
-                own = tl.maximum(_mass(_score(key), best, temperature), 1).to(tl.float64)
+                own = tl.maximum(mass_of(score_of(key), best, temperature), 1).to(tl.float64)
                 fewest = tl.maximum(tl.ceil((wanted - (mass + heavier).to(tl.float64)) / own), 1.0).to(tl.int64)
                 allowed = tl.where(key == lowest, tl.minimum(allowed, fewest), fewest)
-            bottom, top = _band_keys(levels_ptr, row, low, high, best, LEVELS)
-            equal = _total(totals_ptr, row, low, LEVELS)[0] - _total(totals_ptr, row, high, LEVELS)[0]
+            bottom, top = band_keys(levels_ptr, row, low, high, best, LEVELS)
+            equal = total_of(totals_ptr, row, low, LEVELS)[0] - total_of(totals_ptr, row, high, LEVELS)[0]
             if bottom + 1 < top:
                 equal, _, _, _ = _reaching(from_ptr, size, key, key + 1, key, best, temperature, CHUNK)
             if allowed < equal:
                 last = _nth(row_ptr, vocabulary, key, allowed, CHUNK)
-        least = _score(key)
+        least = score_of(key)
         bound = best + temperature * tl.log(tl.load(min_p_ptr + row))
         raised = is_number & (bound > least)
         tl.store(least_ptr + row, tl.where(raised, bound, least))
@@ -305,8 +195,8 @@ def threshold(
     row, sizes = (scores, temperature, top_k, top_p), (scores.stride(0), vocabulary)
     shape = {"PARTS": max(2, 1 << (parts - 1).bit_length()), "LEVELS": LEVELS}
     blocks = {**shape, "BLOCK": block, "num_warps": NUM_WARPS}
-    launch(_levels_kernel, (rows,), *row, best, levels, totals, *sizes, parts, EVEN=EVEN, SAMPLE=SAMPLE, **shape)
-    launch(_totals_kernel, (rows, parts), *row, best, levels, totals, *sizes, **blocks)
+    launch(levels_kernel, (rows,), *row, best, levels, totals, *sizes, parts, EVEN=EVEN, SAMPLE=SAMPLE, **shape)
+    launch(totals_kernel, (rows, parts), *row, best, levels, totals, *sizes, **blocks)
     launch(_gather_kernel, (rows, parts), *row, best, levels, totals, found, *sizes, CAPACITY=CAPACITY, **blocks)
     launch(
         _threshold_kernel, (rows,), *row, min_p, best, sums, levels, totals, found, least, last, *sizes, parts,

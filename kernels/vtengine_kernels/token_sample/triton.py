@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtengine_kernels.token_sample.threshold import MAX_VOCABULARY, threshold
+from vtengine_kernels.token_sample.levels import MAX_VOCABULARY
+from vtengine_kernels.token_sample.threshold import threshold
 from vtengine_kernels.token_sample.truncation import Truncation
 from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
