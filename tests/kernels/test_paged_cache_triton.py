@@ -156,7 +156,8 @@ def test_paged_prefill_compiles_without_spills(tmp_path, record_property, dtype,
     strides = ("q_stride", "out_stride", "page_stride", "token_stride")
     needs = compiled(prefill._paged_prefill_kernel, types, constants, arch, tmp_path, warps, strides)
     record_property("needs", str(needs))
-    assert needs.spill_bytes == 0 and needs.shared_bytes <= 113 * 1024  # two programs on one processor
+    most_shared_bytes = (99 if arch < 90 else 227) * 1024  # what a program may have on the smallest of its generation
+    assert needs.spill_bytes == 0 and needs.shared_bytes <= most_shared_bytes
 
 
 @pytest.mark.gpu

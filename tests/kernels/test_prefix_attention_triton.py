@@ -113,13 +113,13 @@ def test_it_compiles_without_spills(tmp_path, record_property, rows, dtype, grou
     constants = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": rows, **blocks}
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "items_ptr"), "*i64")
-    types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32") | {"scale_log2": "fp32"}
     if rows == 1:
         constants["items_ptr"] = types.pop("items_ptr") and None
     strides = ("q_stride", "page_stride", "token_stride")
     needs = compiled(split._span_kernel, types, constants, arch, tmp_path, sixteens=strides)
     record_property("needs", str(needs))
-    assert needs.spill_bytes == 0 and needs.shared_bytes <= (57 if rows == 1 else 96) * 1024
+    assert needs.spill_bytes == 0 and needs.shared_bytes <= (75 if rows == 1 else 99) * 1024
     merge = {"SIZE": size, "SPAN": split.SPAN, "BLOCK_S": split.MERGED, "BLOCK_D": blocks["BLOCK_D"]}
     types = {"parts_ptr": "*fp32", "lse_ptr": "*fp32", "lengths_ptr": "*i64", "out_ptr": f"*{dtype}"}
     assert compiled(split._merge_spans_kernel, types, merge, arch, tmp_path).spill_bytes == 0

@@ -50,12 +50,14 @@ if missing() is None:
         BLOCK_D: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):
-        row, head = tl.program_id(0), tl.program_id(2)
+        # A row's blocks of queries one after another, for what they read is the same; those that see most come first, or
+        # a processor would be left with the longest at the end.
+        row, head = tl.program_id(2), tl.program_id(1)
+        first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
         begin, end = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
-        first_query = tl.program_id(1) * QUERIES
-        count = end - begin
+        count = (end - begin).to(tl.int32)
         if first_query < count:
-            length = tl.load(lengths_ptr + row)
+            length = tl.load(lengths_ptr + row).to(tl.int32)
             m, d, t = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
             query_M = first_query + m // GROUP
             real_M = (m < QUERIES * GROUP) & (query_M < count)
@@ -68,21 +70,28 @@ if missing() is None:
             sums_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
             seen_tokens = length - count + tl.minimum(first_query + QUERIES, count)
             seen_by_all = (length - count + first_query + 1) // BLOCK_T * BLOCK_T  # whole blocks, without a mask
+            keys_D, values_D = keys_ptr + head * SIZE + d, values_ptr + head * SIZE + d
+            table_ptr = tables_ptr + row.to(tl.int64) * table_stride
+            # A block's pages are loaded one block ahead, or loads of keys and values would wait for them and be waited
+            # for. Unsigned: products of 32 bits and shifts are one instruction then.
+            page_T = tl.load(table_ptr + tl.minimum(t, seen_tokens - 1).to(tl.uint32) // PAGE).to(tl.uint32)
             for MASKED in tl.static_range(2):
                 for first in range(seen_by_all if MASKED else 0, seen_tokens if MASKED else seen_by_all, BLOCK_T):
                     token_T = first + t
                     there_T = token_T < seen_tokens
-                    page_T = _load(tables_ptr + row * table_stride + token_T // PAGE, there_T, MASKED).to(tl.int64)
-                    at_T = page_T * page_stride + (token_T % PAGE) * token_stride + head * SIZE
-                    at_TD, in_TD = at_T[:, None] + d[None, :], there_T[:, None] & (d[None, :] < SIZE)
-                    k_TD = _load(keys_ptr + at_TD, in_TD, MASKED or SIZE < BLOCK_D)
-                    scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee") * scale_log2
+                    slot_T = (token_T.to(tl.uint32) % PAGE).to(tl.int32)
+                    at_T = page_T.to(tl.int64) * tl.cast(page_stride, tl.uint32) + slot_T * token_stride
+                    next_T = tl.minimum(token_T + BLOCK_T, seen_tokens - 1)
+                    page_T = tl.load(table_ptr + next_T.to(tl.uint32) // PAGE).to(tl.uint32)
+                    in_TD = there_T[:, None] & (d[None, :] < SIZE)
+                    k_TD = _load(keys_D[None, :] + at_T[:, None], in_TD, MASKED or SIZE < BLOCK_D)
+                    scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee")
                     if MASKED:
                         scores_MT = tl.where(token_T[None, :] <= limit_M[:, None], scores_MT, float("-inf"))
-                    new_M = tl.maximum(highest_M, tl.max(scores_MT, axis=1))
-                    weights_MT = tl.exp2(scores_MT - new_M[:, None])
+                    new_M = tl.maximum(highest_M, tl.max(scores_MT, axis=1) * scale_log2)
+                    weights_MT = tl.exp2(scores_MT * scale_log2 - new_M[:, None])
                     fade_M = tl.exp2(highest_M - new_M)
-                    v_TD = _load(values_ptr + at_TD, in_TD, MASKED or SIZE < BLOCK_D)
+                    v_TD = _load(values_D[None, :] + at_T[:, None], in_TD, MASKED or SIZE < BLOCK_D)
                     total_M = total_M * fade_M + tl.sum(weights_MT, axis=1)
                     sums_MD = sums_MD * fade_M[:, None]
                     sums_MD += tl.dot(weights_MT.to(v_TD.dtype), v_TD, input_precision="ieee")
@@ -107,7 +116,7 @@ def blocks(group: int, size: int, itemsize: int, major: int) -> dict[str, int]:
         "QUERIES": block_m // group,
         "BLOCK_M": block_m,
         "BLOCK_D": _padded(size),
-        "BLOCK_T": 16 if itemsize == 4 else 64 if major >= 9 else 32,
+        "BLOCK_T": 16 if itemsize == 4 else 64 if major in (9, 10) else 32,
     }
 
 
@@ -129,7 +138,7 @@ def paged_prefill(
     if tokens:
         launch(
             _paged_prefill_kernel,
-            (len(lengths), -(-longest // sizes["QUERIES"]), kv_heads),
+            (-(-longest // sizes["QUERIES"]), kv_heads, len(lengths)),
             q,
             keys,
             values,

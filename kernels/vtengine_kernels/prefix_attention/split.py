@@ -8,6 +8,7 @@ depend on its own length only, so the rows of a batch do not change each other's
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,10 +23,18 @@ if TYPE_CHECKING:
 SPAN = 256
 ROWS = 8
 MERGED = 16  # spans at a time
+LOG2_E = math.log2(math.e)
 
 if missing() is None:
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def _load(at, mask, MASKED: tl.constexpr):
+        if MASKED:
+            return tl.load(at, mask=mask, other=0.0)
+        else:
+            return tl.load(at)
 
     # Suffixes: M pairs of a row and a query head of the group, D head size, T tokens of a block.
     @triton.jit(do_not_specialize=["table_stride", "most_spans"])
@@ -38,7 +47,7 @@ if missing() is None:
         items_ptr,
         parts_ptr,
         lse_ptr,
-        scale,
+        scale_log2,
         q_stride,
         table_stride,
         page_stride,
@@ -59,11 +68,12 @@ if missing() is None:
             row_M = tl.where(m < GROUP, first_row, -1)
         else:
             item_ptr = items_ptr + tl.program_id(0) * (ROWS + 1)
-            span, first_row = tl.load(item_ptr), tl.load(item_ptr + 1)
+            span, first_row = tl.load(item_ptr).to(tl.int32), tl.load(item_ptr + 1)
             row_M = tl.load(item_ptr + 1 + m // GROUP, mask=m < ROWS * GROUP, other=-1)
         # rows that share a span have all of it: the first one's length stands for all
-        end = tl.load(lengths_ptr + first_row, mask=first_row >= 0, other=0)
-        if (first_row >= 0) & (span * SPAN < end):
+        begin = span * SPAN
+        end = tl.load(lengths_ptr + first_row, mask=first_row >= 0, other=0).to(tl.int32)
+        if (first_row >= 0) & (begin < end):
             d, t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_T)
             real_M = row_M >= 0
             row_M = tl.where(real_M, row_M, first_row)
@@ -72,30 +82,41 @@ if missing() is None:
             at_MD = row_M[:, None] * q_stride + head_M[:, None] * SIZE + d[None, :]
             q_MD = tl.load(q_ptr + at_MD, mask=in_MD, other=0.0)
             highest_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-            total_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+            totals_MT = tl.zeros((BLOCK_M, BLOCK_T), dtype=tl.float32)  # summed at the end: warps need not meet
             sums_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-            end = tl.minimum(end, (span + 1) * SPAN)
-            for first in range(span * SPAN, end, BLOCK_T):
-                token_T = first + t
-                there_T = token_T < end
-                page_T = tl.load(tables_ptr + first_row * table_stride + token_T // PAGE, mask=there_T, other=0)
-                at_T = page_T * page_stride + (token_T % PAGE) * token_stride + head * SIZE
-                in_TD = there_T[:, None] & (d[None, :] < SIZE)
-                k_TD = tl.load(keys_ptr + at_T[:, None] + d[None, :], mask=in_TD, other=0.0)
-                scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee") * scale
-                scores_MT = tl.where(there_T[None, :], scores_MT, float("-inf"))
-                new_M = tl.maximum(highest_M, tl.max(scores_MT, axis=1))
-                weights_MT = tl.exp(scores_MT - new_M[:, None])
-                fade_M = tl.exp(highest_M - new_M)
-                v_TD = tl.load(values_ptr + at_T[:, None] + d[None, :], mask=in_TD, other=0.0)
-                total_M = total_M * fade_M + tl.sum(weights_MT, axis=1)
-                sums_MD = sums_MD * fade_M[:, None]
-                sums_MD += tl.dot(weights_MT.to(v_TD.dtype), v_TD, input_precision="ieee")
-                highest_M = new_M
+            end = tl.minimum(end, begin + SPAN)
+            whole_end = begin + (end - begin) // BLOCK_T * BLOCK_T  # whole blocks, without a mask
+            keys_D, values_D = keys_ptr + head * SIZE + d, values_ptr + head * SIZE + d
+            table_ptr = tables_ptr + first_row * table_stride
+            # A block's pages are loaded one block ahead, or loads of keys and values would wait for them and be waited
+            # for. Unsigned: products of 32 bits and shifts are one instruction then.
+            page_T = tl.load(table_ptr + tl.minimum(begin + t, end - 1).to(tl.uint32) // PAGE).to(tl.uint32)
+            for MASKED in tl.static_range(2):
+                for first in range(whole_end if MASKED else begin, end if MASKED else whole_end, BLOCK_T):
+                    token_T = first + t
+                    there_T = token_T < end
+                    slot_T = (token_T.to(tl.uint32) % PAGE).to(tl.int32)
+                    at_T = page_T.to(tl.int64) * tl.cast(page_stride, tl.uint32) + slot_T * token_stride
+                    page_T = tl.load(table_ptr + tl.minimum(token_T + BLOCK_T, end - 1).to(tl.uint32) // PAGE)
+                    page_T = page_T.to(tl.uint32)
+                    in_TD = there_T[:, None] & (d[None, :] < SIZE)
+                    k_TD = _load(keys_D[None, :] + at_T[:, None], in_TD, MASKED or SIZE < BLOCK_D)
+                    scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee")
+                    if MASKED:
+                        scores_MT = tl.where(there_T[None, :], scores_MT, float("-inf"))
+                    new_M = tl.maximum(highest_M, tl.max(scores_MT, axis=1) * scale_log2)
+                    weights_MT = tl.exp2(scores_MT * scale_log2 - new_M[:, None])
+                    fade_M = tl.exp2(highest_M - new_M)
+                    v_TD = _load(values_D[None, :] + at_T[:, None], in_TD, MASKED or SIZE < BLOCK_D)
+                    totals_MT = totals_MT * fade_M[:, None] + weights_MT
+                    sums_MD = sums_MD * fade_M[:, None]
+                    sums_MD += tl.dot(weights_MT.to(v_TD.dtype), v_TD, input_precision="ieee")
+                    highest_M = new_M
+            total_M = tl.sum(totals_MT, axis=1)
             heads = tl.num_programs(1) * GROUP
             part_M = (row_M * most_spans + span) * heads + head_M
             tl.store(parts_ptr + part_M[:, None] * SIZE + d[None, :], sums_MD / total_M[:, None], mask=in_MD)
-            tl.store(lse_ptr + part_M, highest_M + tl.log(total_M), mask=real_M)
+            tl.store(lse_ptr + part_M, highest_M + tl.log2(total_M), mask=real_M)
 
     # Suffixes: S spans of a block, D head size. A program merges the parts of one row and one query head, in order.
     @triton.jit(do_not_specialize=["most_spans"])
@@ -122,7 +143,7 @@ if missing() is None:
             in_SD = there_S[:, None] & (d[None, :] < SIZE)
             part_SD = tl.load(parts_ptr + part_S[:, None] * SIZE + d[None, :], mask=in_SD, other=0.0)
             new = tl.maximum(highest, tl.max(lse_S, axis=0))
-            fade, weight_S = tl.exp(highest - new), tl.exp(lse_S - new)
+            fade, weight_S = tl.exp2(highest - new), tl.exp2(lse_S - new)
             sums_D = sums_D * fade + tl.sum(part_SD * weight_S[:, None], axis=0)
             total = total * fade + tl.sum(weight_S, axis=0)
             highest = new
@@ -156,9 +177,9 @@ def items(siblings: Siblings, lengths: np.ndarray) -> np.ndarray:
 def blocks(rows: int, group: int, size: int, itemsize: int) -> dict[str, int]:
     """Block sizes for that many rows in one program: powers of two, at least what a matrix product needs; larger ones
     spill registers."""
-    block_t = 64 if size <= 64 else 32 if size <= 128 else 16
-    if rows > 1:
-        block_t = 32 if itemsize == 2 and size <= 64 else 16
+    block_t = (64 if size <= 128 else 32) if rows == 1 else 32 if size <= 128 else 16
+    if itemsize == 4:
+        block_t = 16
     return {"BLOCK_M": _padded(rows * group), "BLOCK_D": _padded(size), "BLOCK_T": block_t}
 
 
@@ -189,7 +210,7 @@ def split_attention(
             work,
             parts,
             lse,
-            scale,
+            scale * LOG2_E,
             q.stride(0),
             tables.stride(0),
             keys.stride(0),
