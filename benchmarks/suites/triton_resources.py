@@ -95,7 +95,7 @@ def _spans(dtype: str, rows: int, group: int, size: int) -> Spec:
     """rows: that share a span."""
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "items_ptr"), "*i64")
-    types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32") | {"scale": "fp32"}
+    types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32") | {"scale_log2": "fp32"}
     constants: dict[str, Any] = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": rows}
     constants |= split.blocks(rows, group, size, itemsize=2)
     if rows == 1:

@@ -177,9 +177,9 @@ def items(siblings: Siblings, lengths: np.ndarray) -> np.ndarray:
 def blocks(rows: int, group: int, size: int, itemsize: int) -> dict[str, int]:
     """Block sizes for that many rows in one program: powers of two, at least what a matrix product needs; larger ones
     spill registers."""
-    block_t = (64 if size <= 128 else 32) if rows == 1 else 32 if size <= 128 else 16
-    if itemsize == 4:
-        block_t = 16
+    block_t = 64 if rows == 1 else 32
+    if size > 128 or itemsize == 4:
+        block_t = 32 if size <= 64 or (rows == 1 and itemsize == 2) else 16
     return {"BLOCK_M": _padded(rows * group), "BLOCK_D": _padded(size), "BLOCK_T": block_t}
 
 
