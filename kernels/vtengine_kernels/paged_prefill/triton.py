@@ -50,8 +50,8 @@ if missing() is None:
         BLOCK_D: tl.constexpr,
         BLOCK_T: tl.constexpr,
     ):
-        # A row's blocks of queries one after another, for what they read is the same; those that see most come first, or
-        # a processor would be left with the longest at the end.
+        # a row's blocks of queries follow each other, for they read the same; those that see most come first, or the
+        # device would wait for the longest at the end
         row, head = tl.program_id(2), tl.program_id(1)
         first_query = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
         begin, end = tl.load(offsets_ptr + row), tl.load(offsets_ptr + row + 1)
@@ -74,15 +74,18 @@ if missing() is None:
             table_ptr = tables_ptr + row.to(tl.int64) * table_stride
             # A block's pages are loaded one block ahead, or loads of keys and values would wait for them and be waited
             # for. Unsigned: products of 32 bits and shifts are one instruction then.
-            page_T = tl.load(table_ptr + tl.minimum(t, seen_tokens - 1).to(tl.uint32) // PAGE).to(tl.uint32)
             for MASKED in tl.static_range(2):
-                for first in range(seen_by_all if MASKED else 0, seen_tokens if MASKED else seen_by_all, BLOCK_T):
+                first_block, blocks_end = seen_by_all if MASKED else 0, seen_tokens if MASKED else seen_by_all
+                token_T = first_block + t
+                there_T = token_T < seen_tokens
+                page_T = tl.load(table_ptr + token_T.to(tl.uint32) // PAGE, mask=there_T, other=0).to(tl.uint32)
+                for first in range(first_block, blocks_end, BLOCK_T):
                     token_T = first + t
                     there_T = token_T < seen_tokens
                     slot_T = (token_T.to(tl.uint32) % PAGE).to(tl.int32)
                     at_T = page_T.to(tl.int64) * tl.cast(page_stride, tl.uint32) + slot_T * token_stride
-                    next_T = tl.minimum(token_T + BLOCK_T, seen_tokens - 1)
-                    page_T = tl.load(table_ptr + next_T.to(tl.uint32) // PAGE).to(tl.uint32)
+                    next_T = (first + BLOCK_T if MASKED else tl.minimum(first + BLOCK_T, seen_by_all - BLOCK_T)) + t
+                    page_T = _load(table_ptr + next_T.to(tl.uint32) // PAGE, next_T < seen_tokens, MASKED).to(tl.uint32)
                     in_TD = there_T[:, None] & (d[None, :] < SIZE)
                     k_TD = _load(keys_D[None, :] + at_T[:, None], in_TD, MASKED or SIZE < BLOCK_D)
                     scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee")

@@ -90,15 +90,17 @@ if missing() is None:
             table_ptr = tables_ptr + first_row * table_stride
             # A block's pages are loaded one block ahead, or loads of keys and values would wait for them and be waited
             # for. Unsigned: products of 32 bits and shifts are one instruction then.
-            page_T = tl.load(table_ptr + tl.minimum(begin + t, end - 1).to(tl.uint32) // PAGE).to(tl.uint32)
             for MASKED in tl.static_range(2):
-                for first in range(whole_end if MASKED else begin, end if MASKED else whole_end, BLOCK_T):
+                first_block, blocks_end = whole_end if MASKED else begin, end if MASKED else whole_end
+                token_T = first_block + t
+                page_T = tl.load(table_ptr + token_T.to(tl.uint32) // PAGE, mask=token_T < end, other=0).to(tl.uint32)
+                for first in range(first_block, blocks_end, BLOCK_T):
                     token_T = first + t
                     there_T = token_T < end
                     slot_T = (token_T.to(tl.uint32) % PAGE).to(tl.int32)
                     at_T = page_T.to(tl.int64) * tl.cast(page_stride, tl.uint32) + slot_T * token_stride
-                    page_T = tl.load(table_ptr + tl.minimum(token_T + BLOCK_T, end - 1).to(tl.uint32) // PAGE)
-                    page_T = page_T.to(tl.uint32)
+                    next_T = (first + BLOCK_T if MASKED else tl.minimum(first + BLOCK_T, whole_end - BLOCK_T)) + t
+                    page_T = _load(table_ptr + next_T.to(tl.uint32) // PAGE, next_T < end, MASKED).to(tl.uint32)
                     in_TD = there_T[:, None] & (d[None, :] < SIZE)
                     k_TD = _load(keys_D[None, :] + at_T[:, None], in_TD, MASKED or SIZE < BLOCK_D)
                     scores_MT = tl.dot(q_MD, tl.trans(k_TD), input_precision="ieee")
