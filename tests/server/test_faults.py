@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
 from tests.server.running import MODEL
 from vtengine.server.errors import ApiError
-from vtengine.server.schema import parse_chat
+from vtengine.server.schema import ChatRequest, parse_chat
 
 BODY: dict[str, Any] = {
     "model": MODEL, "n": 1, "stream": True, "stream_options": {"include_usage": True}, "temperature": 1.0, "top_p": 0.5,
@@ -68,3 +71,19 @@ def test_whatever_is_wrong_is_said_in_our_words() -> None:
         "vtengine.max_turnsx: unknown field; did you mean max_turns?",
         f'vtengine.resolution = "{"x" * 63}...: must be one of adaptive, low, high',
     } <= said
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"messages": [{"role": "us"}] * 9},
+        {"messages": [{"role": "user", "content": [{"type": "x"}] * 9}]},
+        {"messages": [{"role": "system", "content": [{"type": "x"}] * 9}]},
+        {"stop": [1] * 9},
+    ],
+)
+def test_reading_ends_at_the_first_fault_of_a_list(changed: dict[str, Any]) -> None:
+    """To tell of a million of them takes seconds, in which nobody is served."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate_json(json.dumps(BODY | changed))
+    assert len({error["loc"] for error in caught.value.errors()}) <= 2, "type and text of the one part"

@@ -65,8 +65,9 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Texts = Annotated[list[TextPart], BeforeValidator(_as_parts)]
-Parts = Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_as_parts)]
+Texts = Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_as_parts)]
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(fail_fast=True), BeforeValidator(_as_parts)]
 
 
 class UserMessage(_Strict):
@@ -117,7 +118,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -126,7 +127,7 @@ class ChatRequest(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: Annotated[list[str], BeforeValidator(_as_list)] | None = None
+    stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(_as_list)] | None = None
     vtengine: Extension | None = None
 
     @field_validator("stop")

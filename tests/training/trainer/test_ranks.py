@@ -189,6 +189,18 @@ def test_same_run_and_goes_on_with_any_number_of_ranks(make_config, ranks, tmp_p
     assert [json.loads(row)["answer"] for row in dumps[0]] == [json.loads(row)["answer"] for row in dumps[1]]
 
 
+def test_older_weights_count_alike_for_any_number_of_ranks(make_config, ranks, tmp_path) -> None:
+    """A rank without groups of older weights takes part in the pass that those of others need."""
+    settings = {
+        "loss": {"old_logprobs": "recompute"},
+        "rollout": {"prompts": 3, "oversample": 1.5, "max_refill": 4.0, **ALONE},
+        "update": {"learning_rate": 1e-3, "max_tokens": 200},
+    }
+    expected = ranks_worker.curve(Run(make_config(**settings, output=str(tmp_path / "one")), rewarder()), 3)
+    assert any(row["groups/reused"] % 2 and row["staleness/mean"] and abs(row["approx_kl"]) > 1e-6 for row in expected)
+    close_rows(ranks(make_config(**settings, output=str(tmp_path / "several")), "curve-3"), expected, 1e-3)
+
+
 def test_a_broken_reward_on_one_rank_skips_the_update_on_all(make_config, ranks) -> None:
     found = ranks(make_config(rollout={"prompts": 4, **ALONE}), "skipped")
     assert found == [[1.0, 0.0], [1.0, 0.0]]
