@@ -114,7 +114,7 @@ class PhaseConfig:
         at_least(self, 1, "steps", "scenes", "warmup")
         at_least(self, 0, "questions", "pages")
         if self.warmup > self.steps:
-            raise ValueError(f"warmup = {self.warmup}: must be at most steps (= {self.steps})")
+            raise ValueError(f"warmup = {self.warmup}: must be at most steps (= {self.steps}); lower it")
         for kind, weight in self.kinds.items():
             if kind not in KINDS:
                 raise ValueError(f"kinds.{kind}: unknown; known: {', '.join(KINDS)}")

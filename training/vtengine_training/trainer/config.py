@@ -200,7 +200,7 @@ class GrpoConfig:
         at_least(self, 1, "steps")
         positive_or_none(self, "threads", "max_pixels", "peak_tflops", "rank_timeout_s")
         if self.update.warmup > self.steps:
-            raise ValueError(f"update.warmup = {self.update.warmup}: must be at most steps (= {self.steps})")
+            raise ValueError(f"update.warmup = {self.update.warmup}: must be at most steps (= {self.steps}); lower it")
         if (self.update.minibatch_prompts or 1) > self.rollout.prompts:
             raise ValueError(
                 f"update.minibatch_prompts = {self.update.minibatch_prompts}: must be at most rollout.prompts "
