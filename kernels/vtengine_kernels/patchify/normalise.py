@@ -36,10 +36,14 @@ def affine(mean: tuple[float, ...], std: tuple[float, ...], mode: Mode) -> Affin
     return Affine(1.0, tuple(scaled[0]), tuple(scaled[1]))
 
 
-@functools.lru_cache(maxsize=16)
 def level_table(mean: tuple[float, ...], std: tuple[float, ...], mode: Mode) -> np.ndarray:
     """float32 [3, 256]: value of each level in each channel, bit-equal to the processor's."""
-    form = affine(mean, std, mode)
+    return table_of(affine(mean, std, mode))
+
+
+@functools.lru_cache(maxsize=16)
+def table_of(form: Affine) -> np.ndarray:
+    """float32 [3, 256], as level_table."""
     unit = (np.arange(256, dtype=np.float64) * form.unit).astype(np.float32)
     mean32 = np.asarray(form.mean, dtype=np.float32)[:, None]
     std32 = np.asarray(form.std, dtype=np.float32)[:, None]

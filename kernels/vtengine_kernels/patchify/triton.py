@@ -1,157 +1,81 @@
-"""The Triton implementation: the image goes up as bytes, one or two kernels per resize, values come out as patches.
+"""The Triton implementation: the image goes up as bytes, two kernels at most per resize, values come out as patches.
 
-A resize is one pass per direction that changes. All passes but the last write 8-bit planes; the last one of the last
-resize also looks the levels up in the table of values and writes patches. Weights, sums and table are those of the
-reference, so the result is too. Runs on the CPU as well, under TRITON_INTERPRET=1 (set before triton is imported).
+A resize is one pass per direction that changes. All passes but the last write 8-bit levels; the last one of the last
+resize turns them into values and writes patches. Weights, sums and values are those of the reference, so the result is
+too. Runs on the CPU as well, under TRITON_INTERPRET=1 (set before triton is imported).
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vtengine_kernels.patchify.contract import FRAMES, Plan
+from vtengine_kernels.patchify.contract import FRAMES, Layout, Plan, Step, Target
 from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Filter, Mode, vertical_first, weights
-from vtengine_kernels.triton_runtime import launch, missing
-
-BLOCK = {"BLOCK_R": 16, "BLOCK_C": 128}  # rows and columns of one program; a patch's rows where it writes patches
-NUM_WARPS = 8
+from vtengine_kernels.patchify.normalise import Affine, table_of
+from vtengine_kernels.triton_runtime import interpreted, launch, missing
 
 if missing() is None:
-    import triton
-    import triton.language as tl
+    from vtengine_kernels.patchify.triton_kernels import _across_kernel, _down_kernel, _down_patches_kernel
 
-    # Suffixes: R rows, C columns of the output. The three channels of a place are neighbours in time: they share what
-    # is read of interleaved pixels.
-    @triton.jit
-    def _levels(
-        source_ptr,
-        first_ptr,
-        weight_ptr,
-        row_R,
-        column_C,
-        in_R,
-        in_C,
-        taps,
-        tap_stride,
-        source_row,
-        source_pixel,
-        ACROSS: tl.constexpr,
-        BITS: tl.constexpr,
-    ):
-        """int32 0..255, the outputs (row_R, column_C) of one pass over one channel."""
-        in_RC = in_R[:, None] & in_C[None, :]
-        total_RC = tl.zeros_like(in_RC.to(tl.int32)) + (1 << (BITS - 1))
-        if ACROSS:
-            first_C = tl.load(first_ptr + column_C, mask=in_C, other=0)
-            line_R = source_ptr + row_R.to(tl.int64) * source_row
-            from_RC = line_R[:, None] + (first_C * source_pixel)[None, :]
-            for tap in range(taps):
-                weight_C = tl.load(weight_ptr + tap * tap_stride + column_C, mask=in_C, other=0)
-                total_RC += tl.load(from_RC, mask=in_RC, other=0).to(tl.int32) * weight_C[None, :]
-                from_RC += source_pixel
-        else:
-            first_R = tl.load(first_ptr + row_R, mask=in_R, other=0)
-            line_R = source_ptr + first_R.to(tl.int64) * source_row
-            from_RC = line_R[:, None] + (column_C * source_pixel)[None, :]
-            for tap in range(taps):
-                weight_R = tl.load(weight_ptr + tap * tap_stride + row_R, mask=in_R, other=0)
-                total_RC += tl.load(from_RC, mask=in_RC, other=0).to(tl.int32) * weight_R[:, None]
-                from_RC += source_row
-        return tl.minimum(tl.maximum(total_RC >> BITS, 0), 255)
+# What one program makes, and its warps.
+ACROSS: dict[str, Any] = {"WORDS": True, "ROWS": 8, "COLUMNS": 128, "num_warps": 4}
+DOWN = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 8}  # columns are bytes
+DOWN_PATCHES = {"ROWS": 2, "PATCHES": 32, "num_warps": 4}
+MANY_PROGRAMS = 1024  # the last pass down makes all rows of a patch in one program where so many programs remain
+TAPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)  # of one round of summation; kernels are compiled for each
+ROOM = 16  # bytes: rows of levels begin at multiples of it; of a plane, each row of a patch does
+BITS_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # the kernels store bits
 
-    # Levels to planes of levels.
-    @triton.jit(do_not_specialize=["height", "taps", "tap_stride"])
-    def _pass_kernel(
-        source_ptr,
-        first_ptr,
-        weight_ptr,
-        out_ptr,
-        height,
-        columns,
-        taps,
-        tap_stride,
-        source_channel,
-        source_row,
-        source_pixel,
-        out_channel,
-        out_row,
-        ACROSS: tl.constexpr,
-        BITS: tl.constexpr,
-        BLOCK_R: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        channel = (tl.program_id(0) % 3).to(tl.int64)
-        row_R = tl.program_id(0) // 3 * BLOCK_R + tl.arange(0, BLOCK_R)
-        column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        in_R, in_C = row_R < height, column_C < columns
-        source_ptr += channel * source_channel
-        level_RC = _levels(
-            source_ptr, first_ptr, weight_ptr, row_R, column_C, in_R, in_C, taps, tap_stride, source_row, source_pixel,
-            ACROSS, BITS,
-        )  # fmt: skip
-        out_R = out_ptr + channel * out_channel + row_R.to(tl.int64) * out_row
-        # up to the end of a line's room, whose size is even, so that stores can be wide
-        in_RC = in_R[:, None] & (column_C < out_row)[None, :]
-        tl.store(out_R[:, None] + column_C[None, :], level_RC.to(tl.uint8), mask=in_RC)
 
-    # Levels to patches. One program makes PATCH lines of one channel: the upper or lower half of some windows of a row.
-    @triton.jit(do_not_specialize=["width", "taps", "tap_stride"])
-    def _patches_kernel(
-        source_ptr,
-        first_ptr,
-        weight_ptr,
-        table_ptr,
-        out_ptr,
-        width,
-        columns,
-        taps,
-        tap_stride,
-        source_channel,
-        source_row,
-        source_pixel,
-        ACROSS: tl.constexpr,
-        BITS: tl.constexpr,
-        FRAMES: tl.constexpr,
-        PATCH: tl.constexpr,
-        BLOCK_R: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        half, channel = tl.program_id(0) // 3, tl.program_id(0) % 3
-        y_R = tl.arange(0, BLOCK_R)
-        column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        in_R, in_C = y_R < PATCH, column_C < columns
-        source_ptr += channel.to(tl.int64) * source_channel
-        level_RC = _levels(
-            source_ptr, first_ptr, weight_ptr, half * PATCH + y_R, column_C, in_R, in_C, taps, tap_stride, source_row,
-            source_pixel, ACROSS, BITS,
-        )  # fmt: skip
-        in_RC = in_R[:, None] & (column_C < width)[None, :]
-        value_RC = tl.load(table_ptr + channel * 256 + level_RC, mask=in_RC, other=0)
-        window_C, x_C = column_C // (2 * PATCH), column_C % (2 * PATCH)
-        patch_C = ((half // 2) * (width // (2 * PATCH)) + window_C) * 4 + (half % 2) * 2 + x_C // PATCH
-        SIZE: tl.constexpr = PATCH * PATCH
-        to_C = out_ptr + patch_C.to(tl.int64) * (3 * SIZE * FRAMES) + channel * (SIZE * FRAMES) + column_C % PATCH
-        for frame in tl.static_range(FRAMES):
-            tl.store(to_C[None, :] + (frame * SIZE + y_R * PATCH)[:, None], value_RC, mask=in_RC)
+@dataclass(frozen=True)
+class Form:
+    """Whose arithmetic, and how values are written."""
+
+    mode: Mode
+    patch: int
+    layout: Layout
+    dtype: torch.dtype
+    affine: Affine
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """kernel[grid](source, out, *arguments, **constants). scratch: bytes of `out`; None: it is the call's output."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    scratch: int | None = None
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """uint8 [height, width, 3] whose rows begin `row` bytes after one another; `readable` of them may be read."""
+
+    height: int
+    width: int
+    row: int
+    readable: int
 
 
 def run(plan: Plan) -> list[Tensor]:
     """Writes every target of the plan into its output tensor and returns these."""
-    pixels_CHW = upload(plan.image, plan.device).permute(2, 0, 1)
+    image = upload(plan.image, plan.device)
+    form = Form(plan.mode, plan.patch, plan.layout, plan.dtype, plan.affine, plan.device)
     for target, (left, top, right, bottom), out in zip(plan.targets, plan.boxes, plan.outputs, strict=True):
-        planes = pixels_CHW[:, top:bottom, left:right]
-        for step in target.before:
-            for axis in passes(planes, step.height, step.width, plan.mode):
-                planes = _resampled(planes, axis, (step.height, step.width)[axis], step.filter, plan.mode)
-        *earlier, last = passes(planes, target.height, target.width, plan.mode) or [0]
-        for axis in earlier:
-            planes = _resampled(planes, axis, (target.height, target.width)[axis], plan.filter, plan.mode)
-        _write_patches(planes, last, target.height, target.width, plan, out)
+        source = image[top:bottom, left:right]
+        for each in passes(bottom - top, right - left, 3 * image.shape[1], target, plan.filter, form):
+            to = out.view(BITS_OF[plan.dtype]) if each.scratch is None else image.new_empty(each.scratch)
+            launch(each.kernel, each.grid, source, to, *each.arguments, **each.constants)
+            source = to
     return list(plan.outputs)
 
 
@@ -164,82 +88,120 @@ def upload(image: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return staged.to(device, non_blocking=True)
 
 
-def passes(planes: Tensor, height: int, width: int, mode: Mode) -> list[int]:
-    """The directions that a resize of [3, H, W] changes, in order: 0 down, 1 across."""
-    _, height_in, width_in = planes.shape
-    axes = [0, 1] if vertical_first(height_in, width_in, height, width, mode) else [1, 0]
-    return [axis for axis in axes if (height_in, width_in)[axis] != (height, width)[axis]]
+@functools.lru_cache(maxsize=256)
+def passes(height: int, width: int, row: int, target: Target, kind: Filter, form: Form) -> tuple[Pass, ...]:
+    """From uint8 [height, width, 3], whose rows begin `row` bytes after one another, to the patches of the target."""
+    made = []
+    source = Pixels(height, width, row, 3 * width)
+    steps = (*target.before, Step(target.height, target.width, kind))
+    for step in steps:
+        axes = [0, 1] if vertical_first(source.height, source.width, step.height, step.width, form.mode) else [1, 0]
+        changed = [axis for axis in axes if (source.height, source.width)[axis] != (step.height, step.width)[axis]]
+        if step is steps[-1]:  # the last pass goes across, be it by one tap, unless it is a pass down after another
+            made += _last(source, step, changed, form)
+            break
+        for axis in changed:
+            made.append((_down, _across)[axis](source, step, form))
+            source = _scratch(step.height, source.width) if axis == 0 else _scratch(source.height, step.width)
+    return tuple(made)
 
 
-def _resampled(planes: Tensor, axis: int, size: int, kind: Filter, mode: Mode) -> Tensor:
-    """uint8 [3, H, W] with one direction resampled to `size`; lines begin at multiples of 16 bytes."""
-    _, height_in, width_in = planes.shape
-    height, width = (size, width_in) if axis == 0 else (height_in, size)
-    out = planes.new_empty((3, height, -(-width // 16) * 16))[:, :, :width]
-    first, weight = _axis((height_in, width_in)[axis], size, kind, mode, planes.device)
-    grid = (3 * -(-height // BLOCK["BLOCK_R"]), -(-width // BLOCK["BLOCK_C"]))
-    launch(
-        _pass_kernel,
-        grid,
-        planes,
-        first,
-        weight,
-        out,
-        height,
-        _readable(planes) if axis == 0 else width,
-        weight.shape[0],
-        weight.stride(0),
-        *planes.stride(),
-        *out.stride()[:2],
-        ACROSS=axis == 1,
-        BITS=PRECISION_BITS,
-        **BLOCK,
-        num_warps=NUM_WARPS,
-    )
-    return out
+def _last(source: Pixels, step: Step, changed: list[int], form: Form) -> list[Pass]:
+    """One pass or two, the second of which writes patches."""
+    if changed == [1, 0]:
+        return [_across(source, step, form, "planes"), _down_patches(source.height, step, form)]
+    if 0 in changed:
+        return [_down(source, step, form), _across(_scratch(step.height, source.width), step, form, "patches")]
+    return [_across(source, step, form, "patches")]
 
 
-def _write_patches(planes: Tensor, axis: int, height: int, width: int, plan: Plan, out: Tensor) -> None:
-    """The last pass; where the size stays, it multiplies by one."""
-    first, weight = _axis(planes.shape[1 + axis], (height, width)[axis], plan.filter, plan.mode, planes.device)
-    grid = (3 * (height // plan.patch), -(-width // BLOCK["BLOCK_C"]))
-    bits = torch.int16 if out.dtype == torch.bfloat16 else torch.int32  # the kernel moves values and looks at none
-    launch(
-        _patches_kernel,
-        grid,
-        planes,
-        first,
-        weight,
-        _table(plan.table.tobytes(), out.dtype, planes.device).view(bits),
-        out.view(bits),
-        width,
-        _readable(planes) if axis == 0 else width,
-        weight.shape[0],
-        weight.stride(0),
-        *planes.stride(),
-        ACROSS=axis == 1,
-        BITS=PRECISION_BITS,
-        FRAMES=FRAMES[plan.layout],
-        PATCH=plan.patch,
-        **BLOCK,
-        num_warps=NUM_WARPS,
+def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
+    axis = _axis(source.width, step.width, step.filter, form.mode, form.device)
+    values = _values(form)
+    blocks = -(-step.width // ACROSS["COLUMNS"])
+    if to == "planes":
+        out_row = step.width // form.patch * ROOM
+        scratch: int | None = 3 * source.height * out_row + DOWN_PATCHES["PATCHES"] * ROOM
+    else:
+        out_row = _scratch(source.height, step.width).row
+        scratch = None if to == "patches" else source.height * out_row
+    return Pass(
+        _across_kernel,
+        (-(-source.height // ACROSS["ROWS"]) * blocks,),
+        (axis.first, axis.weight, values.tensor, source.height, step.width, source.readable, axis.rounds, blocks)
+        + (source.row, out_row, source.height * out_row),
+        {"TO": to, "TAPS": axis.taps, "BITS": PRECISION_BITS, "PATCH": form.patch, **ACROSS}
+        | {"COMPUTED": values.computed, "FRAMES": FRAMES[form.layout] if to == "patches" else 1},
+        scratch,
     )
 
 
-def _readable(planes: Tensor) -> int:
-    """Pixels of a line that may be read: of our own planes all there is room for, an even number, for wide loads."""
-    return planes.stride(1) if planes.stride(2) == 1 else planes.shape[2]
+def _down(source: Pixels, step: Step, form: Form) -> Pass:
+    axis = _axis(source.height, step.height, step.filter, form.mode, form.device)
+    out = _scratch(step.height, source.width)
+    columns = out.row if source.readable == out.row else 3 * source.width  # to the end of a row, for wide accesses
+    blocks = -(-columns // DOWN["COLUMNS"])
+    return Pass(
+        _down_kernel,
+        (-(-step.height // DOWN["ROWS"]) * blocks,),
+        (axis.first, axis.weight, step.height, columns, axis.rounds, blocks, source.row, out.row),
+        {"TAPS": axis.taps, "BITS": PRECISION_BITS, **DOWN},
+        out.height * out.row,
+    )
+
+
+def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
+    """From the planes that _across writes."""
+    axis = _axis(height_in, step.height, step.filter, form.mode, form.device)
+    values = _values(form)
+    patches = step.width // form.patch
+    blocks = -(-patches // DOWN_PATCHES["PATCHES"])
+    programs = 3 * (step.height // form.patch) * blocks
+    steps = form.patch // DOWN_PATCHES["ROWS"]
+    if programs < MANY_PROGRAMS:
+        steps, programs = 1, programs * steps
+    return Pass(
+        _down_patches_kernel,
+        (programs,),
+        (axis.first, axis.weight, values.tensor, step.height, patches, axis.rounds, blocks)
+        + (patches * ROOM, height_in * patches * ROOM),
+        {"TAPS": axis.taps, "BITS": PRECISION_BITS, "PATCH": form.patch, "STEPS": steps, **DOWN_PATCHES}
+        | {"COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
+    )
+
+
+def _scratch(height: int, width: int) -> Pixels:
+    room = -(-3 * width // ROOM) * ROOM
+    return Pixels(height, width, room, room)
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """first: int32 [size_out]; weight: int32 [rounds * taps, size_out]. No tap lies past the input."""
+
+    first: Tensor
+    weight: Tensor
+    rounds: int
+    taps: int
 
 
 @functools.lru_cache(maxsize=256)
-def _axis(size_in: int, size_out: int, kind: Filter, mode: Mode, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(first [size_out], weight [taps, size_out]), int32: as `weights` gives them, but no tap lies past the input."""
+def _axis(size_in: int, size_out: int, kind: Filter, mode: Mode, device: torch.device) -> Axis:
     if size_in == size_out:
         first, weight = np.arange(size_out), np.full((size_out, 1), 1 << PRECISION_BITS)
     else:
-        first, weight = inside(*weights(size_in, size_out, kind, mode), size_in)
-    tensors: Any = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (first, weight.T.copy()))
-    return tuple(tensors)
+        first, weight = weights(size_in, size_out, kind, mode)
+    rounds, taps = rounds_of(weight.shape[1], size_in)
+    first, weight = inside(first, np.pad(weight, ((0, 0), (0, rounds * taps - weight.shape[1]))), size_in)
+    tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (first, weight.T.copy()))
+    return Axis(*tensors, rounds, taps)
+
+
+def rounds_of(taps: int, size_in: int) -> tuple[int, int]:
+    """(rounds, taps of each), together at least `taps` and at most size_in: few different ones, with few zeros."""
+    each = next((count for count in TAPS if count >= taps), TAPS[-1])
+    rounds = -(-taps // each)
+    return (rounds, each) if rounds * each <= size_in else (taps, 1)
 
 
 def inside(first: np.ndarray, weight: np.ndarray, size_in: int) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +211,32 @@ def inside(first: np.ndarray, weight: np.ndarray, size_in: int) -> tuple[np.ndar
     return first - back, np.where(moved >= 0, np.take_along_axis(weight, np.maximum(moved, 0), axis=1), 0)
 
 
+@dataclass(frozen=True, eq=False)
+class Values:
+    """computed: float32 [3, 2], slope and offset of each channel; else the bits of the values of levels, [3 * 256]."""
+
+    tensor: Tensor
+    computed: bool
+
+
 @functools.lru_cache(maxsize=16)
-def _table(values: bytes, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[3 * 256], the values of the levels as the output has them."""
-    return torch.from_numpy(np.frombuffer(values, np.float32).copy()).to(dtype).to(device)
+def _values(form: Form) -> Values:
+    table = torch.from_numpy(table_of(form.affine).copy()).to(form.dtype)
+    lines = slopes_and_offsets(form.affine)
+    if form.dtype is torch.bfloat16 and not interpreted() and torch.equal(fused(lines), table):
+        return Values(torch.from_numpy(lines).to(form.device), True)
+    return Values(table.view(BITS_OF[form.dtype]).flatten().to(form.device), False)
+
+
+def slopes_and_offsets(affine: Affine) -> np.ndarray:
+    """float32 [3, 2]."""
+    mean, std = (np.asarray(values, np.float32).astype(np.float64) for values in (affine.mean, affine.std))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.stack([affine.unit / std, -mean / std], axis=1).astype(np.float32)
+
+
+def fused(lines: np.ndarray) -> Tensor:
+    """bfloat16 [3, 256], slope * level + offset, rounded to float32 once before it is rounded to bfloat16."""
+    exact = lines[:, :1].astype(np.float64) * np.arange(256) + lines[:, 1:]  # the product of 24 and 8 bits is exact
+    with np.errstate(over="ignore", invalid="ignore"):
+        return torch.from_numpy(exact.astype(np.float32)).to(torch.bfloat16)
