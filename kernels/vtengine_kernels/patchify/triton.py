@@ -24,12 +24,12 @@ if missing() is None:
     from vtengine_kernels.patchify.triton_kernels import _across_kernel, _down_kernel, _down_patches_kernel
 
 # What one program makes, and its warps.
-ACROSS: dict[str, Any] = {"WORDS": True, "ROWS": 8, "COLUMNS": 128, "num_warps": 4}
-DOWN = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 8}  # columns are bytes
-DOWN_PATCHES = {"ROWS": 2, "PATCHES": 32, "num_warps": 4}
+ACROSS: dict[str, Any] = {"WORDS": True, "ROWS": 16, "COLUMNS": 128, "num_warps": 4}
+DOWN = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}  # columns are bytes
+DOWN_PATCHES = {"UNITS": 64, "num_warps": 4}
 MANY_PROGRAMS = 1024  # the last pass down makes all rows of a patch in one program where so many programs remain
 TAPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)  # of one round of summation; kernels are compiled for each
-ROOM = 16  # bytes: rows of levels begin at multiples of it; of a plane, each row of a patch does
+ROOM = 16  # bytes: rows of levels begin at multiples of it, and units do
 BITS_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # the kernels store bits
 
 
@@ -109,7 +109,7 @@ def passes(height: int, width: int, row: int, target: Target, kind: Filter, form
 def _last(source: Pixels, step: Step, changed: list[int], form: Form) -> list[Pass]:
     """One pass or two, the second of which writes patches."""
     if changed == [1, 0]:
-        return [_across(source, step, form, "planes"), _down_patches(source.height, step, form)]
+        return [_across(source, step, form, "units"), _down_patches(source.height, step, form)]
     if 0 in changed:
         return [_down(source, step, form), _across(_scratch(step.height, source.width), step, form, "patches")]
     return [_across(source, step, form, "patches")]
@@ -119,19 +119,19 @@ def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
     axis = _axis(source.width, step.width, step.filter, form.mode, form.device)
     values = _values(form)
     blocks = -(-step.width // ACROSS["COLUMNS"])
-    if to == "planes":
-        out_row = step.width // form.patch * ROOM
-        scratch: int | None = 3 * source.height * out_row + DOWN_PATCHES["PATCHES"] * ROOM
+    if to == "units":
+        out_row = 3 * step.width // form.patch * ROOM
+        scratch: int | None = source.height * out_row + DOWN_PATCHES["UNITS"] * ROOM  # a block is read whole
     else:
         out_row = _scratch(source.height, step.width).row
         scratch = None if to == "patches" else source.height * out_row
     return Pass(
         _across_kernel,
         (-(-source.height // ACROSS["ROWS"]) * blocks,),
-        (axis.first, axis.weight, values.tensor, source.height, step.width, source.readable, axis.rounds, blocks)
-        + (source.row, out_row, source.height * out_row),
-        {"TO": to, "TAPS": axis.taps, "BITS": PRECISION_BITS, "PATCH": form.patch, **ACROSS}
-        | {"COMPUTED": values.computed, "FRAMES": FRAMES[form.layout] if to == "patches" else 1},
+        (axis.first, axis.across, values.tensor, source.height, step.width, source.readable, axis.rounds, blocks)
+        + (source.row, out_row),
+        {"TO": to, "TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **ACROSS}
+        | {"COMPUTED": values.computed, "FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch},
         scratch,
     )
 
@@ -154,18 +154,14 @@ def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
     """From the planes that _across writes."""
     axis = _axis(height_in, step.height, step.filter, form.mode, form.device)
     values = _values(form)
-    patches = step.width // form.patch
-    blocks = -(-patches // DOWN_PATCHES["PATCHES"])
-    programs = 3 * (step.height // form.patch) * blocks
-    steps = form.patch // DOWN_PATCHES["ROWS"]
-    if programs < MANY_PROGRAMS:
-        steps, programs = 1, programs * steps
+    units = 3 * step.width // form.patch
+    blocks = -(-units // DOWN_PATCHES["UNITS"])
+    rows = form.patch if step.height // form.patch * blocks >= MANY_PROGRAMS else 2
     return Pass(
         _down_patches_kernel,
-        (programs,),
-        (axis.first, axis.weight, values.tensor, step.height, patches, axis.rounds, blocks)
-        + (patches * ROOM, height_in * patches * ROOM),
-        {"TAPS": axis.taps, "BITS": PRECISION_BITS, "PATCH": form.patch, "STEPS": steps, **DOWN_PATCHES}
+        (step.height // rows * blocks,),
+        (axis.first, axis.weight, values.tensor, units, axis.rounds, blocks, units * ROOM),
+        {"TAPS": axis.taps, "BITS": PRECISION_BITS, "PATCH": form.patch, "ROWS": rows, **DOWN_PATCHES}
         | {"COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
     )
 
@@ -177,10 +173,12 @@ def _scratch(height: int, width: int) -> Pixels:
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """first: int32 [size_out]; weight: int32 [rounds * taps, size_out]. No tap lies past the input."""
+    """first: int32 [size_out]; weight: int32 [size_out, rounds * taps] and, `across`, its transpose. No tap lies past
+    the input."""
 
     first: Tensor
     weight: Tensor
+    across: Tensor
     rounds: int
     taps: int
 
@@ -193,7 +191,7 @@ def _axis(size_in: int, size_out: int, kind: Filter, mode: Mode, device: torch.d
         first, weight = weights(size_in, size_out, kind, mode)
     rounds, taps = rounds_of(weight.shape[1], size_in)
     first, weight = inside(first, np.pad(weight, ((0, 0), (0, rounds * taps - weight.shape[1]))), size_in)
-    tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (first, weight.T.copy()))
+    tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (first, weight, weight.T.copy()))
     return Axis(*tensors, rounds, taps)
 
 

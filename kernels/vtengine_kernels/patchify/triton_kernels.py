@@ -1,10 +1,14 @@
-"""Triton kernels of patchify: one pass over an image of interleaved pixels or over planes, and values as patches.
+"""Triton kernels of patchify: one pass over interleaved pixels, or over planes of levels, with values as patches.
 
-Weights of a pass are int32 [taps, size_out], `first` [size_out] is where the window of an output begins; no tap lies
-past the input. A window of more than TAPS taps is summed in several rounds of TAPS. Offsets within a program are 32
-bits, from 64-bit addresses that a program computes once.
+`first` int32 [size_out] is where the window of an output begins; no tap lies past the input. Weights are int32,
+[taps, size_out] where a pass goes across, [size_out, taps] where it goes down, so that those of one output of a row are
+neighbours. A window of more than TAPS taps is summed in several rounds of TAPS. A program goes from row to row; offsets
+within a row are 32 bits.
 
-Suffixes: R rows, C columns of the output, P patches.
+Between the last two passes, levels lie in units: uint8 [height, width / PATCH, 3, UNIT], each of which holds the part
+of a row that belongs to one channel of one patch and is read as one aligned vector.
+
+Suffixes: C columns, U units, X pixels of a unit.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROOM = tl.constexpr(16)  # bytes of a plane that hold one row of a patch: such planes are read in aligned vectors
+UNIT = tl.constexpr(16)
 
 
 @triton.jit
@@ -23,74 +27,64 @@ def _level(total, BITS: tl.constexpr):
 
 @triton.jit
 def _value(level, table_ptr, channel, COMPUTED: tl.constexpr):
-    """As stored. COMPUTED: the table holds slope and offset of each channel, not the bits of its 256 values."""
+    """The bits to store. COMPUTED: the table holds slope and offset of each channel, not the bits of its 256 values."""
     if COMPUTED:
         slope, offset = tl.load(table_ptr + 2 * channel), tl.load(table_ptr + 2 * channel + 1)
-        return tl.fma(level.to(tl.float32), slope, offset).to(tl.bfloat16).to(tl.int16, bitcast=True)
-    return tl.load(table_ptr + 256 * channel + level)
+        value = tl.fma(level.to(tl.float32), slope, offset).to(tl.bfloat16).to(tl.int16, bitcast=True)
+    else:
+        value = tl.load(table_ptr + 256 * channel + level)
+    return value
 
 
 @triton.jit
-def _byte_sums(line_ptr, from_RC, weight_ptr, weight_stride, rounds, TAPS: tl.constexpr, BITS: tl.constexpr):
-    """Three int32 [R, C], the sums of one channel each, read byte by byte. from_RC: bytes from line_ptr to a window."""
-    red = tl.zeros_like(from_RC) + (1 << (BITS - 1))
-    green = red
-    blue = red
-    for _ in range(rounds):
-        at_RC = line_ptr + from_RC
-        for tap in tl.static_range(TAPS):
-            weight_C = tl.load(weight_ptr + tap * weight_stride)[None, :]
-            red += tl.load(at_RC + 3 * tap).to(tl.int32) * weight_C
-            green += tl.load(at_RC + (3 * tap + 1)).to(tl.int32) * weight_C
-            blue += tl.load(at_RC + (3 * tap + 2)).to(tl.int32) * weight_C
-        weight_ptr += TAPS * weight_stride
-        from_RC += 3 * TAPS
+def _weights(weight_ptr, stride, TAPS: tl.constexpr):
+    """A tuple."""
+    found = ()
+    for tap in tl.static_range(TAPS):
+        found = found + (tl.load(weight_ptr + tap * stride),)
+    return found
+
+
+@triton.jit
+def _sums_of_bytes(window_ptr, weights, red, green, blue, TAPS: tl.constexpr):
+    """Adds TAPS pixels, read byte by byte."""
+    for tap in tl.static_range(TAPS):
+        red += tl.load(window_ptr + 3 * tap).to(tl.int32) * weights[tap]
+        green += tl.load(window_ptr + (3 * tap + 1)).to(tl.int32) * weights[tap]
+        blue += tl.load(window_ptr + (3 * tap + 2)).to(tl.int32) * weights[tap]
     return red, green, blue
 
 
 @triton.jit
-def _word_sums(line_ptr, from_RC, last, weight_ptr, weight_stride, rounds, TAPS: tl.constexpr, BITS: tl.constexpr):
-    """As _byte_sums, read in aligned words of four bytes. last: bytes from line_ptr to the last one of the image."""
-    red = tl.zeros_like(from_RC) + (1 << (BITS - 1))
-    green = red
-    blue = red
-    WHOLE: tl.constexpr = (3 * TAPS + 3) // 4  # words that the bytes of a window fill when they begin one
-    WORDS: tl.constexpr = (3 * TAPS + 6) // 4  # words that they can lie in
+def _sums_of_words(line_ptr, window_C, last, weights, red, green, blue, TAPS: tl.constexpr):
+    """Adds TAPS pixels, read in aligned words of four bytes. last: where the last byte of the line is."""
+    WORDS: tl.constexpr = (3 * TAPS + 6) // 4  # that the bytes of a window can lie in
     before = (line_ptr.to(tl.int64) & 3).to(tl.int32)
     word_ptr = (line_ptr.to(tl.int64) - before).to(tl.pointer_type(tl.int32))
-    last = (last + before) >> 2
-    for _ in range(rounds):
-        at_RC = from_RC + before
-        index_RC = at_RC >> 2
-        shift_RC = (at_RC & 3) << 3
-        low_RC = tl.load(word_ptr + index_RC)
-        for word in tl.static_range(WHOLE):
-            if word + 2 < WORDS or (word + 1 < WORDS and 3 * TAPS % 4 == 1):
-                high_RC = tl.load(word_ptr + index_RC + (word + 1))
-            elif word + 1 < WORDS:  # no byte of the window need lie in this one
-                high_RC = tl.load(word_ptr + tl.minimum(index_RC + (word + 1), last))
-            both_RC = (high_RC.to(tl.uint32).to(tl.uint64) << 32) | low_RC.to(tl.uint32).to(tl.uint64)
-            bytes_RC = (both_RC >> shift_RC.to(tl.uint64)).to(tl.uint32)
-            low_RC = high_RC
-            for byte in tl.static_range(4):
-                place: tl.constexpr = 4 * word + byte
-                if place < 3 * TAPS:
-                    if place % 3 == 0:
-                        weight_C = tl.load(weight_ptr + (place // 3) * weight_stride)[None, :]
-                    term_RC = ((bytes_RC >> (8 * byte)) & 255).to(tl.int32) * weight_C
-                    if place % 3 == 0:
-                        red += term_RC
-                    elif place % 3 == 1:
-                        green += term_RC
-                    else:
-                        blue += term_RC
-        weight_ptr += TAPS * weight_stride
-        from_RC += 3 * TAPS
+    at_C = window_C + before
+    shift_C = ((at_C & 3) << 3).to(tl.uint64)
+    word_C = word_ptr + (at_C >> 2)
+    low_C = tl.load(word_C)
+    for place in tl.static_range(3 * TAPS):
+        if place % 4 == 0:
+            if place // 4 + 2 < WORDS or 3 * TAPS % 4 == 1:
+                high_C = tl.load(word_C + (place // 4 + 1))
+            elif place // 4 + 1 < WORDS:  # no byte of the window need lie in this one
+                high_C = tl.load(word_ptr + tl.minimum((at_C >> 2) + (place // 4 + 1), (last + before) >> 2))
+            both_C = (high_C.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low_C.to(tl.uint32, bitcast=True)
+            bytes_C = (both_C >> shift_C).to(tl.uint32)
+            low_C = high_C
+        term_C = ((bytes_C >> (place % 4 * 8)) & 255).to(tl.int32) * weights[place // 3]
+        if place % 3 == 0:
+            red += term_C
+        elif place % 3 == 1:
+            green += term_C
+        else:
+            blue += term_C
     return red, green, blue
 
 
-# One pass across, of interleaved pixels. To "pixels": interleaved again; to "planes": uint8 [3, height, width / PATCH,
-# ROOM]; to "patches": values.
+# One pass across, of interleaved pixels. To "pixels": interleaved again; to "units"; to "patches": values.
 @triton.jit(do_not_specialize=["height", "width", "row_bytes", "rounds", "column_blocks"])
 def _across_kernel(
     source_ptr,
@@ -105,9 +99,9 @@ def _across_kernel(
     column_blocks,
     source_row,
     out_row,
-    out_plane,
     TO: tl.constexpr,
     TAPS: tl.constexpr,
+    ONE_ROUND: tl.constexpr,
     BITS: tl.constexpr,
     COMPUTED: tl.constexpr,
     FRAMES: tl.constexpr,
@@ -116,63 +110,69 @@ def _across_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    top = (tl.program_id(0) // column_blocks) * ROWS
-    row_R = top + tl.arange(0, ROWS)
+    top = tl.program_id(0) // column_blocks * ROWS
     column_C = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    in_RC = (row_R < height)[:, None] & (column_C < width)[None, :]
+    in_C = column_C < width
     near_C = tl.minimum(column_C, width - 1)
-    line_R = (tl.minimum(row_R, height - 1) - top) * source_row
-    line_ptr = source_ptr + top.to(tl.int64) * source_row
-    from_RC = line_R[:, None] + 3 * tl.load(first_ptr + near_C)[None, :]
-    if WORDS:
-        last = (tl.minimum(height - top, ROWS) - 1) * source_row + (row_bytes - 1)
-        red, green, blue = _word_sums(line_ptr, from_RC, last, weight_ptr + near_C, width, rounds, TAPS, BITS)
-    else:
-        red, green, blue = _byte_sums(line_ptr, from_RC, weight_ptr + near_C, width, rounds, TAPS, BITS)
-    red, green, blue = _level(red, BITS), _level(green, BITS), _level(blue, BITS)
+    first_C = 3 * tl.load(first_ptr + near_C)
+    weight_C = weight_ptr + near_C
+    if ONE_ROUND:
+        weights = _weights(weight_C, width, TAPS)
     if TO == "patches":
-        half_R = row_R // PATCH
-        patch_R = (half_R // 2).to(tl.int64) * (width // PATCH * 2) + half_R % 2 * 2
-        patch_C = (column_C // (2 * PATCH)).to(tl.int64) * 4 + column_C // PATCH % 2
         SIZE: tl.constexpr = PATCH * PATCH
-        to_R = out_ptr + patch_R * (3 * SIZE * FRAMES) + row_R % PATCH * PATCH
-        to_RC = to_R[:, None] + (patch_C * (3 * SIZE * FRAMES) + column_C % PATCH)[None, :]
-        for frame in tl.static_range(FRAMES):
-            tl.store(to_RC + frame * SIZE, _value(red, table_ptr, 0, COMPUTED), mask=in_RC)
-            tl.store(to_RC + (FRAMES + frame) * SIZE, _value(green, table_ptr, 1, COMPUTED), mask=in_RC)
-            tl.store(to_RC + (2 * FRAMES + frame) * SIZE, _value(blue, table_ptr, 2, COMPUTED), mask=in_RC)
+        patch_C = (column_C // (2 * PATCH)).to(tl.int64) * 4 + column_C // PATCH % 2
+        to_C = patch_C * (3 * SIZE * FRAMES) + column_C % PATCH
+    elif TO == "units":
+        to_C = column_C // PATCH * (3 * UNIT) + column_C % PATCH
+        APART: tl.constexpr = UNIT
     else:
-        to_ptr = out_ptr + top.to(tl.int64) * out_row
-        to_R = (row_R - top) * out_row
-        if TO == "planes":
-            to_C = column_C // PATCH * ROOM + column_C % PATCH
-            step = out_plane
+        to_C = 3 * column_C
+        APART: tl.constexpr = 1
+    for row in range(top, tl.minimum(top + ROWS, height)):
+        line_ptr = source_ptr + tl.cast(row, tl.int64) * source_row
+        red = tl.zeros_like(column_C) + (1 << (BITS - 1))
+        green = red
+        blue = red
+        if ONE_ROUND:
+            if WORDS:
+                red, green, blue = _sums_of_words(line_ptr, first_C, row_bytes - 1, weights, red, green, blue, TAPS)
+            else:
+                red, green, blue = _sums_of_bytes(line_ptr + first_C, weights, red, green, blue, TAPS)
         else:
-            to_C = 3 * column_C
-            step = 1
-        to_RC = to_R[:, None] + to_C[None, :]
-        tl.store(to_ptr + to_RC, red.to(tl.uint8), mask=in_RC)
-        tl.store(to_ptr + step + to_RC, green.to(tl.uint8), mask=in_RC)
-        tl.store(to_ptr + 2 * step + to_RC, blue.to(tl.uint8), mask=in_RC)
+            for part in range(rounds):
+                some = _weights(weight_C + part * TAPS * width, width, TAPS)
+                red, green, blue = _sums_of_bytes(line_ptr + (first_C + part * 3 * TAPS), some, red, green, blue, TAPS)
+        red, green, blue = _level(red, BITS), _level(green, BITS), _level(blue, BITS)
+        if TO == "patches":
+            half = row // PATCH
+            patch = tl.cast(half // 2, tl.int64) * (width // PATCH * 2) + half % 2 * 2
+            row_C = out_ptr + patch * (3 * SIZE * FRAMES) + row % PATCH * PATCH + to_C
+            for frame in tl.static_range(FRAMES):
+                tl.store(row_C + frame * SIZE, _value(red, table_ptr, 0, COMPUTED), mask=in_C)
+                tl.store(row_C + (FRAMES + frame) * SIZE, _value(green, table_ptr, 1, COMPUTED), mask=in_C)
+                tl.store(row_C + (2 * FRAMES + frame) * SIZE, _value(blue, table_ptr, 2, COMPUTED), mask=in_C)
+        else:
+            row_C = out_ptr + tl.cast(row, tl.int64) * out_row + tl.max_contiguous(to_C, 1)  # one column a thread, as loads
+            tl.store(row_C, red.to(tl.uint8), mask=in_C)
+            tl.store(row_C + APART, green.to(tl.uint8), mask=in_C)
+            tl.store(row_C + 2 * APART, blue.to(tl.uint8), mask=in_C)
 
 
 @triton.jit
-def _down_sums(line_ptr, first_R, column_C, in_C, weight_ptr, weight_stride, rounds, source_row, TAPS: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """int32 [R, C], sums over the rows first_R.. of line_ptr. weight_ptr: [R] pointers to the first tap's."""
-    total_RC = tl.zeros_like(first_R[:, None] + column_C[None, :]) + (1 << (BITS - 1))
-    line_R = line_ptr + first_R.to(tl.int64) * source_row
-    for _ in range(rounds):
+def _sum_down(column_ptr, first, weight_ptr, rounds, source_row, mask_C, MASKED: tl.constexpr, TAPS: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
+    """int32 [C]. column_ptr: [C], in row 0 of the source; weight_ptr: the first of this output row."""
+    from_C = column_ptr + first.to(tl.int64) * source_row
+    total_C = tl.zeros_like(column_ptr.to(tl.int64).to(tl.int32)) + (1 << (BITS - 1))
+    for part in range(rounds):
         for tap in tl.static_range(TAPS):
-            weight_R = tl.load(weight_ptr + tap * weight_stride)
-            from_RC = line_R[:, None] + column_C[None, :]
+            weight = tl.load(weight_ptr + (part * TAPS + tap))
             if MASKED:
-                byte_RC = tl.load(from_RC, mask=in_C[None, :], other=0)
+                byte_C = tl.load(from_C, mask=mask_C, other=0)
             else:
-                byte_RC = tl.load(from_RC)
-            total_RC += byte_RC.to(tl.int32) * weight_R[:, None]
-            line_R += source_row
-        weight_ptr += TAPS * weight_stride
-    return total_RC
+                byte_C = tl.load(from_C)
+            total_C += byte_C.to(tl.int32) * weight
+            from_C += source_row
+    return total_C
 
 
 # One pass down, of bytes whatever they are.
@@ -193,64 +193,56 @@ def _down_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row_R = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
+    top = tl.program_id(0) // column_blocks * ROWS
     column_C = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     in_C = column_C < columns
-    near_R = tl.minimum(row_R, height - 1)
-    total_RC = _down_sums(
-        source_ptr, tl.load(first_ptr + near_R), column_C, in_C, weight_ptr + near_R, height, rounds, source_row, TAPS,
-        BITS, True,
-    )  # fmt: skip
-    to_RC = (out_ptr + row_R.to(tl.int64) * out_row)[:, None] + column_C[None, :]
-    tl.store(to_RC, _level(total_RC, BITS).to(tl.uint8), mask=(row_R < height)[:, None] & in_C[None, :])
+    for row in range(top, tl.minimum(top + ROWS, height)):
+        weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
+        total_C = _sum_down(
+            source_ptr + column_C, tl.load(first_ptr + row), weight_row, rounds, source_row, in_C, True, TAPS, BITS
+        )
+        row_ptr = out_ptr + tl.cast(row, tl.int64) * out_row
+        tl.store(row_ptr + column_C, _level(total_C, BITS).to(tl.uint8), mask=in_C)
 
 
-# The last pass down, of the planes of _across_kernel, to patches: STEPS x ROWS lines of PATCHES patches of one channel.
-@triton.jit(do_not_specialize=["height", "patches", "rounds", "patch_blocks"])
+# The last pass down, from units to patches. A program makes ROWS lines of UNITS units.
+@triton.jit(do_not_specialize=["units", "rounds", "unit_blocks"])
 def _down_patches_kernel(
     source_ptr,
     out_ptr,
     first_ptr,
     weight_ptr,
     table_ptr,
-    height,
-    patches,
+    units,
     rounds,
-    patch_blocks,
+    unit_blocks,
     source_row,
-    source_plane,
     TAPS: tl.constexpr,
     BITS: tl.constexpr,
     COMPUTED: tl.constexpr,
     FRAMES: tl.constexpr,
     PATCH: tl.constexpr,
-    STEPS: tl.constexpr,
     ROWS: tl.constexpr,
-    PATCHES: tl.constexpr,
+    UNITS: tl.constexpr,
 ):
-    block, rest = tl.program_id(0) % patch_blocks, tl.program_id(0) // patch_blocks
-    channel, lines = rest % 3, rest // 3 * (STEPS * ROWS)
-    half, y = lines // PATCH, lines % PATCH
+    top = tl.program_id(0) // unit_blocks * ROWS
+    block = tl.program_id(0) % unit_blocks
     SIZE: tl.constexpr = PATCH * PATCH
-    column_C = tl.arange(0, PATCHES * ROOM)
-    source_ptr += channel.to(tl.int64) * source_plane + block * (PATCHES * ROOM)
-    patch_P = block * PATCHES + tl.arange(0, PATCHES)
-    in_PRC = (patch_P < patches)[:, None, None] & (tl.arange(0, ROOM) < PATCH)[None, None, :]
-    first_patch = (half // 2).to(tl.int64) * (2 * patches) + half % 2 * 2 + block.to(tl.int64) * (2 * PATCHES)
-    out_ptr += (3 * first_patch + channel) * (SIZE * FRAMES)
-    offset_P = tl.arange(0, PATCHES)
-    to_PRC = (
-        ((offset_P // 2 * 4 + offset_P % 2) * (3 * SIZE * FRAMES))[:, None, None]
-        + (tl.arange(0, ROWS) * PATCH)[None, :, None]
-        + tl.arange(0, ROOM)[None, None, :]
-    )
-    for step in range(STEPS):
-        row_R = lines + step * ROWS + tl.arange(0, ROWS)
-        total_RC = _down_sums(
-            source_ptr, tl.load(first_ptr + row_R), column_C, column_C, weight_ptr + row_R, height, rounds, source_row,
-            TAPS, BITS, False,
-        )  # fmt: skip
-        value_RC = _value(_level(total_RC, BITS), table_ptr, channel, COMPUTED)
-        value_PRC = tl.permute(tl.reshape(value_RC, (ROWS, PATCHES, ROOM)), (1, 0, 2))
+    half = top // PATCH
+    unit_U = block * UNITS + tl.arange(0, UNITS)
+    unit_row = (half // 2).to(tl.int64) * (2 * units) + half % 2 * 6
+    to_U = unit_row + unit_U // 6 * 12 + unit_U % 6  # a window has 2 x 2 patches of 3 units
+    pixel_X = tl.arange(0, UNIT)
+    to_UX = out_ptr + (to_U * (SIZE * FRAMES))[:, None] + pixel_X[None, :]
+    in_UX = (unit_U < units)[:, None] & (pixel_X < PATCH)[None, :]
+    channel_UX = tl.broadcast_to((unit_U % 3)[:, None], UNITS, UNIT)
+    column_ptr = source_ptr + block * (UNITS * UNIT) + tl.arange(0, UNITS * UNIT)
+    for row in range(top, top + ROWS):
+        weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
+        total_C = _sum_down(
+            column_ptr, tl.load(first_ptr + row), weight_row, rounds, source_row, None, False, TAPS, BITS
+        )
+        level_UX = tl.reshape(_level(total_C, BITS), (UNITS, UNIT))
+        value_UX = _value(level_UX, table_ptr, channel_UX, COMPUTED)
         for frame in tl.static_range(FRAMES):
-            tl.store(out_ptr + (frame * SIZE + (y + step * ROWS) * PATCH) + to_PRC, value_PRC, mask=in_PRC)
+            tl.store(to_UX + (frame * SIZE + row % PATCH * PATCH), value_UX, mask=in_UX)
