@@ -145,7 +145,7 @@ def _down(source: Pixels, step: Step, form: Form) -> Pass:
         _down_kernel,
         (-(-step.height // DOWN["ROWS"]) * blocks,),
         (axis.first, axis.weight, step.height, columns, axis.rounds, blocks, source.row, out.row),
-        {"TAPS": axis.taps, "BITS": PRECISION_BITS, **DOWN},
+        {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN},
         out.height * out.row,
     )
 
@@ -160,9 +160,9 @@ def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
     return Pass(
         _down_patches_kernel,
         (step.height // rows * blocks,),
-        (axis.first, axis.weight, values.tensor, units, axis.rounds, blocks, units * ROOM),
-        {"TAPS": axis.taps, "BITS": PRECISION_BITS, "PATCH": form.patch, "ROWS": rows, **DOWN_PATCHES}
-        | {"COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
+        (axis.first, axis.weight, values.tensor, units, axis.rounds, blocks),
+        {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, "ROWS": rows, **DOWN_PATCHES}
+        | {"PATCH": form.patch, "COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
     )
 
 

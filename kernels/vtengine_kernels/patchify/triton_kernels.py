@@ -26,11 +26,18 @@ def _level(total, BITS: tl.constexpr):
 
 
 @triton.jit
+def _line(level, slope, offset):
+    """The bits of a bfloat16."""
+    slope, level = tl.broadcast(slope, level)
+    offset, level = tl.broadcast(offset, level)
+    return tl.fma(level.to(tl.float32), slope, offset).to(tl.bfloat16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
 def _value(level, table_ptr, channel, COMPUTED: tl.constexpr):
     """The bits to store. COMPUTED: the table holds slope and offset of each channel, not the bits of its 256 values."""
     if COMPUTED:
-        slope, offset = tl.load(table_ptr + 2 * channel), tl.load(table_ptr + 2 * channel + 1)
-        value = tl.fma(level.to(tl.float32), slope, offset).to(tl.bfloat16).to(tl.int16, bitcast=True)
+        value = _line(level, tl.load(table_ptr + 2 * channel), tl.load(table_ptr + 2 * channel + 1))
     else:
         value = tl.load(table_ptr + 256 * channel + level)
     return value
@@ -159,19 +166,12 @@ def _across_kernel(
 
 
 @triton.jit
-def _sum_down(column_ptr, first, weight_ptr, rounds, source_row, mask_C, MASKED: tl.constexpr, TAPS: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
-    """int32 [C]. column_ptr: [C], in row 0 of the source; weight_ptr: the first of this output row."""
-    from_C = column_ptr + first.to(tl.int64) * source_row
-    total_C = tl.zeros_like(column_ptr.to(tl.int64).to(tl.int32)) + (1 << (BITS - 1))
-    for part in range(rounds):
-        for tap in tl.static_range(TAPS):
-            weight = tl.load(weight_ptr + (part * TAPS + tap))
-            if MASKED:
-                byte_C = tl.load(from_C, mask=mask_C, other=0)
-            else:
-                byte_C = tl.load(from_C)
-            total_C += byte_C.to(tl.int32) * weight
-            from_C += source_row
+def _sum_down(column_ptr, weight_ptr, source_row, mask_C, total_C, TAPS: tl.constexpr):
+    """Adds TAPS rows from column_ptr, [C], on. weight_ptr: of the first of them."""
+    for tap in tl.static_range(TAPS):
+        weight = tl.load(weight_ptr + tap)
+        total_C += tl.load(column_ptr, mask=mask_C, other=0).to(tl.int32) * weight
+        column_ptr += source_row
     return total_C
 
 
@@ -189,6 +189,7 @@ def _down_kernel(
     source_row,
     out_row,
     TAPS: tl.constexpr,
+    ONE_ROUND: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -198,11 +199,31 @@ def _down_kernel(
     in_C = column_C < columns
     for row in range(top, tl.minimum(top + ROWS, height)):
         weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
-        total_C = _sum_down(
-            source_ptr + column_C, tl.load(first_ptr + row), weight_row, rounds, source_row, in_C, True, TAPS, BITS
-        )
+        column_ptr = source_ptr + tl.load(first_ptr + row).to(tl.int64) * source_row + column_C
+        total_C = tl.zeros_like(column_C) + (1 << (BITS - 1))
+        if ONE_ROUND:
+            total_C = _sum_down(column_ptr, weight_row, source_row, in_C, total_C, TAPS)
+        else:
+            for _ in range(rounds):
+                total_C = _sum_down(column_ptr, weight_row, source_row, in_C, total_C, TAPS)
+                column_ptr += TAPS * source_row
+                weight_row += TAPS
         row_ptr = out_ptr + tl.cast(row, tl.int64) * out_row
         tl.store(row_ptr + column_C, _level(total_C, BITS).to(tl.uint8), mask=in_C)
+
+
+@triton.jit
+def _sums_down(word_ptr, weight_ptr, source_row, sum0, sum1, sum2, sum3, TAPS: tl.constexpr):
+    """Adds TAPS rows of words, [W]. sum1 is of what is above the lowest byte, sum3 of the highest byte alone."""
+    for tap in tl.static_range(TAPS):
+        weight = tl.load(weight_ptr + tap)
+        word = tl.load(word_ptr).to(tl.uint32, bitcast=True)
+        sum0 += word.to(tl.int32, bitcast=True) * weight
+        sum1 += (word >> 8).to(tl.int32) * weight
+        sum2 += (word >> 16).to(tl.int32) * weight
+        sum3 += (word >> 24).to(tl.int32) * weight
+        word_ptr += source_row
+    return sum0, sum1, sum2, sum3
 
 
 # The last pass down, from units to patches. A program makes ROWS lines of UNITS units.
@@ -216,8 +237,8 @@ def _down_patches_kernel(
     units,
     rounds,
     unit_blocks,
-    source_row,
     TAPS: tl.constexpr,
+    ONE_ROUND: tl.constexpr,
     BITS: tl.constexpr,
     COMPUTED: tl.constexpr,
     FRAMES: tl.constexpr,
@@ -233,16 +254,38 @@ def _down_patches_kernel(
     unit_row = (half // 2).to(tl.int64) * (2 * units) + half % 2 * 6
     to_U = unit_row + unit_U // 6 * 12 + unit_U % 6  # a window has 2 x 2 patches of 3 units
     pixel_X = tl.arange(0, UNIT)
-    to_UX = out_ptr + (to_U * (SIZE * FRAMES))[:, None] + pixel_X[None, :]
+    to_UX = (out_ptr + top % PATCH * PATCH) + (to_U * (SIZE * FRAMES))[:, None] + pixel_X[None, :]
     in_UX = (unit_U < units)[:, None] & (pixel_X < PATCH)[None, :]
-    channel_UX = tl.broadcast_to((unit_U % 3)[:, None], UNITS, UNIT)
-    column_ptr = source_ptr + block * (UNITS * UNIT) + tl.arange(0, UNITS * UNIT)
+    if COMPUTED:
+        slope_U1 = tl.load(table_ptr + unit_U % 3 * 2)[:, None]
+        offset_U1 = tl.load(table_ptr + (unit_U % 3 * 2 + 1))[:, None]
+    else:
+        table_U1 = (table_ptr + unit_U % 3 * 256)[:, None]
+    WORDS: tl.constexpr = UNITS * UNIT // 4
+    row_words = units * (UNIT // 4)
+    word_W = source_ptr.to(tl.pointer_type(tl.int32)) + block * WORDS + tl.arange(0, WORDS)
+    HALF: tl.constexpr = 1 << (BITS - 1)
     for row in range(top, top + ROWS):
         weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
-        total_C = _sum_down(
-            column_ptr, tl.load(first_ptr + row), weight_row, rounds, source_row, None, False, TAPS, BITS
-        )
-        level_UX = tl.reshape(_level(total_C, BITS), (UNITS, UNIT))
-        value_UX = _value(level_UX, table_ptr, channel_UX, COMPUTED)
+        row_W = word_W + tl.load(first_ptr + row).to(tl.int64) * row_words
+        sums = (tl.zeros([WORDS], tl.int32), tl.zeros([WORDS], tl.int32), tl.zeros([WORDS], tl.int32), tl.zeros([WORDS], tl.int32))
+        sum0, sum1, sum2, sum3 = sums
+        if ONE_ROUND:
+            sum0, sum1, sum2, sum3 = _sums_down(row_W, weight_row, row_words, sum0, sum1, sum2, sum3, TAPS)
+        else:
+            for _ in range(rounds):
+                sum0, sum1, sum2, sum3 = _sums_down(row_W, weight_row, row_words, sum0, sum1, sum2, sum3, TAPS)
+                row_W += TAPS * row_words
+                weight_row += TAPS
+        sum0 = sum0 - sum1 * 256 + HALF
+        sum1 = sum1 - sum2 * 256 + HALF
+        sum2 = sum2 - sum3 * 256 + HALF
+        total = tl.join(tl.join(sum0, sum2), tl.join(sum1, sum3 + HALF))
+        level_UX = _level(tl.reshape(total, (UNITS, UNIT)), BITS)
+        if COMPUTED:
+            value_UX = _line(level_UX, slope_U1, offset_U1)
+        else:
+            value_UX = tl.load(table_U1 + level_UX)
         for frame in tl.static_range(FRAMES):
-            tl.store(to_UX + (frame * SIZE + row % PATCH * PATCH), value_UX, mask=in_UX)
+            tl.store(to_UX + frame * SIZE, value_UX, mask=in_UX)
+        to_UX += PATCH
