@@ -27,10 +27,13 @@ def _level(total, BITS: tl.constexpr):
 
 @triton.jit
 def _line(level, slope, offset):
-    """The bits of a bfloat16."""
-    slope, level = tl.broadcast(slope, level)
-    offset, level = tl.broadcast(offset, level)
-    return tl.fma(level.to(tl.float32), slope, offset).to(tl.bfloat16).to(tl.int16, bitcast=True)
+    """The bits of bfloat16 slope * x + offset, where x is level / 255, 0 below and 1 above."""
+    x = tl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, 0f3B808081, 0f00000000;", "=r,r", [level.to(tl.float32)], tl.float32, True, 1
+    )
+    slope, x = tl.broadcast(slope, x)
+    offset, x = tl.broadcast(offset, x)
+    return tl.fma(x, slope, offset).to(tl.bfloat16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
@@ -213,16 +216,16 @@ def _down_kernel(
 
 
 @triton.jit
-def _sums_down(word_ptr, weight_ptr, source_row, sum0, sum1, sum2, sum3, TAPS: tl.constexpr):
-    """Adds TAPS rows of words, [W]. sum1 is of what is above the lowest byte, sum3 of the highest byte alone."""
+def _sums_down(word_ptr, row_words, weight_ptr, sum0, sum1, sum2, sum3, TAPS: tl.constexpr):
+    """Adds TAPS rows of words from word_ptr, [W], on: the words, and those without their lowest one to three bytes."""
     for tap in tl.static_range(TAPS):
         weight = tl.load(weight_ptr + tap)
-        word = tl.load(word_ptr).to(tl.uint32, bitcast=True)
+        word = tl.load(word_ptr)
         sum0 += word.to(tl.int32, bitcast=True) * weight
         sum1 += (word >> 8).to(tl.int32) * weight
         sum2 += (word >> 16).to(tl.int32) * weight
         sum3 += (word >> 24).to(tl.int32) * weight
-        word_ptr += source_row
+        word_ptr += row_words
     return sum0, sum1, sum2, sum3
 
 
@@ -252,9 +255,11 @@ def _down_patches_kernel(
     half = top // PATCH
     unit_U = block * UNITS + tl.arange(0, UNITS)
     unit_row = (half // 2).to(tl.int64) * (2 * units) + half % 2 * 6
-    to_U = unit_row + unit_U // 6 * 12 + unit_U % 6  # a window has 2 x 2 patches of 3 units
+    to_U = unit_U // 6 * 12 + unit_U % 6  # a window has 2 x 2 patches of 3 units
+    to_U -= (block * UNITS) // 6 * 12
+    out_ptr += (unit_row + tl.cast((block * UNITS) // 6, tl.int64) * 12) * (SIZE * FRAMES) + top % PATCH * PATCH
     pixel_X = tl.arange(0, UNIT)
-    to_UX = (out_ptr + top % PATCH * PATCH) + (to_U * (SIZE * FRAMES))[:, None] + pixel_X[None, :]
+    to_UX = (to_U * (SIZE * FRAMES))[:, None] + pixel_X[None, :]
     in_UX = (unit_U < units)[:, None] & (pixel_X < PATCH)[None, :]
     if COMPUTED:
         slope_U1 = tl.load(table_ptr + unit_U % 3 * 2)[:, None]
@@ -263,29 +268,28 @@ def _down_patches_kernel(
         table_U1 = (table_ptr + unit_U % 3 * 256)[:, None]
     WORDS: tl.constexpr = UNITS * UNIT // 4
     row_words = units * (UNIT // 4)
-    word_W = source_ptr.to(tl.pointer_type(tl.int32)) + block * WORDS + tl.arange(0, WORDS)
+    word_W = source_ptr.to(tl.pointer_type(tl.uint32)) + block * WORDS + tl.arange(0, WORDS)
     HALF: tl.constexpr = 1 << (BITS - 1)
+    none_W = tl.zeros([WORDS], tl.int32)
+    sum3_W = none_W + HALF
+    sum2_W = none_W + (HALF + 256 * HALF)  # so that each difference below begins at one half, modulo 2^32
     for row in range(top, top + ROWS):
         weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
         row_W = word_W + tl.load(first_ptr + row).to(tl.int64) * row_words
-        sums = (tl.zeros([WORDS], tl.int32), tl.zeros([WORDS], tl.int32), tl.zeros([WORDS], tl.int32), tl.zeros([WORDS], tl.int32))
-        sum0, sum1, sum2, sum3 = sums
+        sum0, sum1, sum2, sum3 = sum2_W, sum2_W, sum2_W, sum3_W
         if ONE_ROUND:
-            sum0, sum1, sum2, sum3 = _sums_down(row_W, weight_row, row_words, sum0, sum1, sum2, sum3, TAPS)
+            sum0, sum1, sum2, sum3 = _sums_down(row_W, row_words, weight_row, sum0, sum1, sum2, sum3, TAPS)
         else:
             for _ in range(rounds):
-                sum0, sum1, sum2, sum3 = _sums_down(row_W, weight_row, row_words, sum0, sum1, sum2, sum3, TAPS)
+                sum0, sum1, sum2, sum3 = _sums_down(row_W, row_words, weight_row, sum0, sum1, sum2, sum3, TAPS)
                 row_W += TAPS * row_words
                 weight_row += TAPS
-        sum0 = sum0 - sum1 * 256 + HALF
-        sum1 = sum1 - sum2 * 256 + HALF
-        sum2 = sum2 - sum3 * 256 + HALF
-        total = tl.join(tl.join(sum0, sum2), tl.join(sum1, sum3 + HALF))
-        level_UX = _level(tl.reshape(total, (UNITS, UNIT)), BITS)
+        even, odd = tl.join(sum0 - sum1 * 256, sum2 - sum3 * 256), tl.join(sum1 - sum2 * 256, sum3)
+        level_UX = tl.reshape(tl.join(even, odd), (UNITS, UNIT)) >> BITS
         if COMPUTED:
             value_UX = _line(level_UX, slope_U1, offset_U1)
         else:
-            value_UX = tl.load(table_U1 + level_UX)
+            value_UX = tl.load(table_U1 + tl.minimum(tl.maximum(level_UX, 0), 255))
         for frame in tl.static_range(FRAMES):
-            tl.store(to_UX + frame * SIZE, value_UX, mask=in_UX)
-        to_UX += PATCH
+            tl.store(out_ptr + frame * SIZE + to_UX, value_UX, mask=in_UX)
+        out_ptr += PATCH
