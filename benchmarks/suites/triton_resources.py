@@ -144,11 +144,19 @@ def _sample(kernel: str, variant: str) -> Spec:
     return Spec("token_sample", module, kernel, variant, types, known, warps, HEAD)
 
 
-def _patchify(kernel: str, out: Mapping[str, str], **changes: Any) -> Spec:
-    types = {"source_ptr": "*u8", "first_ptr": "*i32", "weight_ptr": "*i32", **out}
-    constants = {"ACROSS": False, "BITS": 22, **patchify.BLOCK, **changes}
-    even = ("source_row", "out_row", "columns")
-    return Spec("patchify", patchify, kernel, "down", types, constants, patchify.NUM_WARPS, even)
+def _patchify(kernel: str, variant: str, blocks: Mapping[str, Any], to: str = "") -> Spec:
+    """Of five taps, as where the size hardly changes."""
+    out, table = ("*i16" if variant == "to patches" else "*u8"), {"table_ptr": "*fp32"}
+    types = {"source_ptr": "*u8", "out_ptr": out, "first_ptr": "*i32", "weight_ptr": "*i32"}
+    constants = {"TAPS": 5, "ONE_ROUND": True, "BITS": 22, **blocks}
+    even: tuple[str, ...] = ("columns", "source_row", "out_row")
+    if kernel != "_down_kernel":
+        types, even = types | table, ()
+        constants |= {"COMPUTED": True, "FRAMES": 1, "PATCH": 14}
+    if to:
+        constants["TO"] = to
+    warps = constants.pop("num_warps")
+    return Spec("patchify", patchify, kernel, variant, types, constants, warps, even)
 
 
 def _merge(dtype: str, heads: int, size: int) -> Spec:
@@ -181,8 +189,10 @@ SPECS = (
     _loss("bf16", "clip"),
     _loss("bf16", "everything", DUAL=True, KL=3, CORRECTED=True, CAPPED=True),
     _loss("fp32", "clipped-weight", POLICY=1, KL=2),
-    _patchify("_pass_kernel", {"out_ptr": "*u8"}),
-    _patchify("_patches_kernel", {"out_ptr": "*i16", "table_ptr": "*i16"}, FRAMES=1, PATCH=14),
+    _patchify("_across_kernel", "to units", patchify.ACROSS, "units"),
+    _patchify("_across_kernel", "to patches", patchify.ACROSS, "patches"),
+    _patchify("_down_kernel", "to pixels", patchify.DOWN),
+    _patchify("_down_patches_kernel", "to patches", patchify.DOWN_PATCHES),
     Spec(
         "kv_store",
         kv_store,

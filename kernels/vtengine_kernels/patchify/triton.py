@@ -8,6 +8,7 @@ too. Runs on the CPU as well, under TRITON_INTERPRET=1 (set before triton is imp
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,9 @@ ACROSS: dict[str, Any] = {"WORDS": True, "ROWS": 16, "COLUMNS": 128, "num_warps"
 DOWN = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}  # columns are bytes
 DOWN_PATCHES = {"UNITS": 64, "num_warps": 4}
 MANY_PROGRAMS = 1024  # the last pass down makes all rows of a patch in one program where so many programs remain
-TAPS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16)  # of one round of summation; kernels are compiled for each
+TAPS = (1, 4, 5, 9, 13)  # of one round of summation, few: kernels are compiled for each
 ROOM = 16  # bytes: rows of levels begin at multiples of it, and units do
+ONE_HALF = 1 << (PRECISION_BITS - 1)  # of the weights
 BITS_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # the kernels store bits
 
 
@@ -125,13 +127,14 @@ def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
     else:
         out_row = _scratch(source.height, step.width).row
         scratch = None if to == "patches" else source.height * out_row
+    rows = (source.row, out_row)
     return Pass(
         _across_kernel,
         (-(-source.height // ACROSS["ROWS"]) * blocks,),
-        (axis.first, axis.across, values.tensor, source.height, step.width, source.readable, axis.rounds, blocks)
-        + (source.row, out_row),
+        (axis.first, axis.across, values.tensor, source.height, step.width, axis.rounds, ONE_HALF, blocks, *rows),
         {"TO": to, "TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **ACROSS}
-        | {"COMPUTED": values.computed, "FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch},
+        | {"WORDS": ACROSS["WORDS"] and axis.rounds == 1 and source.row % 4 == 0, "COMPUTED": values.computed}
+        | {"FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch},
         scratch,
     )
 
@@ -144,7 +147,7 @@ def _down(source: Pixels, step: Step, form: Form) -> Pass:
     return Pass(
         _down_kernel,
         (-(-step.height // DOWN["ROWS"]) * blocks,),
-        (axis.first, axis.weight, step.height, columns, axis.rounds, blocks, source.row, out.row),
+        (axis.first, axis.weight, step.height, columns, axis.rounds, ONE_HALF, blocks, source.row, out.row),
         {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN},
         out.height * out.row,
     )
@@ -160,8 +163,8 @@ def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
     return Pass(
         _down_patches_kernel,
         (step.height // rows * blocks,),
-        (axis.first, axis.weight, values.tensor, units, axis.rounds, blocks),
-        {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, "ROWS": rows, **DOWN_PATCHES}
+        (axis.first, axis.weight, values.tensor, units, axis.rounds, ONE_HALF, blocks, rows),
+        {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN_PATCHES}
         | {"PATCH": form.patch, "COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
     )
 
@@ -191,8 +194,8 @@ def _axis(size_in: int, size_out: int, kind: Filter, mode: Mode, device: torch.d
         first, weight = weights(size_in, size_out, kind, mode)
     rounds, taps = rounds_of(weight.shape[1], size_in)
     first, weight = inside(first, np.pad(weight, ((0, 0), (0, rounds * taps - weight.shape[1]))), size_in)
-    tensors = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (first, weight, weight.T.copy()))
-    return Axis(*tensors, rounds, taps)
+    tensors = [torch.from_numpy(array.astype(np.int32)).to(device) for array in (first, weight, weight.T.copy())]
+    return Axis(tensors[0], tensors[1], tensors[2], rounds, taps)
 
 
 def rounds_of(taps: int, size_in: int) -> tuple[int, int]:
@@ -220,21 +223,36 @@ class Values:
 @functools.lru_cache(maxsize=16)
 def _values(form: Form) -> Values:
     table = torch.from_numpy(table_of(form.affine).copy()).to(form.dtype)
-    lines = slopes_and_offsets(form.affine)
-    if form.dtype is torch.bfloat16 and not interpreted() and torch.equal(fused(lines), table):
+    lines = lines_of(form.affine) if form.dtype is torch.bfloat16 and not interpreted() else None
+    if lines is not None:
         return Values(torch.from_numpy(lines).to(form.device), True)
     return Values(table.view(BITS_OF[form.dtype]).flatten().to(form.device), False)
 
 
-def slopes_and_offsets(affine: Affine) -> np.ndarray:
-    """float32 [3, 2]."""
+@functools.lru_cache(maxsize=16)
+def lines_of(affine: Affine) -> np.ndarray | None:
+    """float32 [3, 2], slope and offset with which the kernels compute the very bfloat16 values of the table, if any.
+
+    Rounding in float32 can take a value to the other side of a tie: lines some units in the last place away are tried.
+    """
+    table = torch.from_numpy(table_of(affine).copy()).to(torch.bfloat16)
     mean, std = (np.asarray(values, np.float32).astype(np.float64) for values in (affine.mean, affine.std))
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.stack([affine.unit / std, -mean / std], axis=1).astype(np.float32)
+        nearest = np.stack([255 * affine.unit / std, -mean / std], axis=1).astype(np.float32)
+    found = nearest.copy()
+    for channel, (line, values) in enumerate(zip(nearest, table, strict=True)):
+        nudges = sorted(itertools.product(range(-4, 5), repeat=2), key=lambda nudge: abs(nudge[0]) + abs(nudge[1]))
+        lines = [(line.view(np.int32) + np.array(nudge, np.int32)).view(np.float32) for nudge in nudges]
+        fitting = next((each for each in lines if torch.equal(on_line(each), values)), None)
+        if fitting is None:
+            return None
+        found[channel] = fitting
+    return found
 
 
-def fused(lines: np.ndarray) -> Tensor:
-    """bfloat16 [3, 256], slope * level + offset, rounded to float32 once before it is rounded to bfloat16."""
-    exact = lines[:, :1].astype(np.float64) * np.arange(256) + lines[:, 1:]  # the product of 24 and 8 bits is exact
+def on_line(line: np.ndarray) -> Tensor:
+    """bfloat16 [256]: what the kernels make of levels 0 to 255, rounded where they round."""
+    unit = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
     with np.errstate(over="ignore", invalid="ignore"):
+        exact = line[0].astype(np.float64) * unit + line[1]  # as a fused multiplication and addition: rounded once
         return torch.from_numpy(exact.astype(np.float32)).to(torch.bfloat16)

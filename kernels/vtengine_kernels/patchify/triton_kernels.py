@@ -3,7 +3,8 @@
 `first` int32 [size_out] is where the window of an output begins; no tap lies past the input. Weights are int32,
 [taps, size_out] where a pass goes across, [size_out, taps] where it goes down, so that those of one output of a row are
 neighbours. A window of more than TAPS taps is summed in several rounds of TAPS. A program goes from row to row; offsets
-within a row are 32 bits.
+within a row are 32 bits. `half` is one half in the weights' scale, no constant, since sums begin with it: the compiler
+would add a constant at the end.
 
 Between the last two passes, levels lie in units: uint8 [height, width / PATCH, 3, UNIT], each of which holds the part
 of a row that belongs to one channel of one patch and is read as one aligned vector.
@@ -27,7 +28,7 @@ def _level(total, BITS: tl.constexpr):
 
 @triton.jit
 def _line(level, slope, offset):
-    """The bits of bfloat16 slope * x + offset, where x is level / 255, 0 below and 1 above."""
+    """The bits of bfloat16 slope * x + offset, where x is level / 255 within 0 and 1; not interpreted."""
     x = tl.inline_asm_elementwise(
         "fma.rn.sat.f32 $0, $1, 0f3B808081, 0f00000000;", "=r,r", [level.to(tl.float32)], tl.float32, True, 1
     )
@@ -37,21 +38,11 @@ def _line(level, slope, offset):
 
 
 @triton.jit
-def _value(level, table_ptr, channel, COMPUTED: tl.constexpr):
-    """The bits to store. COMPUTED: the table holds slope and offset of each channel, not the bits of its 256 values."""
-    if COMPUTED:
-        value = _line(level, tl.load(table_ptr + 2 * channel), tl.load(table_ptr + 2 * channel + 1))
-    else:
-        value = tl.load(table_ptr + 256 * channel + level)
-    return value
-
-
-@triton.jit
-def _weights(weight_ptr, stride, TAPS: tl.constexpr):
-    """A tuple."""
-    found = ()
-    for tap in tl.static_range(TAPS):
-        found = found + (tl.load(weight_ptr + tap * stride),)
+def _several(first_ptr, stride, COUNT: tl.constexpr):
+    """A tuple of what lies at first_ptr and `stride` elements further on."""
+    found = (tl.load(first_ptr),)
+    for each in tl.static_range(1, COUNT):
+        found = (*found, tl.load(first_ptr + each * stride))
     return found
 
 
@@ -66,22 +57,18 @@ def _sums_of_bytes(window_ptr, weights, red, green, blue, TAPS: tl.constexpr):
 
 
 @triton.jit
-def _sums_of_words(line_ptr, window_C, last, weights, red, green, blue, TAPS: tl.constexpr):
-    """Adds TAPS pixels, read in aligned words of four bytes. last: where the last byte of the line is."""
-    WORDS: tl.constexpr = (3 * TAPS + 6) // 4  # that the bytes of a window can lie in
-    before = (line_ptr.to(tl.int64) & 3).to(tl.int32)
-    word_ptr = (line_ptr.to(tl.int64) - before).to(tl.pointer_type(tl.int32))
-    at_C = window_C + before
-    shift_C = ((at_C & 3) << 3).to(tl.uint64)
-    word_C = word_ptr + (at_C >> 2)
-    low_C = tl.load(word_C)
+def _sums_of_words(word_ptr, shift_C, last_C, weights, red, green, blue, TAPS: tl.constexpr):
+    """Adds TAPS pixels, read in aligned words of four bytes. shift_C: bits of the first word before the window;
+    last_C: where the last word that a window could lie in holds a part of it."""
+    WORDS: tl.constexpr = (3 * TAPS + 6) // 4
+    low_C = tl.load(word_ptr)
     for place in tl.static_range(3 * TAPS):
         if place % 4 == 0:
-            if place // 4 + 2 < WORDS or 3 * TAPS % 4 == 1:
-                high_C = tl.load(word_C + (place // 4 + 1))
-            elif place // 4 + 1 < WORDS:  # no byte of the window need lie in this one
-                high_C = tl.load(word_ptr + tl.minimum((at_C >> 2) + (place // 4 + 1), (last + before) >> 2))
-            both_C = (high_C.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low_C.to(tl.uint32, bitcast=True)
+            if place // 4 + 2 < WORDS:
+                high_C = tl.load(word_ptr + (place // 4 + 1))
+            elif place // 4 + 1 < WORDS:
+                high_C = tl.load(word_ptr + (place // 4 + 1), mask=last_C)
+            both_C = (high_C.to(tl.uint64) << 32) | low_C
             bytes_C = (both_C >> shift_C).to(tl.uint32)
             low_C = high_C
         term_C = ((bytes_C >> (place % 4 * 8)) & 255).to(tl.int32) * weights[place // 3]
@@ -95,7 +82,7 @@ def _sums_of_words(line_ptr, window_C, last, weights, red, green, blue, TAPS: tl
 
 
 # One pass across, of interleaved pixels. To "pixels": interleaved again; to "units"; to "patches": values.
-@triton.jit(do_not_specialize=["height", "width", "row_bytes", "rounds", "column_blocks"])
+@triton.jit(do_not_specialize=["height", "width", "rounds", "half", "column_blocks", "source_row", "out_row"])
 def _across_kernel(
     source_ptr,
     out_ptr,
@@ -104,8 +91,8 @@ def _across_kernel(
     table_ptr,
     height,
     width,
-    row_bytes,
     rounds,
+    half,
     column_blocks,
     source_row,
     out_row,
@@ -127,45 +114,57 @@ def _across_kernel(
     first_C = 3 * tl.load(first_ptr + near_C)
     weight_C = weight_ptr + near_C
     if ONE_ROUND:
-        weights = _weights(weight_C, width, TAPS)
+        weights = _several(weight_C, width, TAPS)
     if TO == "patches":
         SIZE: tl.constexpr = PATCH * PATCH
         patch_C = (column_C // (2 * PATCH)).to(tl.int64) * 4 + column_C // PATCH % 2
         to_C = patch_C * (3 * SIZE * FRAMES) + column_C % PATCH
+        if COMPUTED:
+            lines = _several(table_ptr, 1, 6)  # slope and offset of each channel
     elif TO == "units":
         to_C = column_C // PATCH * (3 * UNIT) + column_C % PATCH
-        APART: tl.constexpr = UNIT
     else:
         to_C = 3 * column_C
-        APART: tl.constexpr = 1
+    window_C = source_ptr + top.to(tl.int64) * source_row + first_C
+    half_C = tl.zeros_like(column_C) + half
+    if WORDS:
+        before_C = (window_C.to(tl.int64) & 3).to(tl.int32)
+        word_C = (window_C.to(tl.int64) & -4).to(tl.pointer_type(tl.uint32))
+        shift_C = (8 * before_C).to(tl.uint64)
+        last_C = before_C + 3 * TAPS > (3 * TAPS + 6) // 4 * 4 - 4
     for row in range(top, tl.minimum(top + ROWS, height)):
-        line_ptr = source_ptr + tl.cast(row, tl.int64) * source_row
-        red = tl.zeros_like(column_C) + (1 << (BITS - 1))
-        green = red
-        blue = red
-        if ONE_ROUND:
-            if WORDS:
-                red, green, blue = _sums_of_words(line_ptr, first_C, row_bytes - 1, weights, red, green, blue, TAPS)
-            else:
-                red, green, blue = _sums_of_bytes(line_ptr + first_C, weights, red, green, blue, TAPS)
+        red, green, blue = half_C, half_C, half_C
+        if WORDS:
+            red, green, blue = _sums_of_words(word_C, shift_C, last_C, weights, red, green, blue, TAPS)
+            word_C += source_row // 4
+        elif ONE_ROUND:
+            red, green, blue = _sums_of_bytes(window_C, weights, red, green, blue, TAPS)
+            window_C += source_row
         else:
             for part in range(rounds):
-                some = _weights(weight_C + part * TAPS * width, width, TAPS)
-                red, green, blue = _sums_of_bytes(line_ptr + (first_C + part * 3 * TAPS), some, red, green, blue, TAPS)
-        red, green, blue = _level(red, BITS), _level(green, BITS), _level(blue, BITS)
+                some = _several(weight_C + part * TAPS * width, width, TAPS)
+                red, green, blue = _sums_of_bytes(window_C + part * 3 * TAPS, some, red, green, blue, TAPS)
+            window_C += source_row
+        sums = (red, green, blue)
         if TO == "patches":
-            half = row // PATCH
-            patch = tl.cast(half // 2, tl.int64) * (width // PATCH * 2) + half % 2 * 2
+            line = row // PATCH
+            patch = tl.cast(line // 2, tl.int64) * (width // PATCH * 2) + line % 2 * 2
             row_C = out_ptr + patch * (3 * SIZE * FRAMES) + row % PATCH * PATCH + to_C
-            for frame in tl.static_range(FRAMES):
-                tl.store(row_C + frame * SIZE, _value(red, table_ptr, 0, COMPUTED), mask=in_C)
-                tl.store(row_C + (FRAMES + frame) * SIZE, _value(green, table_ptr, 1, COMPUTED), mask=in_C)
-                tl.store(row_C + (2 * FRAMES + frame) * SIZE, _value(blue, table_ptr, 2, COMPUTED), mask=in_C)
+            for channel in tl.static_range(3):
+                if COMPUTED:
+                    value_C = _line(sums[channel] >> BITS, lines[2 * channel], lines[2 * channel + 1])
+                else:
+                    value_C = tl.load(table_ptr + 256 * channel + _level(sums[channel], BITS))
+                for frame in tl.static_range(FRAMES):
+                    tl.store(row_C + (FRAMES * channel + frame) * SIZE, value_C, mask=in_C)
         else:
-            row_C = out_ptr + tl.cast(row, tl.int64) * out_row + tl.max_contiguous(to_C, 1)  # one column a thread, as loads
-            tl.store(row_C, red.to(tl.uint8), mask=in_C)
-            tl.store(row_C + APART, green.to(tl.uint8), mask=in_C)
-            tl.store(row_C + 2 * APART, blue.to(tl.uint8), mask=in_C)
+            row_C = out_ptr + tl.cast(row, tl.int64) * out_row + tl.max_contiguous(to_C, 1)  # a column a thread
+            for channel in tl.static_range(3):
+                tl.store(
+                    row_C + channel * (UNIT if TO == "units" else 1),
+                    _level(sums[channel], BITS).to(tl.uint8),
+                    mask=in_C,
+                )
 
 
 @triton.jit
@@ -179,7 +178,7 @@ def _sum_down(column_ptr, weight_ptr, source_row, mask_C, total_C, TAPS: tl.cons
 
 
 # One pass down, of bytes whatever they are.
-@triton.jit(do_not_specialize=["height", "rounds", "column_blocks"])
+@triton.jit(do_not_specialize=["height", "rounds", "half", "column_blocks"])
 def _down_kernel(
     source_ptr,
     out_ptr,
@@ -188,6 +187,7 @@ def _down_kernel(
     height,
     columns,
     rounds,
+    half,
     column_blocks,
     source_row,
     out_row,
@@ -200,10 +200,11 @@ def _down_kernel(
     top = tl.program_id(0) // column_blocks * ROWS
     column_C = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     in_C = column_C < columns
+    half_C = tl.zeros_like(column_C) + half
     for row in range(top, tl.minimum(top + ROWS, height)):
         weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
         column_ptr = source_ptr + tl.load(first_ptr + row).to(tl.int64) * source_row + column_C
-        total_C = tl.zeros_like(column_C) + (1 << (BITS - 1))
+        total_C = half_C
         if ONE_ROUND:
             total_C = _sum_down(column_ptr, weight_row, source_row, in_C, total_C, TAPS)
         else:
@@ -229,8 +230,8 @@ def _sums_down(word_ptr, row_words, weight_ptr, sum0, sum1, sum2, sum3, TAPS: tl
     return sum0, sum1, sum2, sum3
 
 
-# The last pass down, from units to patches. A program makes ROWS lines of UNITS units.
-@triton.jit(do_not_specialize=["units", "rounds", "unit_blocks"])
+# The last pass down, from units to patches. A program makes `rows` lines of UNITS units.
+@triton.jit(do_not_specialize=["units", "rounds", "half", "unit_blocks", "rows"])
 def _down_patches_kernel(
     source_ptr,
     out_ptr,
@@ -239,22 +240,23 @@ def _down_patches_kernel(
     table_ptr,
     units,
     rounds,
+    half,
     unit_blocks,
+    rows,
     TAPS: tl.constexpr,
     ONE_ROUND: tl.constexpr,
     BITS: tl.constexpr,
     COMPUTED: tl.constexpr,
     FRAMES: tl.constexpr,
     PATCH: tl.constexpr,
-    ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    top = tl.program_id(0) // unit_blocks * ROWS
+    top = tl.program_id(0) // unit_blocks * rows
     block = tl.program_id(0) % unit_blocks
     SIZE: tl.constexpr = PATCH * PATCH
-    half = top // PATCH
+    line = top // PATCH
     unit_U = block * UNITS + tl.arange(0, UNITS)
-    unit_row = (half // 2).to(tl.int64) * (2 * units) + half % 2 * 6
+    unit_row = (line // 2).to(tl.int64) * (2 * units) + line % 2 * 6
     to_U = unit_U // 6 * 12 + unit_U % 6  # a window has 2 x 2 patches of 3 units
     to_U -= (block * UNITS) // 6 * 12
     out_ptr += (unit_row + tl.cast((block * UNITS) // 6, tl.int64) * 12) * (SIZE * FRAMES) + top % PATCH * PATCH
@@ -269,14 +271,12 @@ def _down_patches_kernel(
     WORDS: tl.constexpr = UNITS * UNIT // 4
     row_words = units * (UNIT // 4)
     word_W = source_ptr.to(tl.pointer_type(tl.uint32)) + block * WORDS + tl.arange(0, WORDS)
-    HALF: tl.constexpr = 1 << (BITS - 1)
-    none_W = tl.zeros([WORDS], tl.int32)
-    sum3_W = none_W + HALF
-    sum2_W = none_W + (HALF + 256 * HALF)  # so that each difference below begins at one half, modulo 2^32
-    for row in range(top, top + ROWS):
+    half_W = tl.zeros([WORDS], tl.int32) + half
+    start_W = half_W + 256 * half  # so that each difference below begins at one half, modulo 2^32
+    for row in range(top, top + rows):
         weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
         row_W = word_W + tl.load(first_ptr + row).to(tl.int64) * row_words
-        sum0, sum1, sum2, sum3 = sum2_W, sum2_W, sum2_W, sum3_W
+        sum0, sum1, sum2, sum3 = start_W, start_W, start_W, half_W
         if ONE_ROUND:
             sum0, sum1, sum2, sum3 = _sums_down(row_W, row_words, weight_row, sum0, sum1, sum2, sum3, TAPS)
         else:
