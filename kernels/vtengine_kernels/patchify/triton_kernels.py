@@ -40,9 +40,9 @@ def _line(level, slope, offset):
 @triton.jit
 def _several(first_ptr, stride, COUNT: tl.constexpr):
     """A tuple of what lies at first_ptr and `stride` elements further on."""
-    found = (tl.load(first_ptr),)
-    for each in tl.static_range(1, COUNT):
-        found = (*found, tl.load(first_ptr + each * stride))
+    found = ()
+    for each in tl.static_range(COUNT):
+        found += (tl.load(first_ptr + each * stride),)  # type: ignore[assignment]
     return found
 
 
