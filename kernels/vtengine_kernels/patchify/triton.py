@@ -25,10 +25,11 @@ if missing() is None:
     from vtengine_kernels.patchify.triton_kernels import _across_kernel, _down_kernel, _down_patches_kernel
 
 # What one program makes, and its warps.
-ACROSS: dict[str, Any] = {"WORDS": True, "ROWS": 16, "COLUMNS": 128, "num_warps": 4}
-DOWN = {"ROWS": 8, "COLUMNS": 1024, "num_warps": 4}  # columns are bytes
+ACROSS: dict[str, Any] = {"WORDS": True, "COLUMNS": 128, "num_warps": 4}
+DOWN = {"COLUMNS": 1024, "num_warps": 4}  # columns are bytes
 DOWN_PATCHES = {"UNITS": 64, "num_warps": 4}
-MANY_PROGRAMS = 1024  # the last pass down makes all rows of a patch in one program where so many programs remain
+ROWS = (16, 8, 4, 2)  # of a program: as many as leave MANY_PROGRAMS
+MANY_PROGRAMS = 1024
 TAPS = (1, 4, 5, 9, 13)  # of one round of summation, few: kernels are compiled for each
 ROOM = 16  # bytes: rows of levels begin at multiples of it, and units do
 ONE_HALF = 1 << (PRECISION_BITS - 1)  # of the weights
@@ -127,11 +128,22 @@ def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
     else:
         out_row = _scratch(source.height, step.width).row
         scratch = None if to == "patches" else source.height * out_row
-    rows = (source.row, out_row)
+    rows, apart = _rows(source.height, blocks, ROWS), (source.row, out_row)
     return Pass(
         _across_kernel,
-        (-(-source.height // ACROSS["ROWS"]) * blocks,),
-        (axis.first, axis.across, values.tensor, source.height, step.width, axis.rounds, ONE_HALF, blocks, *rows),
+        (-(-source.height // rows) * blocks,),
+        (
+            axis.first,
+            axis.across,
+            values.tensor,
+            source.height,
+            step.width,
+            axis.rounds,
+            ONE_HALF,
+            blocks,
+            rows,
+            *apart,
+        ),
         {"TO": to, "TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **ACROSS}
         | {"WORDS": ACROSS["WORDS"] and axis.rounds == 1 and source.row % 4 == 0, "COMPUTED": values.computed}
         | {"FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch},
@@ -144,10 +156,11 @@ def _down(source: Pixels, step: Step, form: Form) -> Pass:
     out = _scratch(step.height, source.width)
     columns = out.row if source.readable == out.row else 3 * source.width  # to the end of a row, for wide accesses
     blocks = -(-columns // DOWN["COLUMNS"])
+    rows = _rows(step.height, blocks, ROWS)
     return Pass(
         _down_kernel,
-        (-(-step.height // DOWN["ROWS"]) * blocks,),
-        (axis.first, axis.weight, step.height, columns, axis.rounds, ONE_HALF, blocks, source.row, out.row),
+        (-(-step.height // rows) * blocks,),
+        (axis.first, axis.weight, step.height, columns, axis.rounds, ONE_HALF, blocks, rows, source.row, out.row),
         {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN},
         out.height * out.row,
     )
@@ -159,7 +172,7 @@ def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
     values = _values(form)
     units = 3 * step.width // form.patch
     blocks = -(-units // DOWN_PATCHES["UNITS"])
-    rows = form.patch if step.height // form.patch * blocks >= MANY_PROGRAMS else 2
+    rows = _rows(step.height, blocks, (form.patch, form.patch // 2, 2))
     return Pass(
         _down_patches_kernel,
         (step.height // rows * blocks,),
@@ -167,6 +180,11 @@ def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
         {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN_PATCHES}
         | {"PATCH": form.patch, "COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
     )
+
+
+def _rows(height: int, blocks: int, choices: tuple[int, ...]) -> int:
+    """Of a program: the first that leaves MANY_PROGRAMS, or the last."""
+    return next((rows for rows in choices if height // rows * blocks >= MANY_PROGRAMS), choices[-1])
 
 
 def _scratch(height: int, width: int) -> Pixels:

@@ -2,9 +2,9 @@
 
 `first` int32 [size_out] is where the window of an output begins; no tap lies past the input. Weights are int32,
 [taps, size_out] where a pass goes across, [size_out, taps] where it goes down, so that those of one output of a row are
-neighbours. A window of more than TAPS taps is summed in several rounds of TAPS. A program goes from row to row; offsets
-within a row are 32 bits. `half` is one half in the weights' scale, no constant, since sums begin with it: the compiler
-would add a constant at the end.
+neighbours. A window of more than TAPS taps is summed in several rounds of TAPS. A program goes through `rows` rows of
+its columns; offsets within a row are 32 bits. `half` is one half in the weights' scale, no constant, since sums begin
+with it: the compiler would add a constant at the end.
 
 Between the last two passes, levels lie in units: uint8 [height, width / PATCH, 3, UNIT], each of which holds the part
 of a row that belongs to one channel of one patch and is read as one aligned vector.
@@ -82,7 +82,7 @@ def _sums_of_words(word_ptr, shift_C, last_C, weights, red, green, blue, TAPS: t
 
 
 # One pass across, of interleaved pixels. To "pixels": interleaved again; to "units"; to "patches": values.
-@triton.jit(do_not_specialize=["height", "width", "rounds", "half", "column_blocks", "source_row", "out_row"])
+@triton.jit(do_not_specialize=["height", "width", "rounds", "half", "column_blocks", "rows", "source_row", "out_row"])
 def _across_kernel(
     source_ptr,
     out_ptr,
@@ -94,6 +94,7 @@ def _across_kernel(
     rounds,
     half,
     column_blocks,
+    rows,
     source_row,
     out_row,
     TO: tl.constexpr,
@@ -104,10 +105,9 @@ def _across_kernel(
     FRAMES: tl.constexpr,
     PATCH: tl.constexpr,
     WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    top = tl.program_id(0) // column_blocks * ROWS
+    top = tl.program_id(0) // column_blocks * rows
     column_C = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     in_C = column_C < width
     near_C = tl.minimum(column_C, width - 1)
@@ -132,7 +132,7 @@ def _across_kernel(
         word_C = (window_C.to(tl.int64) & -4).to(tl.pointer_type(tl.uint32))
         shift_C = (8 * before_C).to(tl.uint64)
         last_C = before_C + 3 * TAPS > (3 * TAPS + 6) // 4 * 4 - 4
-    for row in range(top, tl.minimum(top + ROWS, height)):
+    for row in range(top, tl.minimum(top + rows, height)):
         red, green, blue = half_C, half_C, half_C
         if WORDS:
             red, green, blue = _sums_of_words(word_C, shift_C, last_C, weights, red, green, blue, TAPS)
@@ -178,7 +178,7 @@ def _sum_down(column_ptr, weight_ptr, source_row, mask_C, total_C, TAPS: tl.cons
 
 
 # One pass down, of bytes whatever they are.
-@triton.jit(do_not_specialize=["height", "rounds", "half", "column_blocks"])
+@triton.jit(do_not_specialize=["height", "rounds", "half", "column_blocks", "rows"])
 def _down_kernel(
     source_ptr,
     out_ptr,
@@ -189,19 +189,19 @@ def _down_kernel(
     rounds,
     half,
     column_blocks,
+    rows,
     source_row,
     out_row,
     TAPS: tl.constexpr,
     ONE_ROUND: tl.constexpr,
     BITS: tl.constexpr,
-    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    top = tl.program_id(0) // column_blocks * ROWS
+    top = tl.program_id(0) // column_blocks * rows
     column_C = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     in_C = column_C < columns
     half_C = tl.zeros_like(column_C) + half
-    for row in range(top, tl.minimum(top + ROWS, height)):
+    for row in range(top, tl.minimum(top + rows, height)):
         weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
         column_ptr = source_ptr + tl.load(first_ptr + row).to(tl.int64) * source_row + column_C
         total_C = half_C
@@ -230,7 +230,7 @@ def _sums_down(word_ptr, row_words, weight_ptr, sum0, sum1, sum2, sum3, TAPS: tl
     return sum0, sum1, sum2, sum3
 
 
-# The last pass down, from units to patches. A program makes `rows` lines of UNITS units.
+# The last pass down, from units to patches. A program makes UNITS units of its rows.
 @triton.jit(do_not_specialize=["units", "rounds", "half", "unit_blocks", "rows"])
 def _down_patches_kernel(
     source_ptr,
