@@ -27,11 +27,12 @@ if missing() is None:
 # What one program makes, and its warps.
 ACROSS: dict[str, Any] = {"WORDS": True, "COLUMNS": 128, "num_warps": 4}
 DOWN = {"COLUMNS": 1024, "num_warps": 4}  # columns are bytes
-DOWN_PATCHES = {"UNITS": 64, "num_warps": 4}
+DOWN_PATCHES = {"LINES": 2, "UNITS": 16, "num_warps": 1}
 ROWS = (16, 8, 4, 2)  # of a program: as many as leave MANY_PROGRAMS
 MANY_PROGRAMS = 1024
 TAPS = (1, 4, 5, 9, 13)  # of one round of summation, few: kernels are compiled for each
-ROOM = 16  # bytes: rows of levels begin at multiples of it, and units do
+ROOM = 16  # bytes: rows of levels begin at multiples of it
+GROUP, UNIT = 8, 16  # patches whose units lie together, bytes of a unit
 ONE_HALF = 1 << (PRECISION_BITS - 1)  # of the weights
 BITS_OF = {torch.bfloat16: torch.int16, torch.float32: torch.int32}  # the kernels store bits
 
@@ -123,8 +124,8 @@ def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
     values = _values(form)
     blocks = -(-step.width // ACROSS["COLUMNS"])
     if to == "units":
-        out_row = 3 * step.width // form.patch * ROOM
-        scratch: int | None = source.height * out_row + DOWN_PATCHES["UNITS"] * ROOM  # a block is read whole
+        out_row = _units(step.width, form) * UNIT
+        scratch: int | None = source.height * out_row + DOWN_PATCHES["UNITS"] * UNIT  # a block is read whole
     else:
         out_row = _scratch(source.height, step.width).row
         scratch = None if to == "patches" else source.height * out_row
@@ -170,16 +171,21 @@ def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
     """From the planes that _across writes."""
     axis = _axis(height_in, step.height, step.filter, form.mode, form.device)
     values = _values(form)
-    units = 3 * step.width // form.patch
+    units = _units(step.width, form)
     blocks = -(-units // DOWN_PATCHES["UNITS"])
-    rows = _rows(step.height, blocks, (form.patch, form.patch // 2, 2))
+    rows = _rows(step.height, blocks, (form.patch, 2))
     return Pass(
         _down_patches_kernel,
         (step.height // rows * blocks,),
-        (axis.first, axis.weight, values.tensor, units, axis.rounds, ONE_HALF, blocks, rows),
+        (axis.first, axis.weight, values.tensor, step.width // form.patch, axis.rounds, ONE_HALF, blocks, rows),
         {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN_PATCHES}
         | {"PATCH": form.patch, "COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
     )
+
+
+def _units(width: int, form: Form) -> int:
+    """Of a row, in whole groups."""
+    return -(-width // form.patch // GROUP) * GROUP * 3
 
 
 def _rows(height: int, blocks: int, choices: tuple[int, ...]) -> int:

@@ -6,10 +6,11 @@ neighbours. A window of more than TAPS taps is summed in several rounds of TAPS.
 its columns; offsets within a row are 32 bits. `half` is one half in the weights' scale, no constant, since sums begin
 with it: the compiler would add a constant at the end.
 
-Between the last two passes, levels lie in units: uint8 [height, width / PATCH, 3, UNIT], each of which holds the part
-of a row that belongs to one channel of one patch and is read as one aligned vector.
+Between the last two passes, levels lie in units, uint8 [height, groups, 3, GROUP, UNIT]: a unit holds the part of a row
+that belongs to one channel of one patch and is read as aligned words, a group is that of GROUP neighbouring patches, so
+that what a warp writes fills sectors of 32 bytes.
 
-Suffixes: C columns, U units, X pixels of a unit.
+Suffixes: C columns, L lines, W words, U units, X pixels of a unit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-UNIT = tl.constexpr(16)
+UNIT, GROUP = tl.constexpr(16), tl.constexpr(8)
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def _across_kernel(
         if COMPUTED:
             lines = _several(table_ptr, 1, 6)  # slope and offset of each channel
     elif TO == "units":
-        to_C = column_C // PATCH * (3 * UNIT) + column_C % PATCH
+        to_C = column_C // (GROUP * PATCH) * (3 * GROUP * UNIT) + column_C // PATCH % GROUP * UNIT + column_C % PATCH
     else:
         to_C = 3 * column_C
     window_C = source_ptr + top.to(tl.int64) * source_row + first_C
@@ -161,7 +162,7 @@ def _across_kernel(
             row_C = out_ptr + tl.cast(row, tl.int64) * out_row + tl.max_contiguous(to_C, 1)  # a column a thread
             for channel in tl.static_range(3):
                 tl.store(
-                    row_C + channel * (UNIT if TO == "units" else 1),
+                    row_C + channel * (GROUP * UNIT if TO == "units" else 1),
                     _level(sums[channel], BITS).to(tl.uint8),
                     mask=in_C,
                 )
@@ -217,28 +218,29 @@ def _down_kernel(
 
 
 @triton.jit
-def _sums_down(word_ptr, row_words, weight_ptr, sum0, sum1, sum2, sum3, TAPS: tl.constexpr):
-    """Adds TAPS rows of words from word_ptr, [W], on: the words, and those without their lowest one to three bytes."""
+def _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS: tl.constexpr):
+    """Adds TAPS rows of words from the pointers word_LW on: the words, and those without their lowest one to three
+    bytes. weight_L: pointers to each line's first weight."""
     for tap in tl.static_range(TAPS):
-        weight = tl.load(weight_ptr + tap)
-        word = tl.load(word_ptr)
+        weight = tl.load(weight_L + tap)[:, None]
+        word = tl.load(word_LW)
         sum0 += word.to(tl.int32, bitcast=True) * weight
         sum1 += (word >> 8).to(tl.int32) * weight
         sum2 += (word >> 16).to(tl.int32) * weight
         sum3 += (word >> 24).to(tl.int32) * weight
-        word_ptr += row_words
+        word_LW += row_words
     return sum0, sum1, sum2, sum3
 
 
-# The last pass down, from units to patches. A program makes UNITS units of its rows.
-@triton.jit(do_not_specialize=["units", "rounds", "half", "unit_blocks", "rows"])
+# The last pass down, from units to patches. A program makes UNITS units of its rows, LINES rows at once.
+@triton.jit(do_not_specialize=["patches", "rounds", "half", "unit_blocks", "rows"])
 def _down_patches_kernel(
     source_ptr,
     out_ptr,
     first_ptr,
     weight_ptr,
     table_ptr,
-    units,
+    patches,
     rounds,
     half,
     unit_blocks,
@@ -249,47 +251,52 @@ def _down_patches_kernel(
     COMPUTED: tl.constexpr,
     FRAMES: tl.constexpr,
     PATCH: tl.constexpr,
+    LINES: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     top = tl.program_id(0) // unit_blocks * rows
-    block = tl.program_id(0) % unit_blocks
-    SIZE: tl.constexpr = PATCH * PATCH
+    first_unit = (tl.program_id(0) % unit_blocks) * UNITS
+    SIZE: tl.constexpr = PATCH * PATCH * FRAMES
     line = top // PATCH
-    unit_U = block * UNITS + tl.arange(0, UNITS)
-    unit_row = (line // 2).to(tl.int64) * (2 * units) + line % 2 * 6
-    to_U = unit_U // 6 * 12 + unit_U % 6  # a window has 2 x 2 patches of 3 units
-    to_U -= (block * UNITS) // 6 * 12
-    out_ptr += (unit_row + tl.cast((block * UNITS) // 6, tl.int64) * 12) * (SIZE * FRAMES) + top % PATCH * PATCH
-    pixel_X = tl.arange(0, UNIT)
-    to_UX = (to_U * (SIZE * FRAMES))[:, None] + pixel_X[None, :]
-    in_UX = (unit_U < units)[:, None] & (pixel_X < PATCH)[None, :]
+    first_patch = first_unit // (3 * GROUP) * GROUP
+    out_ptr += ((line // 2).to(tl.int64) * (2 * patches) + line % 2 * 2 + first_patch.to(tl.int64) * 2) * (3 * SIZE)
+    out_ptr += top % PATCH * PATCH
+    unit_U = first_unit + tl.arange(0, UNITS)
+    channel_U = unit_U // GROUP % 3
+    patch_U = unit_U // (3 * GROUP) * GROUP + unit_U % GROUP - first_patch
+    to_U = (patch_U // 2 * 12 + patch_U % 2 * 3 + channel_U) * SIZE  # a window has 2 x 2 patches of 3 units
+    line_L, pixel_X = tl.arange(0, LINES), tl.arange(0, UNIT)
+    to_ULX = to_U[:, None, None] + (line_L * PATCH)[None, :, None] + pixel_X[None, None, :]
+    in_ULX = (patch_U < patches - first_patch)[:, None, None] & (pixel_X < PATCH)[None, None, :]
     if COMPUTED:
-        slope_U1 = tl.load(table_ptr + unit_U % 3 * 2)[:, None]
-        offset_U1 = tl.load(table_ptr + (unit_U % 3 * 2 + 1))[:, None]
+        slope_1U1 = tl.load(table_ptr + channel_U * 2)[None, :, None]
+        offset_1U1 = tl.load(table_ptr + (channel_U * 2 + 1))[None, :, None]
     else:
-        table_U1 = (table_ptr + unit_U % 3 * 256)[:, None]
+        table_1U1 = (table_ptr + channel_U * 256)[None, :, None]
     WORDS: tl.constexpr = UNITS * UNIT // 4
-    row_words = units * (UNIT // 4)
-    word_W = source_ptr.to(tl.pointer_type(tl.uint32)) + block * WORDS + tl.arange(0, WORDS)
-    half_W = tl.zeros([WORDS], tl.int32) + half
-    start_W = half_W + 256 * half  # so that each difference below begins at one half, modulo 2^32
-    for row in range(top, top + rows):
-        weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
-        row_W = word_W + tl.load(first_ptr + row).to(tl.int64) * row_words
-        sum0, sum1, sum2, sum3 = start_W, start_W, start_W, half_W
+    row_words = tl.cdiv(patches, GROUP) * (3 * GROUP * UNIT // 4)
+    word_W = source_ptr.to(tl.pointer_type(tl.uint32)) + first_unit * (UNIT // 4) + tl.arange(0, WORDS)
+    half_LW = tl.zeros([LINES, WORDS], tl.int32) + half
+    start_LW = half_LW + 256 * half  # so that each difference below begins at one half, modulo 2^32
+    for row in range(top, top + rows, LINES):
+        first_L = tl.load(first_ptr + row + line_L).to(tl.int64)
+        weight_L = weight_ptr + (tl.cast(row, tl.int64) + line_L) * (rounds * TAPS)
+        word_LW = (first_L * row_words)[:, None] + word_W[None, :]
+        sum0, sum1, sum2, sum3 = start_LW, start_LW, start_LW, half_LW
         if ONE_ROUND:
-            sum0, sum1, sum2, sum3 = _sums_down(row_W, row_words, weight_row, sum0, sum1, sum2, sum3, TAPS)
+            sum0, sum1, sum2, sum3 = _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS)
         else:
             for _ in range(rounds):
-                sum0, sum1, sum2, sum3 = _sums_down(row_W, row_words, weight_row, sum0, sum1, sum2, sum3, TAPS)
-                row_W += TAPS * row_words
-                weight_row += TAPS
+                sum0, sum1, sum2, sum3 = _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS)
+                word_LW += TAPS * row_words
+                weight_L += TAPS
         even, odd = tl.join(sum0 - sum1 * 256, sum2 - sum3 * 256), tl.join(sum1 - sum2 * 256, sum3)
-        level_UX = tl.reshape(tl.join(even, odd), (UNITS, UNIT)) >> BITS
+        level_LUX = tl.reshape(tl.join(even, odd), (LINES, UNITS, UNIT)) >> BITS
         if COMPUTED:
-            value_UX = _line(level_UX, slope_U1, offset_U1)
+            value_LUX = _line(level_LUX, slope_1U1, offset_1U1)
         else:
-            value_UX = tl.load(table_U1 + tl.minimum(tl.maximum(level_UX, 0), 255))
+            value_LUX = tl.load(table_1U1 + tl.minimum(tl.maximum(level_LUX, 0), 255))
+        value_ULX = tl.permute(value_LUX, (1, 0, 2))
         for frame in tl.static_range(FRAMES):
-            tl.store(out_ptr + frame * SIZE + to_UX, value_UX, mask=in_UX)
-        out_ptr += PATCH
+            tl.store(out_ptr + frame * (PATCH * PATCH) + to_ULX, value_ULX, mask=in_ULX)
+        out_ptr += LINES * PATCH
