@@ -19,8 +19,8 @@ def shapes(quick: bool) -> dict[str, dict[str, int]]:
     return {"small": _SMALL} if quick else SHAPES
 
 
-def model_of(sizes: dict[str, int]) -> Qwen2_5_VL:
-    """On the GPU in bfloat16, or on the CPU where there is none."""
+def model_of(sizes: dict[str, int], learns: bool = False) -> Qwen2_5_VL:
+    """On the GPU in bfloat16, or on the CPU where there is none. learns: its weights may get gradients."""
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     vision = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "fullatt_block_indexes": (1,)}
     vision = {"out_hidden_size": sizes["hidden_size"]} | (vision if sizes is _SMALL else {})
@@ -38,7 +38,7 @@ def model_of(sizes: dict[str, int]) -> Qwen2_5_VL:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
             else:
                 parameter.fill_(1.0)
-    return model.eval()
+    return model.requires_grad_(learns).train(learns)
 
 
 class NoText:

@@ -105,6 +105,18 @@ def _spans(dtype: str, rows: int, group: int, size: int) -> Spec:
     return Spec("prefix_attention", split, "_span_kernel", variant, types, constants, even=STRIDES)
 
 
+def _norm(dtype: str, size: int, added: bool) -> Spec:
+    types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "y", "weight", "sum", "out")} | {"eps": "fp32"}
+    constants: dict[str, Any] = layer_ops.norm_blocks(size)
+    warps = constants.pop("num_warps")
+    if not added:
+        del types["y_ptr"]
+        constants["y_ptr"] = None
+    variant = f"{'sum' if added else 'alone'}, {size}, {dtype}"
+    even = ("size", "x_stride", "y_stride")
+    return Spec("layer_ops", layer_ops, "_rms_norm_kernel", variant, types, constants, warps, even)
+
+
 def _rotary(dtype: str, heads: int, size: int) -> Spec:
     types = {"x_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     constants = layer_ops.blocks(heads, size)
@@ -202,6 +214,8 @@ SPECS = (
         {"WIDTH": 512, "BLOCK_W": kv_store.block(512)},
         even=("k_stride", "v_stride"),
     ),
+    _norm("bf16", 3584, False),
+    _norm("bf16", 3584, True),
     _rotary("bf16", 32, 128),
     _rotary("bf16", 32, 80),
     Spec(

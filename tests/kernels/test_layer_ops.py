@@ -93,6 +93,7 @@ def test_gradients_are_left_to_torch():
         ("rms_norm", [(3, 64), (32,)]),
         ("rms_norm", [(3, 64), (3, 64)]),
         ("rms_norm", [(64,), (64,)]),
+        ("add_rms_norm", [(3, 32), (2, 32), (32,)]),
         ("swiglu", [(3, 63)]),
         ("swiglu", [(64,)]),
         ("rotary", [(3, 2, 32), (2, 1, 32), (2, 1, 32)]),
@@ -102,8 +103,8 @@ def test_gradients_are_left_to_torch():
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(op, shapes):
-    arguments = [numbers(*shape) for shape in shapes] + [1e-6] * (op == "rms_norm")
-    with torch.inference_mode(), pytest.raises(ValueError, match=rf"^{op}: .*must be x \["):
+    arguments = [numbers(*shape) for shape in shapes] + [1e-6] * ("rms_norm" in op)
+    with torch.inference_mode(), pytest.raises(ValueError, match=rf"^{op}: .*must be x(, y)? \["):
         getattr(layer_ops, op)(*arguments)
 
 
@@ -113,6 +114,16 @@ def test_weights_and_tables_of_sixteen_bits():
     with torch.inference_mode():
         assert torch.equal(layer_ops.rms_norm(x[:, 0], weight, 1e-6), layer_ops.rms_norm(x[:, 0], weight.float(), 1e-6))
         assert torch.equal(layer_ops.rotary(x, cos, sin), layer_ops.rotary(x, cos.float(), sin.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_that_is_normed(dtype):
+    x, y, weight = (numbers(3, 64, seed=seed).to(dtype) for seed in (0, 1, 2))
+    with torch.inference_mode():
+        total, out = layer_ops.add_rms_norm(x, y, weight[0], 1e-6)
+        assert torch.equal(total, x + y) and torch.equal(out, layer_ops.rms_norm(x + y, weight[0], 1e-6))
+    with pytest.raises(ValueError, match="must be equal"):
+        layer_ops.add_rms_norm(x, y.double(), weight[0], 1e-6)
 
 
 def test_a_gate_with_zeros_behind():

@@ -59,7 +59,7 @@ def test_it_is_taken_by_name_in_inference_on_cuda_only(calls, monkeypatch):
     with torch.inference_mode():
         assert torch.equal(layer_ops.swiglu(x), plain.swiglu(x)) and not calls
         assert torch.equal(layer_ops.swiglu(x, impl="flashinfer"), plain.swiglu(x)) and len(calls) == 1
-        with pytest.raises(ValueError, match="must be one of auto, cpu, torch"):
+        with pytest.raises(ValueError, match="must be one of auto, triton, cpu, torch"):
             layer_ops.rms_norm(x, x[0], 1e-6, impl="flashinfer")
 
 

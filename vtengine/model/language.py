@@ -58,8 +58,9 @@ class TextLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: AttentionContext, rows: Tensor | None
     ) -> Tensor:
-        x = _pick(x, rows) + self.attn(self.input_norm(x), cos, sin, layer, attention, rows)
-        return x + self.mlp(self.post_norm(x))
+        attended = self.attn(self.input_norm(x), cos, sin, layer, attention, rows)
+        x, normed = self.post_norm.added(_pick(x, rows), attended)
+        return x + self.mlp(normed)
 
 
 class VLModel(nn.Module):

@@ -25,6 +25,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return layer_ops.rms_norm(x, self.weight, self.eps)
 
+    def added(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + y, the norm of it)."""
+        return layer_ops.add_rms_norm(x, y, self.weight, self.eps)
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); gate and up are one matrix: gate's rows first."""

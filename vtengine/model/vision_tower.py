@@ -31,8 +31,8 @@ class VisionBlock(nn.Module):
         else:
             attended = self.attn(normed.index_select(0, plan.image_order), image_tables, plan.images)
             attended = attended.index_select(0, plan.image_restore)
-        x = x + attended
-        return x + self.mlp(self.norm2(x))
+        x, normed = self.norm2.added(x, attended)
+        return x + self.mlp(normed)
 
 
 class PatchMerger(nn.Module):
