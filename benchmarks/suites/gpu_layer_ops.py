@@ -1,7 +1,8 @@
 """Norm, gate and rotary embedding on a GPU: one launch each against torch's, at the sizes of Qwen2.5-VL-7B (bfloat16).
 
 Replays of a CUDA graph (see `on_gpu`). `floor_us`: every number in and out once, at the rate of a copy measured in the
-same run; few rows lie in the second-level cache, as they do between a model's products.
+same run; few rows lie in the second-level cache, as they do between a model's products. `down`: the product of the
+vision tower whose rows of 3420 numbers end between two pieces of 16 bytes, with zeros behind them and without.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from suites.gpu_patchify import copy_rate
 from vtengine_kernels import layer_ops
 from vtengine_kernels.layer_ops import flashinfer
 
-from vtengine.model.layers import rotary_tables
+from vtengine.model.layers import SwiGLU, rotary_tables, store_aligned
 
 TESTS = ["-m", "gpu", "tests/kernels/test_layer_ops_triton.py"]
 HIDDEN, INNER, HEADS, SIZE = 3584, 18944, 32, 128
@@ -43,6 +44,7 @@ def run(context: Any) -> Iterator[dict[str, Any]]:
     for rows in ROWS[:2] if context.quick else ROWS:
         for name, (op, tensors, numbers) in ops(rows).items():
             yield measured(context, name, rows, op, tensors, numbers, rate)
+    yield down(context)
 
 
 def ops(rows: int) -> dict[str, tuple[Callable[..., object], tuple[Any, ...], int]]:
@@ -69,4 +71,21 @@ def measured(
         found = context.compare(calls, rounds=7, min_round_s=0.005, warmup=2, after=torch.cuda.synchronize)
     us = {f"{impl}_us": 1e6 * one.median_s / REPEATS for impl, one in found.items()}
     row = {"op": name, "rows": rows, "flashinfer_us": None, **us, "floor_us": 2e6 * numbers / rate}
+    return row | {"speedup": us["torch_us"] / us["triton_us"]}
+
+
+def down(context: Any) -> dict[str, Any]:
+    """Both sides with the gate, whose result has the zeros too."""
+    rows, size, inner = 1024 if context.quick else 16_384, 1280, 3420
+    mlp = SwiGLU(size, inner, bias=True).to("cuda", torch.bfloat16).requires_grad_(False)
+    store_aligned(mlp)
+    x = torch.randn(rows, 2 * inner, device="cuda", dtype=torch.bfloat16)
+    mlp.gate_up = torch.nn.Identity()
+    alone = torch.nn.Linear(inner, size, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        sides = {"triton": partial(mlp, x), "torch": lambda: alone(layer_ops.swiglu(x))}
+        calls = {name: captured(side, 10) for name, side in sides.items()}
+        found = context.compare(calls, rounds=7, min_round_s=0.005, warmup=2, after=torch.cuda.synchronize)
+    us = {f"{name}_us": 1e5 * one.median_s for name, one in found.items()}
+    row = {"op": "swiglu and down, 3420", "rows": rows, "flashinfer_us": None, **us, "floor_us": None}
     return row | {"speedup": us["torch_us"] / us["triton_us"]}

@@ -51,26 +51,32 @@ def test_stored_in_whole_pieces_it_is_the_same_model(small_config, build, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zeros_behind_rows_change_no_bit(dtype, monkeypatch):
     """Numbers whose sums are exact in any order: only a product with something else than zeros could differ."""
-    monkeypatch.setattr("vtengine.model.layers._to_whole_pieces", lambda weight: 3)
     plain, generator = SwiGLU(6, 13, bias=True).to(dtype), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.copy_(torch.randint(-2, 3, parameter.shape, generator=generator))
         plain.gate_up.weight[:13], plain.gate_up.bias[:13] = 0, 64.0  # whose silu is 64
-    aligned = copy.deepcopy(plain)
-    store_aligned(aligned)
     x = torch.randint(-2, 3, (9, 6), generator=generator).to(dtype)
-    seen: list[torch.Size] = []
+    exact = plain(x)
+    gradients = torch.autograd.grad(exact.sum(), list(plain.parameters()))
+    seen: list[tuple[torch.Size, int]] = []
 
     def watched(x, weight, bias):
-        seen.append(weight.shape)
+        seen.append((weight.shape, weight.untyped_storage().data_ptr()))
         assert (x[:, 13:] == 0).all() and (weight[:, 13:] == 0).all()
         return F.linear(x, weight, bias)
 
     monkeypatch.setattr("vtengine.model.layers.linear", watched)
-    with torch.inference_mode():
-        assert torch.equal(aligned(x), plain(x)) and seen == [(6, 16)]
-    assert torch.equal(aligned(x), plain(x)) and len(seen) == 1  # with gradients, the rows alone
-    copied = copy.deepcopy(aligned).double()  # to another memory, without what lay behind
-    with torch.inference_mode():
-        assert torch.equal(copied(x.double()), plain.double()(x.double())) and len(seen) == 1
+    monkeypatch.setattr("vtengine.model.layers._to_whole_pieces", lambda weight: 3)
+    aligned = copy.deepcopy(plain)
+    store_aligned(aligned)
+    copied = copy.deepcopy(aligned)  # to another memory, without what lay behind
+    for module in (plain, aligned, copied):
+        with torch.inference_mode():
+            assert torch.equal(module(x), exact)
+        found = torch.autograd.grad(module(x).sum(), list(module.parameters()))
+        assert all(torch.equal(one, other) for one, other in zip(found, gradients, strict=True))
+    assert [shape for shape, _ in seen] == [(6, 16)] * 6
+    assert [
+        module.down.weight.untyped_storage().data_ptr() == seen[2 * i][1] for i, module in enumerate((plain, aligned))
+    ] == [False, True]

@@ -43,10 +43,14 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, weight = self.gate_up(x), self.down.weight
-        columns = weight.shape[1] + self.padding
-        if not self.padding or weight.stride() != (columns, 1) or not torch.is_inference_mode_enabled():
+        lacking = _to_whole_pieces(weight) if type(self.down) is Linear else 0  # an adapter's has products of its own
+        if not lacking:
             return self.down(layer_ops.swiglu(x))
-        whole = weight.as_strided((len(weight), columns), (columns, 1))
+        columns = weight.shape[1] + lacking
+        if not torch.is_inference_mode_enabled():
+            return linear(F.pad(layer_ops.swiglu(x), (0, lacking)), F.pad(weight, (0, lacking)), self.down.bias)
+        stored = self.padding == lacking and weight.stride() == (columns, 1)
+        whole = weight.as_strided((len(weight), columns), (columns, 1)) if stored else F.pad(weight, (0, lacking))
         return linear(layer_ops.swiglu(x, columns=columns), whole, self.down.bias)
 
 
@@ -54,7 +58,8 @@ def store_aligned(model: nn.Module) -> None:
     """Rows of SwiGLU's last matrix get zeros behind them where they end between two pieces of 16 bytes on CUDA.
 
     cuBLAS has its fast tiles for rows of such pieces only; in Qwen2.5-VL's tower they have 6840 bytes. Values, shapes
-    and names stay, and weights can be copied in and saved as before. For models that are only read.
+    and names stay, and weights can be copied in and saved as before. For models that are only read; in others the zeros
+    are put behind a copy for every product.
     """
     for module in model.modules():
         if isinstance(module, SwiGLU) and (padding := _to_whole_pieces(module.down.weight)):
