@@ -96,11 +96,14 @@ def _spans(dtype: str, rows: int, group: int, size: int) -> Spec:
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "items_ptr"), "*i64")
     types |= dict.fromkeys(("parts_ptr", "lse_ptr"), "*fp32") | {"scale_log2": "fp32"}
-    constants: dict[str, Any] = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": rows}
-    constants |= split.blocks(rows, group, size, itemsize=2)
+    fixed: dict[str, Any] = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": rows}
     if rows == 1:
         del types["items_ptr"]
-        constants["items_ptr"] = None
+        fixed["items_ptr"] = None
+
+    def constants(arch: int) -> dict[str, Any]:
+        return fixed | split.blocks(rows, group, size, 2, arch // 10)
+
     variant = f"{group} heads of {size}, {dtype}, {'alone' if rows == 1 else f'{rows} siblings'}"
     return Spec("prefix_attention", split, "_span_kernel", variant, types, constants, even=STRIDES)
 
@@ -115,6 +118,12 @@ def _norm(dtype: str, size: int, added: bool) -> Spec:
     variant = f"{'sum' if added else 'alone'}, {size}, {dtype}"
     even = ("size", "x_stride", "y_stride")
     return Spec("layer_ops", layer_ops, "_rms_norm_kernel", variant, types, constants, warps, even)
+
+
+def _merge_spans(dtype: str, size: int) -> Spec:
+    types = {"parts_ptr": "*fp32", "lse_ptr": "*fp32", "lengths_ptr": "*i64", "out_ptr": f"*{dtype}"}
+    constants = {"SIZE": size, "SPAN": split.SPAN, **split.merge_blocks(size)}
+    return Spec("prefix_attention", split, "_merge_spans_kernel", f"heads of {size}, {dtype}", types, constants, 1)
 
 
 def _rotary(dtype: str, heads: int, size: int) -> Spec:
@@ -230,6 +239,7 @@ SPECS = (
     _prefill("bf16", 7, 128),
     _spans("bf16", 1, 7, 128),
     _spans("bf16", split.ROWS, 7, 128),
+    _merge_spans("bf16", 128),
     _merge("bf16", 28, 128),
     *(
         _sample(kernel, variant)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @functools.cache
@@ -19,6 +22,13 @@ def missing() -> str | None:
 def interpreted() -> bool:
     """Whether Triton kernels run on the CPU, in Python."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def generation(tensor: Tensor) -> int:
+    """Of the tensor's GPU, the first number of its compute capability; on the CPU a Hopper's."""
+    import torch
+
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -104,12 +104,14 @@ def test_every_span_of_every_row_is_somebodys_work_once(monkeypatch, seed):
             for rows in (1, split.ROWS)
             for case in (("bf16", 8, 128), ("fp16", 2, 64), ("fp32", 2, 64), ("bf16", 8, 80))
         ),
+        (split.ROWS, "bf16", 8, 128, 100),
+        (split.ROWS, "bf16", 16, 128, 90),
         (1, "fp16", 4, 64, 90),
         (1, "bf16", 8, 256, 90),
     ],
 )
 def test_it_compiles_without_spills(tmp_path, record_property, rows, dtype, group, size, arch):
-    blocks = split.blocks(rows, group, size, 4 if dtype == "fp32" else 2)
+    blocks = split.blocks(rows, group, size, 4 if dtype == "fp32" else 2, arch // 10)
     constants = {"GROUP": group, "SIZE": size, "PAGE": 16, "SPAN": split.SPAN, "ROWS": rows, **blocks}
     types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr"), f"*{dtype}")
     types |= dict.fromkeys(("tables_ptr", "lengths_ptr", "items_ptr"), "*i64")
@@ -120,10 +122,11 @@ def test_it_compiles_without_spills(tmp_path, record_property, rows, dtype, grou
     needs = compiled(split._span_kernel, types, constants, arch, tmp_path, sixteens=strides)
     record_property("needs", str(needs))
     # 16: outside of the loops, where the assembler gives three registers for one more program on a processor
-    assert needs.spill_bytes <= 16 and needs.shared_bytes <= (75 if rows == 1 else 99) * 1024
-    merge = {"SIZE": size, "SPAN": split.SPAN, "BLOCK_S": split.MERGED, "BLOCK_D": blocks["BLOCK_D"]}
+    assert needs.spill_bytes <= 16
+    assert needs.shared_bytes <= (75 if rows == 1 else 99 if arch < 90 else 113) * 1024  # two on a Hopper's processor
+    merge = {"SIZE": size, "SPAN": split.SPAN, **split.merge_blocks(size)}
     types = {"parts_ptr": "*fp32", "lse_ptr": "*fp32", "lengths_ptr": "*i64", "out_ptr": f"*{dtype}"}
-    assert compiled(split._merge_spans_kernel, types, merge, arch, tmp_path).spill_bytes == 0
+    assert compiled(split._merge_spans_kernel, types, merge, arch, tmp_path, 1).spill_bytes == 0
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from vtengine_kernels.triton_runtime import interpreted, launch, missing
+from vtengine_kernels.triton_runtime import generation, interpreted, launch, missing
 
 LOG2_E = math.log2(math.e)
 
@@ -136,8 +136,7 @@ def paged_prefill(
     tokens, heads, size = q.shape
     kv_heads, group = keys.shape[2], heads // keys.shape[2]
     out = q.new_empty((tokens, heads, size))
-    major = torch.cuda.get_device_capability(q.device)[0] if q.is_cuda else 9
-    sizes = blocks(group, size, q.element_size(), major)
+    sizes = blocks(group, size, q.element_size(), generation(q))
     if tokens:
         launch(
             _paged_prefill_kernel,

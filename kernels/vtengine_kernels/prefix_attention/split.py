@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vtengine_kernels.triton_runtime import launch, missing
+from vtengine_kernels.triton_runtime import generation, launch, missing
 
 if TYPE_CHECKING:
     from vtengine_kernels.prefix_attention.siblings import Siblings
 
-SPAN = 256
+SPAN = 512
 ROWS = 8
-MERGED = 16  # spans at a time
 LOG2_E = math.log2(math.e)
 
 if missing() is None:
@@ -176,13 +175,22 @@ def items(siblings: Siblings, lengths: np.ndarray) -> np.ndarray:
     return found
 
 
-def blocks(rows: int, group: int, size: int, itemsize: int) -> dict[str, int]:
+def blocks(rows: int, group: int, size: int, itemsize: int, major: int) -> dict[str, int]:
     """Block sizes for that many rows in one program: powers of two, at least what a matrix product needs; larger ones
-    spill registers."""
-    block_t = 64 if rows == 1 else 32
+    spill registers. major: of the device's compute capability; others than 9 and 10 lack shared memory for 64 tokens
+    beside siblings.
+    """
+    block_m = _padded(rows * group)
+    block_t = 64 if rows == 1 or (block_m <= 64 and major in (9, 10)) else 32
     if size > 128 or itemsize == 4:
         block_t = 32 if size <= 64 or (rows == 1 and itemsize == 2) else 16
-    return {"BLOCK_M": _padded(rows * group), "BLOCK_D": _padded(size), "BLOCK_T": block_t}
+    return {"BLOCK_M": block_m, "BLOCK_D": _padded(size), "BLOCK_T": block_t}
+
+
+def merge_blocks(size: int) -> dict[str, int]:
+    """Of the kernel that merges: as many spans at a time as the registers of its one warp hold."""
+    block_d = _padded(size)
+    return {"BLOCK_S": 2048 // block_d, "BLOCK_D": block_d}
 
 
 def split_attention(
@@ -199,7 +207,7 @@ def split_attention(
     parts = torch.empty((rows, most_spans, heads, size), dtype=torch.float32, device=q.device)
     lse = torch.empty((rows, most_spans, heads), dtype=torch.float32, device=q.device)
     together = 1 if work is None else ROWS
-    sizes = blocks(together, group, size, q.element_size())
+    sizes = blocks(together, group, size, q.element_size(), generation(q))
     if rows:
         launch(
             _span_kernel,
@@ -225,7 +233,7 @@ def split_attention(
             ROWS=together,
             **sizes,
         )
-        merge = {"SIZE": size, "SPAN": SPAN, "BLOCK_S": MERGED, "BLOCK_D": sizes["BLOCK_D"]}
+        merge = {"SIZE": size, "SPAN": SPAN, "num_warps": 1, **merge_blocks(size)}
         launch(_merge_spans_kernel, (rows, heads), parts, lse, lengths, out, most_spans, **merge)
     return out
 
