@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from suites.gpu_siblings import HEADS, INSTALLED, SIZE, caches_of, microseconds
+from suites.gpu_siblings import HEADS, INSTALLED, SIZE, caches_of, microseconds, numbers
 from suites.siblings import PAGE
 from torch import Tensor
 from vtengine_kernels.paged_prefill import paged_prefill
@@ -41,14 +41,15 @@ TABLES = {
 
 def run(context: Any) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
+    pool = numbers()
     for case in CASES[:1] if context.quick else CASES:
-        yield measured(context, *case)
+        yield measured(context, pool, *case)
 
 
-def measured(context: Any, rows: int, new: int, cached: int) -> dict[str, Any]:
+def measured(context: Any, pool: Tensor, rows: int, new: int, cached: int) -> dict[str, Any]:
     length = cached + new
     width = -(-length // PAGE)
-    caches = caches_of(rows * width, PAGE)
+    caches = caches_of(pool, rows * width)
     q = torch.randn(rows * new, HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
     tables = torch.randperm(rows * width, device="cuda").view(rows, width)
     lengths = torch.full((rows,), length, device="cuda")

@@ -5,11 +5,14 @@ tokens of each row's own, in batches of groups. `plain` is our kernel for single
 told of no siblings, `split` the same with siblings; flash-attn 3 and FlashInfer where they are installed. The caches of
 several layers are gone through in turn, in a CUDA graph as in the engine (see `on_gpu`), but for FlashInfer, which the
 engine does not capture either.
-`data`: from how many shared tokens on split is faster than plain.
+`data`: from how many shared tokens on split is faster than plain, all batches together: with whom a row shares may not
+depend on how many others there are, or its result would.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -19,15 +22,18 @@ import numpy as np
 import torch
 from on_gpu import captured, layers_of, repeat
 from suites.siblings import PAGE, SHAPES, crossover, tables_of
+from torch import Tensor
 from vtengine_kernels import flash_attn3, flashinfer_paged
 from vtengine_kernels.prefix_attention import Crossover, Siblings, prefix_attention
 
 TESTS = ["-m", "gpu", "tests/kernels/test_prefix_attention_triton.py", "tests/kernels/test_installed_attention.py"]
 HEADS, KV_HEADS, SIZE = SHAPES["Qwen2.5-VL-7B"]
 OWN = 256
-BATCHES, GROUPS, PREFIXES = (8, 32, 64, 128, 256), (8, 16), (256, 1024, 4096)
+BATCHES, GROUPS, PREFIXES = (8, 32, 128, 256), (8, 16), (256, 1024, 4096)
 CROSSOVER = "kernels/vtengine_kernels/prefix_attention/crossover_triton.json"
 REPEATS = 4  # of all layers, so that little of the time is that of one launch
+POOL_NUMBERS = 1 << 30
+"""Random numbers that all caches are cut out of."""
 INSTALLED = {"flash": flash_attn3, "flashinfer": flashinfer_paged}
 TABLES = {
     "gpu-siblings": {
@@ -48,21 +54,27 @@ TABLES = {
 
 def run(context: Any) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
+    pool = numbers()
     batches, prefixes = (BATCHES[:1], PREFIXES[:2]) if context.quick else (BATCHES, PREFIXES)
     for batch, n, prefix in product(batches, GROUPS, prefixes):
         if batch >= n:
-            yield measured(context, batch, n, prefix)
+            yield measured(context, pool, batch, n, prefix)
 
 
 def data(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """As `siblings` has it for the CPU."""
-    return {CROSSOVER: crossover(rows)}
+    times_us: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        times_us[row["n"], row["prefix"]].update({side: row[side] for side in ("plain_us", "split_us")})
+    together = [
+        {"n": n, "prefix": prefix, "speedup": us["plain_us"] / us["split_us"]} for (n, prefix), us in times_us.items()
+    ]
+    return {CROSSOVER: crossover(together)}
 
 
-def measured(context: Any, batch: int, n: int, prefix: int) -> dict[str, Any]:
+def measured(context: Any, pool: Tensor, batch: int, n: int, prefix: int) -> dict[str, Any]:
     tables = tables_of(batch, n, prefix, OWN)
-    num_pages = 1 + max(map(max, tables))
-    caches = caches_of(num_pages, PAGE)
+    caches = caches_of(pool, 1 + max(map(max, tables)))
     q = torch.randn(batch, HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
     lengths = np.full(batch, prefix + OWN)
     rest = (torch.tensor(tables, device="cuda"), torch.from_numpy(lengths).cuda())
@@ -81,11 +93,15 @@ def measured(context: Any, batch: int, n: int, prefix: int) -> dict[str, Any]:
     return row | {"speedup": times["plain_us"] / times["split_us"]}
 
 
-def caches_of(num_pages: int, page: int) -> list[list[torch.Tensor]]:
+def numbers() -> Tensor:
+    return torch.randn(POOL_NUMBERS, device="cuda", dtype=torch.bfloat16)
+
+
+def caches_of(pool: Tensor, num_pages: int) -> list[list[Tensor]]:
     """[keys, values] of several layers."""
-    shape = (num_pages, page, KV_HEADS, SIZE)
-    layers = layers_of(2 * 2 * num_pages * page * KV_HEADS * SIZE)
-    return [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)] for _ in range(layers)]
+    shape = (2, num_pages, PAGE, KV_HEADS, SIZE)
+    layers = layers_of(2 * math.prod(shape))
+    return [list(layer) for layer in pool[: layers * math.prod(shape)].view(layers, *shape)]
 
 
 def microseconds(context: Any, sides: dict[str, Callable[[], object]], layers: int, repeats: int) -> dict[str, float]:
@@ -94,5 +110,5 @@ def microseconds(context: Any, sides: dict[str, Callable[[], object]], layers: i
         name: partial(repeat, side, repeats) if name == "flashinfer" else captured(side, repeats)
         for name, side in sides.items()
     }
-    found = context.compare(calls, rounds=9, min_round_s=0.01, warmup=3, after=torch.cuda.synchronize)
+    found = context.compare(calls, rounds=5, min_round_s=0.005, warmup=3, after=torch.cuda.synchronize)
     return {f"{name}_us": 1e6 * one.median_s / (layers * repeats) for name, one in found.items()}

@@ -7,10 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
+from vtengine_kernels.prefix_attention import siblings, triton
 
+from vtengine.engine.embedded.families import Families
 from vtengine.stamp import stamp
 
 
@@ -82,6 +85,37 @@ def test_report_writes_what_the_product_reads(repo_root: Path, tmp_path: Path) -
     assert report.update(root, check=True) == []
     found = json.loads((root / "measured.json").read_text(encoding="utf-8"))
     assert found["tokens"] == [64] and "benchmarks/results/demo.json" in found["source"]
+
+
+@pytest.mark.parametrize(("split_us", "shares"), [(40.0, True), (80.0, False)])
+def test_from_which_siblings_on_a_gpu_shares_is_what_its_suite_found(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split_us: float, shares: bool
+) -> None:
+    """From rows through report.py to the engine. Small batches lose, and all together win from 1,024 tokens on."""
+    suite, report = load(repo_root, "run").load_suite("gpu_siblings"), load(repo_root, "report")
+    rows = [
+        {"batch": batch, "n": 8, "prefix": prefix, "plain_us": plain, "split_us": split}
+        for batch, prefix, plain, split in (
+            (8, 256, 15.0, 20.0), (64, 256, 25.0, 26.0), (8, 1024, 15.0, 20.0), (64, 1024, 60.0, split_us),
+        )
+    ]  # fmt: skip
+    root = project(tmp_path, "", {**RESULT, "data": suite.data(rows)})
+    folder = (root / suite.CROSSOVER).parent
+    folder.mkdir(parents=True)
+    assert report.update(root, check=False) == [suite.CROSSOVER]
+    monkeypatch.setattr(siblings, "__file__", str(folder / "siblings.py"))
+    siblings._measured.cache_clear()
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    keys = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    tables = [[*range(64), 100 + row] for row in range(8)]
+    try:
+        found, few = (Families.for_cache(keys, 16, None).of(known) for known in (tables, tables[:7]))
+    finally:
+        siblings._measured.cache_clear()
+    if shares:
+        assert found.shared.tolist() == [0] + 7 * [1024] and few.shared.tolist() == 7 * [0]  # strangers, in its kernel
+    else:
+        assert found is few is None
 
 
 def test_report_without_columns_shows_all_plain_ones(repo_root: Path, tmp_path: Path) -> None:

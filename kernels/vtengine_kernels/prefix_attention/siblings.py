@@ -60,7 +60,7 @@ class Crossover:
     def measured(impl: str) -> Crossover | None:
         """What the benchmark suite found for an implementation; None: it was not measured, or never won."""
         found = _measured(impl)
-        return None if found is None else Crossover(tuple(found["siblings"]), tuple(found["tokens"]))
+        return Crossover(tuple(found["siblings"]), tuple(found["tokens"])) if found and found["siblings"] else None
 
     def fewest_tokens(self, rows: int) -> int | None:
         """For that many rows; None: these are too few."""
