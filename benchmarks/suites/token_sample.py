@@ -39,15 +39,8 @@ def run(context: Any) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     found = []
     for rows, kind in itertools.product((2,) if context.quick else (8, 64), ("peaked", "flat")):
-        scores = torch.randn(rows, VOCABULARY, generator=generator)
-        if kind == "peaked":
-            scores *= 2.5
-            scores[torch.arange(rows), torch.randint(VOCABULARY, (rows,), generator=generator)] += 14
-        draws = torch.rand(rows, dtype=torch.float64, generator=generator), torch.ones(rows)
-        ways: dict[str, tuple[Any, ...]] = {"greedy": (), "a draw": draws}
-        for name, limits in LIMITS.items():
-            ways[name] = (*draws, Truncation(*(torch.full((rows,), limit) for limit in limits)))
-        for way, given in ways.items():
+        scores = scores_of(rows, kind, generator)
+        for way, given in ways_of(rows, generator).items():
             calls = {impl: functools.partial(token_sample, scores, *given, impl=impl) for impl in ("cpu", "torch")}
             times = context.compare(calls, rounds=5)
             ours, theirs = times["cpu"].median_s, times["torch"].median_s
@@ -62,3 +55,24 @@ def run(context: Any) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def scores_of(rows: int, kind: str, generator: torch.Generator) -> torch.Tensor:
+    """float32 [rows, VOCABULARY] on the generator's device."""
+    device = generator.device
+    scores = torch.randn(rows, VOCABULARY, generator=generator, device=device)
+    if kind == "peaked":
+        scores *= 2.5
+        best = torch.randint(VOCABULARY, (rows,), generator=generator, device=device)
+        scores[torch.arange(rows, device=device), best] += 14
+    return scores
+
+
+def ways_of(rows: int, generator: torch.Generator) -> dict[str, tuple[Any, ...]]:
+    """What token_sample is given behind the scores, by the way to sample."""
+    device = generator.device
+    draws = torch.rand(rows, dtype=torch.float64, generator=generator, device=device), torch.ones(rows, device=device)
+    ways: dict[str, tuple[Any, ...]] = {"greedy": (), "a draw": draws}
+    for name, limits in LIMITS.items():
+        ways[name] = (*draws, Truncation(*(torch.full((rows,), limit, device=device) for limit in limits)))
+    return ways
