@@ -16,6 +16,7 @@ from tests.engine.tiny import PAD, VIDEO, VOCAB, Letters, cold_logits, image, pr
 from tests.tiny_model import TINY_VISION, tiny_text
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
 from vtengine.engine.embedded.captures import Captures
+from vtengine.engine.embedded.families import Families
 from vtengine.model import Qwen2_5_VL, hf_tensors
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -32,12 +33,12 @@ def model_of(device, dtype, seed=0):
     return Qwen2_5_VL.build(config, seed).eval().to(device, dtype).requires_grad_(False)
 
 
-def served(model, use, cuda_graphs=True):
+def served(model, use, cuda_graphs=True, **config):
     """What `use(engine)` returns, of an engine with pages of 16 as by default."""
 
     async def serve():
-        config = EngineConfig(num_pages=400, max_batch_tokens=128, cuda_graphs=cuda_graphs)
-        engine = EmbeddedEngine(model, Letters(), config)
+        sizes = EngineConfig(num_pages=400, max_batch_tokens=128, cuda_graphs=cuda_graphs, **config)
+        engine = EmbeddedEngine(model, Letters(), sizes)
         if cuda_graphs and model.device.type == "cpu":
             engine.runner.use(Captures(model.device, capture=False))
         try:
@@ -85,6 +86,25 @@ def answers_are_cold(model, rows, cuda_graphs, new=6):
         assert_close(model, ask, completion)
 
 
+def siblings_are_cold(model, cuda_graphs, monkeypatch):
+    """More than a program takes at once, with a stranger, whose common pages are read once for several of them."""
+    shared, of = [], Families.of
+    monkeypatch.setattr(Families, "of", lambda self, tables: shared.append(of(self, tables)) or shared[-1])
+    length = 1104 if model.device.type == "cuda" else 160
+
+    async def group(engine):
+        begin = prompt(9, length)
+        asks = [request(f"s{k}", [*begin, *prompt(k, 5 + 3 * k)], max_new_tokens=6) for k in range(10)]
+        asks.append(request("stranger", prompt(50, 30), max_new_tokens=6))
+        first = await engine.generate(asks[0])
+        return asks, [first, *await asyncio.gather(*map(engine.generate, asks[1:]))]
+
+    asks, completions = served(model, group, cuda_graphs, share_prefix=True)
+    assert max(sum(found.shared.tolist()) for found in shared if found is not None) >= 5 * length
+    for ask, completion in zip(asks, completions, strict=True):
+        assert_close(model, ask, completion)
+
+
 def new_weights_are_used(device, dtype):
     model, other = (model_of(device, dtype, seed) for seed in (0, 1))
     ask = request("a", prompt(1, 40), max_new_tokens=6)
@@ -106,6 +126,13 @@ def test_answers_are_those_of_a_pass_without_a_cache(dtype, rows, cuda_graphs):
     answers_are_cold(model_of("cpu", dtype), rows, cuda_graphs)
 
 
+@pytest.mark.parametrize(  # without graphs the CPU gathers pages of 16 bits
+    ("dtype", "cuda_graphs"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
+)
+def test_siblings_answer_as_a_pass_without_a_cache(dtype, cuda_graphs, monkeypatch):
+    siblings_are_cold(model_of("cpu", dtype), cuda_graphs, monkeypatch)
+
+
 @DTYPES
 def test_new_weights_are_used(dtype):
     new_weights_are_used("cpu", dtype)
@@ -116,6 +143,12 @@ def test_new_weights_are_used(dtype):
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_answers_on_the_gpu(rows, cuda_graphs):
     answers_are_cold(model_of("cuda", torch.bfloat16), rows, cuda_graphs)
+
+
+@pytest.mark.gpu
+@GRAPHS
+def test_siblings_on_the_gpu(cuda_graphs, monkeypatch):
+    siblings_are_cold(model_of("cuda", torch.bfloat16), cuda_graphs, monkeypatch)
 
 
 @pytest.mark.gpu
