@@ -9,8 +9,8 @@ from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig
 PAD = 151655
 _SMALL = {"hidden_size": 256, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 256}
 SHAPES = {
-    "3B": {"hidden_size": 2048, "num_layers": 36, "num_heads": 16, "num_kv_heads": 2, "intermediate_size": 11008},
     "7B": {"hidden_size": 3584, "num_layers": 28, "num_heads": 28, "num_kv_heads": 4, "intermediate_size": 18944},
+    "3B": {"hidden_size": 2048, "num_layers": 36, "num_heads": 16, "num_kv_heads": 2, "intermediate_size": 11008},
 }
 
 
