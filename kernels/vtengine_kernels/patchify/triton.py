@@ -25,11 +25,9 @@ if missing() is None:
     from vtengine_kernels.patchify.triton_kernels import _across_kernel, _down_kernel, _down_patches_kernel
 
 # What one program makes, and its warps.
-ACROSS: dict[str, Any] = {"WORDS": True, "COLUMNS": 128, "num_warps": 4}
-DOWN = {"COLUMNS": 1024, "num_warps": 4}  # columns are bytes
+ACROSS: dict[str, Any] = {"WORDS": True, "LINES": 4, "COLUMNS": 256, "num_warps": 8}
+DOWN = {"LINES": 2, "COLUMNS": 1024, "num_warps": 4}  # columns are bytes
 DOWN_PATCHES = {"LINES": 2, "UNITS": 16, "num_warps": 1}
-ROWS = (16, 8, 4, 2)  # of a program: as many as leave MANY_PROGRAMS
-MANY_PROGRAMS = 1024
 TAPS = (1, 4, 5, 9, 13)  # of one round of summation, few: kernels are compiled for each
 ROOM = 16  # bytes: rows of levels begin at multiples of it
 GROUP, UNIT = 8, 16  # patches whose units lie together, bytes of a unit
@@ -120,30 +118,30 @@ def _last(source: Pixels, step: Step, changed: list[int], form: Form) -> list[Pa
 
 
 def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
-    axis = _axis(source.width, step.width, step.filter, form.mode, form.device)
     values = _values(form)
-    blocks = -(-step.width // ACROSS["COLUMNS"])
     if to == "units":
-        out_row = _units(step.width, form) * UNIT
+        width = _units(step.width, form) * UNIT // 3  # a column for each byte of the units of a channel
+        axis = _axis(source.width, step.width, step.filter, form.mode, form.device, form.patch)
+        out_row = 3 * width
         scratch: int | None = source.height * out_row + DOWN_PATCHES["UNITS"] * UNIT  # a block is read whole
     else:
-        out_row = _scratch(source.height, step.width).row
+        width = step.width
+        axis = _axis(source.width, step.width, step.filter, form.mode, form.device)
+        out_row = _scratch(source.height, width).row
         scratch = None if to == "patches" else source.height * out_row
-    rows, apart = _rows(source.height, blocks, ROWS), (source.row, out_row)
     return Pass(
         _across_kernel,
-        (-(-source.height // rows) * blocks,),
+        _grid(source.height, ACROSS["LINES"], width, ACROSS["COLUMNS"]),
         (
             axis.first,
             axis.across,
             values.tensor,
             source.height,
-            step.width,
+            width,
             axis.rounds,
             ONE_HALF,
-            blocks,
-            rows,
-            *apart,
+            source.row,
+            out_row,
         ),
         {"TO": to, "TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **ACROSS}
         | {"WORDS": ACROSS["WORDS"] and axis.rounds == 1 and source.row % 4 == 0, "COMPUTED": values.computed}
@@ -156,41 +154,37 @@ def _down(source: Pixels, step: Step, form: Form) -> Pass:
     axis = _axis(source.height, step.height, step.filter, form.mode, form.device)
     out = _scratch(step.height, source.width)
     columns = out.row if source.readable == out.row else 3 * source.width  # to the end of a row, for wide accesses
-    blocks = -(-columns // DOWN["COLUMNS"])
-    rows = _rows(step.height, blocks, ROWS)
     return Pass(
         _down_kernel,
-        (-(-step.height // rows) * blocks,),
-        (axis.first, axis.weight, step.height, columns, axis.rounds, ONE_HALF, blocks, rows, source.row, out.row),
+        _grid(step.height, DOWN["LINES"], columns, DOWN["COLUMNS"]),
+        (axis.first, axis.weight, step.height, columns, axis.rounds, ONE_HALF, source.row, out.row),
         {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN},
         out.height * out.row,
     )
 
 
 def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
-    """From the planes that _across writes."""
+    """From the units that _across writes."""
     axis = _axis(height_in, step.height, step.filter, form.mode, form.device)
     values = _values(form)
-    units = _units(step.width, form)
-    blocks = -(-units // DOWN_PATCHES["UNITS"])
-    rows = _rows(step.height, blocks, (form.patch, 2))
+    parts = _grid(form.patch, DOWN_PATCHES["LINES"], _units(step.width, form), DOWN_PATCHES["UNITS"])
     return Pass(
         _down_patches_kernel,
-        (step.height // rows * blocks,),
-        (axis.first, axis.weight, values.tensor, step.width // form.patch, axis.rounds, ONE_HALF, blocks, rows),
+        (step.height // form.patch * parts[0],),
+        (axis.first, axis.weight, values.tensor, step.width // form.patch, axis.rounds, ONE_HALF),
         {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN_PATCHES}
         | {"PATCH": form.patch, "COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
     )
 
 
+def _grid(height: int, lines: int, width: int, columns: int) -> tuple[int]:
+    """Programs of lines x columns."""
+    return (-(-height // lines) * -(-width // columns),)
+
+
 def _units(width: int, form: Form) -> int:
     """Of a row, in whole groups."""
     return -(-width // form.patch // GROUP) * GROUP * 3
-
-
-def _rows(height: int, blocks: int, choices: tuple[int, ...]) -> int:
-    """Of a program: the first that leaves MANY_PROGRAMS, or the last."""
-    return next((rows for rows in choices if height // rows * blocks >= MANY_PROGRAMS), choices[-1])
 
 
 def _scratch(height: int, width: int) -> Pixels:
@@ -201,7 +195,7 @@ def _scratch(height: int, width: int) -> Pixels:
 @dataclass(frozen=True, eq=False)
 class Axis:
     """first: int32 [size_out]; weight: int32 [size_out, rounds * taps] and, `across`, its transpose. No tap lies past
-    the input."""
+    the input. Of patches of `patch` pixels, if any: an output for each byte of their units, in whole groups."""
 
     first: Tensor
     weight: Tensor
@@ -211,13 +205,17 @@ class Axis:
 
 
 @functools.lru_cache(maxsize=256)
-def _axis(size_in: int, size_out: int, kind: Filter, mode: Mode, device: torch.device) -> Axis:
+def _axis(size_in: int, size_out: int, kind: Filter, mode: Mode, device: torch.device, patch: int = 0) -> Axis:
     if size_in == size_out:
         first, weight = np.arange(size_out), np.full((size_out, 1), 1 << PRECISION_BITS)
     else:
         first, weight = weights(size_in, size_out, kind, mode)
     rounds, taps = rounds_of(weight.shape[1], size_in)
     first, weight = inside(first, np.pad(weight, ((0, 0), (0, rounds * taps - weight.shape[1]))), size_in)
+    if patch:
+        byte = np.arange(-(-size_out // patch // GROUP) * GROUP * UNIT)
+        pixel = np.minimum(byte // UNIT * patch + np.minimum(byte % UNIT, patch - 1), size_out - 1)
+        first, weight = first[pixel], weight[pixel]
     tensors = [torch.from_numpy(array.astype(np.int32)).to(device) for array in (first, weight, weight.T.copy())]
     return Axis(tensors[0], tensors[1], tensors[2], rounds, taps)
 
