@@ -143,7 +143,8 @@ def _across_kernel(
         to_C = patch_C * (3 * SIZE * FRAMES) + column_C % PATCH
         line_L = row_L // PATCH
         patch_L = (line_L // 2).to(tl.int64) * (width // PATCH * 2) + line_L % 2 * 2
-        out_LC = out_ptr + (patch_L * (3 * SIZE * FRAMES) + row_L % PATCH * PATCH)[:, None] + to_C[None, :]
+        out_LC = out_ptr + (patch_L * (3 * SIZE * FRAMES) + row_L % PATCH * PATCH)[:, None]
+        out_LC += tl.max_contiguous(to_C, 1)[None, :]  # a column a thread
         for channel in tl.static_range(3):
             if COMPUTED:
                 slope, offset = tl.load(table_ptr + 2 * channel), tl.load(table_ptr + (2 * channel + 1))
@@ -157,8 +158,7 @@ def _across_kernel(
             to_C = column_C // (GROUP * UNIT) * (3 * GROUP * UNIT) + column_C % (GROUP * UNIT)
         else:
             to_C = 3 * column_C
-        row_LC = out_ptr + (row_L.to(tl.int64) * out_row)[:, None]
-        out_LC = row_LC + tl.max_contiguous(to_C, 1)[None, :]  # a column a thread
+        out_LC = out_ptr + (row_L.to(tl.int64) * out_row)[:, None] + tl.max_contiguous(to_C, 1)[None, :]
         for channel in tl.static_range(3):
             level_LC = _level(sums[channel], BITS).to(tl.uint8)
             tl.store(out_LC + channel * (GROUP * UNIT if TO == "units" else 1), level_LC, mask=in_1C)
