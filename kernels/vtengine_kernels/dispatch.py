@@ -67,22 +67,6 @@ def report() -> list[Availability]:
     ]
 
 
-def choose(op: str, impl: str) -> str:
-    """The implementation to run. ValueError: no such op or impl; RuntimeError: it is not available here."""
-    known = [entry for entry in report() if entry.op == op]
-    if not known:
-        raise ValueError(f"op = {op!r}: must be one of {', '.join(sorted({entry.op for entry in report()}))}")
-    if impl == "auto":
-        return next(entry.impl for entry in known if entry.available)
-    for entry in known:
-        if entry.impl == impl:
-            if not entry.available:
-                raise RuntimeError(f"{op}: impl = {impl!r} is not available: {entry.reason}")
-            return impl
-    names = ", ".join(["auto", *(entry.impl for entry in known)])
-    raise ValueError(f"{op}: impl = {impl!r}: must be one of {names}")
-
-
 def select(op: str, impl: str, modules: Mapping[str, ModuleType], like: Tensor) -> ModuleType:
     """The module that is to work on tensors like this one; "auto": the first that is here and takes them.
 

@@ -63,12 +63,9 @@ def test_a_library_of_another_version(monkeypatch, fresh_search):
     assert "ABI version" in dispatch.report()[0].reason
 
 
-def test_choose():
-    assert dispatch.choose("patchify", "ref") == "ref"
-    with pytest.raises(ValueError, match="op = 'resize'"):
-        dispatch.choose("resize", "auto")
-    with pytest.raises(ValueError, match="must be one of auto, cpu, ref"):
-        dispatch.choose("patchify", "cuda")
+def test_patchify_names_what_it_knows():
+    with pytest.raises(ValueError, match="must be one of auto, cpu, ref, triton"):
+        patchify(IMAGE, [Target(28, 28)], impl="cuda")
 
 
 def test_unknown_instruction_set(monkeypatch):

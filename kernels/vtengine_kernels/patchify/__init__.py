@@ -16,12 +16,12 @@ Resample.c, PyTorch UpSampleKernel.cpp, transformers image_processing_pil_qwen2_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from vtengine_kernels import dispatch, triton_runtime
+from vtengine_kernels import triton_runtime
 from vtengine_kernels.patchify import native, ref, triton
 from vtengine_kernels.patchify.contract import Layout, Step, Target, checked_plan
 from vtengine_kernels.patchify.fixed_point import Box, Filter, Mode
@@ -71,11 +71,21 @@ def patchify(
         device=device,
         out=out,
     )
-    on_gpu = plan.device.type == "cuda"
-    chosen = dispatch.choose("patchify", "triton" if on_gpu and impl == "auto" else impl)
-    if on_gpu != (chosen == "triton") and not (chosen == "triton" and triton_runtime.interpreted()):
-        raise ValueError(f"impl = {impl!r}: does not work on {plan.device}; leave it out")
-    return _RUN[chosen](plan)
+    return _chosen(impl, plan.device.type == "cuda").run(plan)
 
 
-_RUN = {"triton": triton.run, "cpu": native.run, "ref": ref.run}
+_MODULES: dict[str, Any] = {"cpu": native, "ref": ref, "triton": triton}
+
+
+def _chosen(impl: str, on_gpu: bool) -> Any:
+    """The module that is to work. ValueError: none of that name, or not where the outputs are to be. RuntimeError."""
+    if impl == "auto":
+        impl = "triton" if on_gpu else next(name for name in ("cpu", "ref") if _MODULES[name].missing() is None)
+    if impl not in _MODULES:
+        raise ValueError(f"patchify: impl = {impl!r}: must be one of auto, {', '.join(_MODULES)}")
+    reason = _MODULES[impl].missing()
+    if reason is not None:
+        raise RuntimeError(f"patchify: impl = {impl!r} is not available: {reason}")
+    if on_gpu != (impl == "triton") and not (impl == "triton" and triton_runtime.interpreted()):
+        raise ValueError(f"impl = {impl!r}: does not work on {'cuda' if on_gpu else 'cpu'}; leave it out")
+    return _MODULES[impl]

@@ -135,7 +135,7 @@ def checked_device(device: torch.device | str | None, image: np.ndarray | torch.
         wanted = source if device is None else torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device = {device!r}: {str(error).splitlines()[0]}") from None
-    if wanted.type == "cuda" and not torch.cuda.is_available():
+    if wanted.type == "cuda" and source.type != "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {device!r}: torch sees no CUDA device here; leave it out")
     if wanted.type == "cuda" and wanted.index is None:
         wanted = source if source.type == "cuda" else torch.device("cuda", torch.cuda.current_device())

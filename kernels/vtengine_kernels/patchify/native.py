@@ -67,6 +67,11 @@ class _Options(ctypes.Structure):
     )
 
 
+def missing() -> str | None:
+    """Why the library is not here, or None."""
+    return library.missing("vt_patchify")
+
+
 def run(plan: Plan, *, isa: Isa = "auto", stream: bool | None = None) -> list[torch.Tensor]:
     """Writes every target of the plan into its output tensor and returns these.
 

@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vtengine_kernels import triton_runtime
 from vtengine_kernels.patchify.contract import FRAMES, Layout, Plan, Step, Target
 from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Filter, Mode, vertical_first, weights
 from vtengine_kernels.patchify.normalise import Affine, table_of
-from vtengine_kernels.triton_runtime import interpreted, launch, missing
+from vtengine_kernels.triton_runtime import interpreted, launch
 
-if missing() is None:
+if triton_runtime.missing() is None:
     from vtengine_kernels.patchify.triton_kernels import _across_kernel, _down_kernel, _down_patches_kernel
 
 # What one program makes, and its warps.
 ACROSS: dict[str, Any] = {"WORDS": True, "LINES": 4, "COLUMNS": 256, "num_warps": 8}
 DOWN = {"LINES": 2, "COLUMNS": 1024, "num_warps": 4}  # columns are bytes
-DOWN_PATCHES = {"LINES": 2, "UNITS": 16, "num_warps": 1}
+DOWN_PATCHES = {"LINES": 16, "UNITS": 16, "num_warps": 4}
 TAPS = (1, 4, 5, 9, 13)  # of one round of summation, few: kernels are compiled for each
 ROOM = 16  # bytes: rows of levels begin at multiples of it
 GROUP, UNIT = 8, 16  # patches whose units lie together, bytes of a unit
@@ -66,6 +67,14 @@ class Pixels:
     width: int
     row: int
     readable: int
+
+
+def missing() -> str | None:
+    """Why the kernels do not run here, or None."""
+    reason = triton_runtime.missing()
+    if reason is None and not (interpreted() or torch.cuda.is_initialized() or torch.cuda.is_available()):
+        return "no CUDA device here"  # asked of the driver, which takes a while, as long as nothing has been there
+    return reason
 
 
 def run(plan: Plan) -> list[Tensor]:
