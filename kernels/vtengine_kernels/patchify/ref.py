@@ -9,6 +9,10 @@ from vtengine_kernels.patchify.contract import FRAMES, Plan
 from vtengine_kernels.patchify.fixed_point import PRECISION_BITS, Filter, Mode, vertical_first, weights
 
 
+def missing() -> None:
+    """It is always here."""
+
+
 def run(plan: Plan) -> list[torch.Tensor]:
     """Writes every target of the plan into its output tensor and returns these."""
     for target, (left, top, right, bottom), out in zip(plan.targets, plan.boxes, plan.outputs, strict=True):

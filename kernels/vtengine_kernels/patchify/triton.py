@@ -26,9 +26,9 @@ if triton_runtime.missing() is None:
     from vtengine_kernels.patchify.triton_kernels import _across_kernel, _down_kernel, _down_patches_kernel
 
 # What one program makes, and its warps.
-ACROSS: dict[str, Any] = {"WORDS": True, "LINES": 4, "COLUMNS": 256, "num_warps": 8}
+ACROSS: dict[str, Any] = {"WORDS": True, "LINES": 8, "COLUMNS": 128, "num_warps": 4}
 DOWN = {"LINES": 2, "COLUMNS": 1024, "num_warps": 4}  # columns are bytes
-DOWN_PATCHES = {"LINES": 16, "UNITS": 16, "num_warps": 4}
+DOWN_PATCHES = {"LINES": 16, "UNITS": 8, "num_warps": 2}
 TAPS = (1, 4, 5, 9, 13)  # of one round of summation, few: kernels are compiled for each
 ROOM = 16  # bytes: rows of levels begin at multiples of it
 GROUP, UNIT = 8, 16  # patches whose units lie together, bytes of a unit
@@ -127,34 +127,23 @@ def _last(source: Pixels, step: Step, changed: list[int], form: Form) -> list[Pa
 
 
 def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
+    axis = _axis(source.width, step.width, step.filter, form.mode, form.device)
     values = _values(form)
     if to == "units":
-        width = _units(step.width, form) * UNIT // 3  # a column for each byte of the units of a channel
-        axis = _axis(source.width, step.width, step.filter, form.mode, form.device, form.patch)
-        out_row = 3 * width
+        out_row = _units(step.width, form) * UNIT
         scratch: int | None = source.height * out_row + DOWN_PATCHES["UNITS"] * UNIT  # a block is read whole
     else:
-        width = step.width
-        axis = _axis(source.width, step.width, step.filter, form.mode, form.device)
-        out_row = _scratch(source.height, width).row
+        out_row = _scratch(source.height, step.width).row
         scratch = None if to == "patches" else source.height * out_row
+    lines = min(ACROSS["LINES"], 1 << source.height.bit_length() - 1)
     return Pass(
         _across_kernel,
-        _grid(source.height, ACROSS["LINES"], width, ACROSS["COLUMNS"]),
-        (
-            axis.first,
-            axis.across,
-            values.tensor,
-            source.height,
-            width,
-            axis.rounds,
-            ONE_HALF,
-            source.row,
-            out_row,
-        ),
+        _grid(source.height, lines, step.width, ACROSS["COLUMNS"]),
+        (axis.first, axis.across, values.tensor, source.height, step.width)
+        + (axis.rounds, ONE_HALF, source.row, out_row),
         {"TO": to, "TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **ACROSS}
         | {"WORDS": ACROSS["WORDS"] and axis.rounds == 1 and source.row % 4 == 0, "COMPUTED": values.computed}
-        | {"FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch},
+        | {"FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch, "LINES": lines},
         scratch,
     )
 
@@ -204,7 +193,7 @@ def _scratch(height: int, width: int) -> Pixels:
 @dataclass(frozen=True, eq=False)
 class Axis:
     """first: int32 [size_out]; weight: int32 [size_out, rounds * taps] and, `across`, its transpose. No tap lies past
-    the input. Of patches of `patch` pixels, if any: an output for each byte of their units, in whole groups."""
+    the input."""
 
     first: Tensor
     weight: Tensor
@@ -214,17 +203,13 @@ class Axis:
 
 
 @functools.lru_cache(maxsize=256)
-def _axis(size_in: int, size_out: int, kind: Filter, mode: Mode, device: torch.device, patch: int = 0) -> Axis:
+def _axis(size_in: int, size_out: int, kind: Filter, mode: Mode, device: torch.device) -> Axis:
     if size_in == size_out:
         first, weight = np.arange(size_out), np.full((size_out, 1), 1 << PRECISION_BITS)
     else:
         first, weight = weights(size_in, size_out, kind, mode)
     rounds, taps = rounds_of(weight.shape[1], size_in)
     first, weight = inside(first, np.pad(weight, ((0, 0), (0, rounds * taps - weight.shape[1]))), size_in)
-    if patch:
-        byte = np.arange(-(-size_out // patch // GROUP) * GROUP * UNIT)
-        pixel = np.minimum(byte // UNIT * patch + np.minimum(byte % UNIT, patch - 1), size_out - 1)
-        first, weight = first[pixel], weight[pixel]
     tensors = [torch.from_numpy(array.astype(np.int32)).to(device) for array in (first, weight, weight.T.copy())]
     return Axis(tensors[0], tensors[1], tensors[2], rounds, taps)
 

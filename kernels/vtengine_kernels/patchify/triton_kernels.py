@@ -3,13 +3,13 @@
 `first` int32 [size_out] is where the window of an output begins; no tap lies past the input. Weights are int32,
 [taps, size_out] where a pass goes across, [size_out, taps] where it goes down, so that those of one output of a row are
 neighbours. A window of more than TAPS taps is summed in several rounds of TAPS. A program makes LINES lines of its
-columns at once, so that the loads of all of them are under way together; offsets within a row are 32 bits. Lines and
-columns past the last are those made once more. `half` is one half in the weights' scale, no constant, since sums begin
+columns, all of whose loads are under way together; offsets within them are 32 bits. Lines past the last are others made
+once more. `half` is one half in the weights' scale, no constant, since sums begin
 with it: the compiler would add a constant at the end.
 
 Between the last two passes, levels lie in units, uint8 [height, groups, 3, GROUP, UNIT]: a unit holds the part of a row
 that belongs to one channel of one patch and is read as aligned words, a group is that of GROUP neighbouring patches, so
-that what a warp writes fills sectors of 32 bytes. The bytes of a unit past PATCH are written too, for the same reason.
+that what a warp writes fills sectors of 32 bytes.
 
 Suffixes: C columns, L lines, W words, U units, X pixels of a unit.
 """
@@ -84,8 +84,8 @@ def _sums_of_words(word_LC, before_1C, weights, red, green, blue, TAPS: tl.const
     return red, green, blue
 
 
-# One pass across, of interleaved pixels. To "pixels": interleaved again; to "units", a column for each of their bytes;
-# to "patches": values. WORDS: rows begin multiples of four bytes after one another.
+# One pass across, of interleaved pixels, at least LINES high. To "pixels": interleaved again; to "units"; to "patches":
+# values. WORDS: rows begin multiples of four bytes after one another.
 @triton.jit(do_not_specialize=["height", "width", "rounds", "half", "source_row", "out_row"])
 def _across_kernel(
     source_ptr,
@@ -111,7 +111,8 @@ def _across_kernel(
     COLUMNS: tl.constexpr,
 ):
     column_blocks = tl.cdiv(width, COLUMNS)
-    row_L = tl.minimum(tl.program_id(0) // column_blocks * LINES + tl.arange(0, LINES), height - 1)
+    top = tl.minimum(tl.program_id(0) // column_blocks * LINES, height - LINES)
+    line_L = tl.arange(0, LINES)
     column_C = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
     in_1C = (column_C < width)[None, :]
     near_1C = tl.minimum(column_C, width - 1)[None, :]
@@ -121,11 +122,12 @@ def _across_kernel(
     green, blue = red, red
     if WORDS:
         address_1C = source_ptr.to(tl.int64) + first_1C
-        word_LC = (address_1C & -4).to(tl.pointer_type(tl.uint32)) + (row_L.to(tl.int64) * (source_row // 4))[:, None]
+        word_LC = (address_1C & -4).to(tl.pointer_type(tl.uint32)) + top.to(tl.int64) * (source_row // 4)
+        word_LC += (line_L * (source_row // 4))[:, None]
         before_1C, weights = (address_1C & 3).to(tl.int32), _several(weight_1C, width, TAPS)
         red, green, blue = _sums_of_words(word_LC, before_1C, weights, red, green, blue, TAPS)
     else:
-        window_LC = source_ptr + (row_L.to(tl.int64) * source_row)[:, None] + first_1C
+        window_LC = source_ptr + top.to(tl.int64) * source_row + first_1C + (line_L * source_row)[:, None]
         if ONE_ROUND:
             red, green, blue = _sums_of_bytes(
                 window_LC, _several(weight_1C, width, TAPS), red, green, blue, TAPS
@@ -141,6 +143,7 @@ def _across_kernel(
         SIZE: tl.constexpr = PATCH * PATCH
         patch_C = (column_C // (2 * PATCH)).to(tl.int64) * 4 + column_C // PATCH % 2
         to_C = patch_C * (3 * SIZE * FRAMES) + column_C % PATCH
+        row_L = top + line_L
         line_L = row_L // PATCH
         patch_L = (line_L // 2).to(tl.int64) * (width // PATCH * 2) + line_L % 2 * 2
         out_LC = out_ptr + (patch_L * (3 * SIZE * FRAMES) + row_L % PATCH * PATCH)[:, None]
@@ -155,10 +158,12 @@ def _across_kernel(
                 tl.store(out_LC + (FRAMES * channel + frame) * SIZE, value_LC, mask=in_1C)
     else:
         if TO == "units":
-            to_C = column_C // (GROUP * UNIT) * (3 * GROUP * UNIT) + column_C % (GROUP * UNIT)
+            to_C = column_C // (GROUP * PATCH) * (3 * GROUP * UNIT)
+            to_C += column_C // PATCH % GROUP * UNIT + column_C % PATCH
         else:
             to_C = 3 * column_C
-        out_LC = out_ptr + (row_L.to(tl.int64) * out_row)[:, None] + tl.max_contiguous(to_C, 1)[None, :]
+        out_LC = out_ptr + top.to(tl.int64) * out_row + tl.max_contiguous(to_C, 1)[None, :]
+        out_LC += (line_L * out_row)[:, None]
         for channel in tl.static_range(3):
             level_LC = _level(sums[channel], BITS).to(tl.uint8)
             tl.store(out_LC + channel * (GROUP * UNIT if TO == "units" else 1), level_LC, mask=in_1C)
