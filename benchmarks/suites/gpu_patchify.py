@@ -21,7 +21,8 @@ from vtengine.vision.plan import PixelLimits, plan_high, plan_low, plan_low_half
 
 TESTS = ["-m", "gpu", "tests/kernels/test_patchify_triton.py"]
 SIZES = [(512, 512), (1024, 768), (2048, 1024), (4096, 3072)]
-CALLS = 50  # per timing: a single launch would be measured with its way to the device
+CALLS = {"kernels": 50, "GPU": 20, "main memory": 5, "CPU": 1}  # per timing: one launch would include its way there
+ROUNDS = 5
 TABLES = {
     "patchify-gpu": {
         "columns": {
@@ -67,24 +68,26 @@ def measured(context: Any, image: np.ndarray, views: str, targets: list[Target],
         raise RuntimeError(f"{views} of {image.shape}: the GPU's values differ from the CPU's")
     outs = [rows.clone() for rows in got]
     from_gpu = partial(patchify, on_gpu, targets, out=outs, **options)
+    from_main = partial(patchify, on_cpu, targets, device="cuda", out=outs, **options)
     calls = {
-        "kernels": captured(from_gpu, CALLS),
-        "GPU": partial(repeat, from_gpu, CALLS),
-        "main memory": partial(repeat, partial(patchify, on_cpu, targets, device="cuda", out=outs, **options), CALLS),
+        "kernels": captured(from_gpu, CALLS["kernels"]),
+        "GPU": partial(repeat, from_gpu, CALLS["GPU"]),
+        "main memory": partial(repeat, from_main, CALLS["main memory"]),
         "CPU": lambda: [rows.cuda() for rows in patchify(image, targets, **options)],
     }
-    times = context.compare(calls, rounds=7, after=torch.cuda.synchronize)
+    times = context.compare(calls, rounds=ROUNDS, after=torch.cuda.synchronize)
+    each_s = {source: times[source].min_s / count for source, count in CALLS.items()}
     moved = image.nbytes + sum(rows.nbytes for rows in outs)
     return [
         {
             "image": f"{image.shape[1]}x{image.shape[0]}",
             "views": views,
             "source": source,
-            "us": 1e6 * times[source].min_s / CALLS,
+            "us": 1e6 * each_s[source],
             "floor_us": 1e6 * moved / rate,
-            "floor_ratio": times[source].min_s / CALLS / (moved / rate),
+            "floor_ratio": each_s[source] / (moved / rate),
             "floor_4_3_us": 1e6 * moved / 4.3e12,
-            "cpu_us": 1e6 * times["CPU"].min_s,
+            "cpu_us": 1e6 * each_s["CPU"],
         }
         for source in ("kernels", "GPU", "main memory")
     ]
@@ -94,6 +97,6 @@ def copy_rate(context: Any) -> float:
     """Bytes read and written per second by a copy of 256 MiB on the device."""
     source = torch.zeros(1 << 28, dtype=torch.uint8, device="cuda")
     to = torch.empty_like(source)
-    copies = {"copy": partial(repeat, lambda: to.copy_(source), CALLS)}
-    time = context.compare(copies, rounds=7, after=torch.cuda.synchronize)["copy"]
-    return 2 * CALLS * source.nbytes / time.min_s
+    copies = {"copy": partial(repeat, lambda: to.copy_(source), CALLS["kernels"])}
+    time = context.compare(copies, rounds=ROUNDS, after=torch.cuda.synchronize)["copy"]
+    return 2 * CALLS["kernels"] * source.nbytes / time.min_s
