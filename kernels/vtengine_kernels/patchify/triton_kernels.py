@@ -129,9 +129,7 @@ def _across_kernel(
     else:
         window_LC = source_ptr + top.to(tl.int64) * source_row + first_1C + (line_L * source_row)[:, None]
         if ONE_ROUND:
-            red, green, blue = _sums_of_bytes(
-                window_LC, _several(weight_1C, width, TAPS), red, green, blue, TAPS
-            )
+            red, green, blue = _sums_of_bytes(window_LC, _several(weight_1C, width, TAPS), red, green, blue, TAPS)
         else:
             for _ in range(rounds):
                 weights = _several(weight_1C, width, TAPS)
