@@ -78,8 +78,8 @@ _MODULES: dict[str, Any] = {"cpu": native, "ref": ref, "triton": triton}
 
 
 def _chosen(impl: str, on_gpu: bool) -> Any:
-    """The module that is to work. ValueError: none of that name, or not where the outputs are to be. RuntimeError: it is
-    not available here."""
+    """The module that is to work. ValueError: none of that name, or not where the outputs are to be. RuntimeError: it
+    is not available here."""
     if impl == "auto":
         impl = "triton" if on_gpu else "cpu" if native.missing() is None else "ref"
     if impl not in _MODULES:

@@ -135,12 +135,12 @@ def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
     else:
         out_row = _scratch(source.height, step.width).row
         scratch = None if to == "patches" else source.height * out_row
+    apart = (source.row, out_row)
     lines = min(ACROSS["LINES"], 1 << source.height.bit_length() - 1)
     return Pass(
         _across_kernel,
         _grid(source.height, lines, step.width, ACROSS["COLUMNS"]),
-        (axis.first, axis.across, values.tensor, source.height, step.width)
-        + (axis.rounds, ONE_HALF, source.row, out_row),
+        (axis.first, axis.across, values.tensor, source.height, step.width, axis.rounds, ONE_HALF, *apart),
         {"TO": to, "TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **ACROSS}
         | {"WORDS": ACROSS["WORDS"] and axis.rounds == 1 and source.row % 4 == 0, "COMPUTED": values.computed}
         | {"FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch, "LINES": lines},

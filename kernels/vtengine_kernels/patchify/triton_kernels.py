@@ -229,7 +229,7 @@ def _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS: tl.co
     return sum0, sum1, sum2, sum3
 
 
-# The last pass down, from units to patches. A program makes UNITS units of LINES lines that belong to one line of patches.
+# The last pass down, from units to patches. A program makes UNITS units of LINES lines of one line of patches.
 @triton.jit(do_not_specialize=["patches", "rounds", "half"])
 def _down_patches_kernel(
     source_ptr,
