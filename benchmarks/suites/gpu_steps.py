@@ -1,8 +1,7 @@
 """What a decode step of the embedded engine takes on one GPU, with and without overlap and CUDA graphs.
 
 Random weights (bfloat16) at the sizes of Qwen2.5-VL; the rows of a batch start and end together. Engines without
-overlap decode greedily, those without graphs one size of batch. `--quick` runs a small
-model, also on the CPU.
+overlap decode greedily, those without graphs one size of batch. `--quick` runs a small model, also on the CPU.
 """
 
 from __future__ import annotations
@@ -80,7 +79,8 @@ async def _steps(
     try:
         for tokens in (FEW_TOKENS, *[new_tokens] * rounds):
             for rows, way in found:
-                ms = await _step(engine, rows, SamplingParams(max_new_tokens=tokens, seed=0, **WAYS[way]))
+                prompts = [tuple((31 * row + i) % 1000 for i in range(PROMPT_TOKENS)) for row in range(rows)]
+                ms = await step_ms(engine, prompts, SamplingParams(max_new_tokens=tokens, seed=0, **WAYS[way]))
                 if tokens != FEW_TOKENS:
                     found[rows, way].append(ms)
     finally:
@@ -88,10 +88,9 @@ async def _steps(
     return found
 
 
-async def _step(engine: EmbeddedEngine, rows: int, sampling: SamplingParams) -> float:
-    """ms between two tokens of a row, on average, of as many at once."""
+async def step_ms(engine: EmbeddedEngine, prompts: list[tuple[int, ...]], sampling: SamplingParams) -> float:
+    """ms between two tokens of a row, on average, of as many at once as there are prompts."""
     told_s: list[float] = []
-    prompts = [tuple((31 * row + index) % 1000 for index in range(PROMPT_TOKENS)) for row in range(rows)]
     requests = [Request(str(row), ids, sampling=sampling) for row, ids in enumerate(prompts)]
     last = engine.generate(requests[-1], lambda ids: told_s.append(time.perf_counter()))
     await asyncio.gather(*map(engine.generate, requests[:-1]), last)
