@@ -14,9 +14,9 @@ SHAPES = {
 }
 
 
-def shapes(quick: bool) -> dict[str, dict[str, int]]:
-    """By name; quick: one that a CPU can run."""
-    return {"small": _SMALL} if quick else SHAPES
+def shape(name: str, quick: bool) -> tuple[str, dict[str, int]]:
+    """(name, sizes) of one of SHAPES; quick: one that a CPU can run."""
+    return ("small", _SMALL) if quick else (name, SHAPES[name])
 
 
 def model_of(sizes: dict[str, int], learns: bool = False) -> Qwen2_5_VL:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from memory import grown_on_gpu_mib
-from qwen_sizes import PAD, model_of, shapes
+from qwen_sizes import PAD, model_of, shape
 from vtengine_training.grpo.config import LossConfig
 from vtengine_training.sft.config import OptimizerConfig
 from vtengine_training.sft.optim import MasterAdamW
@@ -60,7 +60,7 @@ TABLES = {
 def run(context: Any) -> Iterator[dict[str, Any]]:
     if not torch.cuda.is_available() and not context.quick:
         raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
-    name, sizes = list(shapes(context.quick).items())[-1]
+    name, sizes = shape("3B", context.quick)
     model = model_of(sizes, learns=True)
     optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(), own_masters=model.dtype != torch.float32)
     groups = [made_up(draw, model, context.quick) for draw in range(1 if context.quick else PROMPTS)]

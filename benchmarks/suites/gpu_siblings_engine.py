@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from qwen_sizes import NoText, model_of, shapes
+from qwen_sizes import NoText, model_of, shape
 from suites.gpu_steps import FEW_TOKENS, step_ms
 
 from vtengine.engine.base import SamplingParams
@@ -38,7 +38,7 @@ TABLES = {
 def run(context: Any) -> Iterator[dict[str, Any]]:
     if not torch.cuda.is_available() and not context.quick:
         raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
-    model = model_of(next(iter(shapes(context.quick).values())))
+    model = model_of(shape("7B", context.quick)[1])
     rows, groups, prefixes = (4, (2,), (64,)) if context.quick else (ROWS, SIBLINGS, PREFIXES)
     sides = {share: asyncio.run(_steps(model, share, rows, groups, prefixes)) for share in (False, True)}
     for n, prefix in product(groups, prefixes):
