@@ -23,7 +23,7 @@ CASES = {  # (height, width) of the source, target, options
     "up": ((19, 17), Target(56, 84), {"filter": "lanczos"}),
     "up and down": ((101, 13), Target(28, 56), {"mode": "pil12"}),
     "columns first": ((67, 50), Target(28, 56), {"mode": "pil13"}),
-    "fewer rows than a block": ((3, 61), Target(28, 56), {}),
+    "fewer rows than a program's": ((3, 61), Target(28, 56), {}),
     "one column": ((97, 1), Target(56, 28), {}),
     "rows stay": ((28, 43), Target(28, 28), {"layout": "full"}),
     "columns stay": ((47, 56), Target(28, 56), {"layout": "full", "dtype": torch.bfloat16}),
@@ -85,7 +85,7 @@ def test_it_compiles_without_spills(tmp_path: Path, record_property, arch: int, 
         even = ["columns", "source_row", "out_row"] if function is triton._down_kernel else []  # as on the host
         needs = compiled(function, types, constants, arch, tmp_path, warps, even)
         record_property(f"{name} sm_{arch}", str(needs))
-        assert needs.spill_bytes == 0 and needs.registers <= 112, (name, needs)
+        assert needs.spill_bytes == 0 and needs.registers <= 96, (name, needs)
 
 
 @pytest.mark.parametrize("mode", ["pil13", "tv"])

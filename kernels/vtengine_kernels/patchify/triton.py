@@ -26,9 +26,10 @@ if triton_runtime.missing() is None:
     from vtengine_kernels.patchify.triton_kernels import _across_kernel, _down_kernel, _down_patches_kernel
 
 # What one program makes, and its warps.
-ACROSS: dict[str, Any] = {"WORDS": True, "LINES": 8, "COLUMNS": 128, "num_warps": 4}
-DOWN = {"LINES": 2, "COLUMNS": 1024, "num_warps": 4}  # columns are bytes
-DOWN_PATCHES = {"LINES": 16, "UNITS": 8, "num_warps": 2}
+ACROSS: dict[str, Any] = {"WORDS": True, "COLUMNS": 128, "num_warps": 4}
+DOWN = {"COLUMNS": 1024, "num_warps": 4}  # columns are bytes
+DOWN_PATCHES = {"LINES": 2, "UNITS": 16, "num_warps": 1}
+ROWS_ACROSS, ROWS_DOWN = 4, 2  # of a program, few: more programs have loads under way
 TAPS = (1, 4, 5, 9, 13)  # of one round of summation, few: kernels are compiled for each
 ROOM = 16  # bytes: rows of levels begin at multiples of it
 GROUP, UNIT = 8, 16  # patches whose units lie together, bytes of a unit
@@ -129,6 +130,7 @@ def _last(source: Pixels, step: Step, changed: list[int], form: Form) -> list[Pa
 def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
     axis = _axis(source.width, step.width, step.filter, form.mode, form.device)
     values = _values(form)
+    blocks = -(-step.width // ACROSS["COLUMNS"])
     if to == "units":
         out_row = _units(step.width, form) * UNIT
         scratch: int | None = source.height * out_row + DOWN_PATCHES["UNITS"] * UNIT  # a block is read whole
@@ -136,14 +138,24 @@ def _across(source: Pixels, step: Step, form: Form, to: str = "pixels") -> Pass:
         out_row = _scratch(source.height, step.width).row
         scratch = None if to == "patches" else source.height * out_row
     apart = (source.row, out_row)
-    lines = min(ACROSS["LINES"], 1 << source.height.bit_length() - 1)
     return Pass(
         _across_kernel,
-        _grid(source.height, lines, step.width, ACROSS["COLUMNS"]),
-        (axis.first, axis.across, values.tensor, source.height, step.width, axis.rounds, ONE_HALF, *apart),
+        (-(-source.height // ROWS_ACROSS) * blocks,),
+        (
+            axis.first,
+            axis.across,
+            values.tensor,
+            source.height,
+            step.width,
+            axis.rounds,
+            ONE_HALF,
+            blocks,
+            ROWS_ACROSS,
+            *apart,
+        ),
         {"TO": to, "TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **ACROSS}
         | {"WORDS": ACROSS["WORDS"] and axis.rounds == 1 and source.row % 4 == 0, "COMPUTED": values.computed}
-        | {"FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch, "LINES": lines},
+        | {"FRAMES": FRAMES[form.layout] if to == "patches" else 1, "PATCH": form.patch},
         scratch,
     )
 
@@ -152,10 +164,12 @@ def _down(source: Pixels, step: Step, form: Form) -> Pass:
     axis = _axis(source.height, step.height, step.filter, form.mode, form.device)
     out = _scratch(step.height, source.width)
     columns = out.row if source.readable == out.row else 3 * source.width  # to the end of a row, for wide accesses
+    blocks = -(-columns // DOWN["COLUMNS"])
+    apart = (source.row, out.row)
     return Pass(
         _down_kernel,
-        _grid(step.height, DOWN["LINES"], columns, DOWN["COLUMNS"]),
-        (axis.first, axis.weight, step.height, columns, axis.rounds, ONE_HALF, source.row, out.row),
+        (-(-step.height // ROWS_DOWN) * blocks,),
+        (axis.first, axis.weight, step.height, columns, axis.rounds, ONE_HALF, blocks, ROWS_DOWN, *apart),
         {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN},
         out.height * out.row,
     )
@@ -165,19 +179,16 @@ def _down_patches(height_in: int, step: Step, form: Form) -> Pass:
     """From the units that _across writes."""
     axis = _axis(height_in, step.height, step.filter, form.mode, form.device)
     values = _values(form)
-    parts = _grid(form.patch, DOWN_PATCHES["LINES"], _units(step.width, form), DOWN_PATCHES["UNITS"])
+    units = _units(step.width, form)
+    blocks = -(-units // DOWN_PATCHES["UNITS"])
+    rows = DOWN_PATCHES["LINES"]
     return Pass(
         _down_patches_kernel,
-        (step.height // form.patch * parts[0],),
-        (axis.first, axis.weight, values.tensor, step.width // form.patch, axis.rounds, ONE_HALF),
+        (step.height // rows * blocks,),
+        (axis.first, axis.weight, values.tensor, step.width // form.patch, axis.rounds, ONE_HALF, blocks, rows),
         {"TAPS": axis.taps, "ONE_ROUND": axis.rounds == 1, "BITS": PRECISION_BITS, **DOWN_PATCHES}
         | {"PATCH": form.patch, "COMPUTED": values.computed, "FRAMES": FRAMES[form.layout]},
     )
-
-
-def _grid(height: int, lines: int, width: int, columns: int) -> tuple[int]:
-    """Programs of lines x columns."""
-    return (-(-height // lines) * -(-width // columns),)
 
 
 def _units(width: int, form: Form) -> int:

@@ -2,9 +2,8 @@
 
 `first` int32 [size_out] is where the window of an output begins; no tap lies past the input. Weights are int32,
 [taps, size_out] where a pass goes across, [size_out, taps] where it goes down, so that those of one output of a row are
-neighbours. A window of more than TAPS taps is summed in several rounds of TAPS. A program makes LINES lines of its
-columns, all of whose loads are under way together; offsets within them are 32 bits. Lines past the last are others made
-once more. `half` is one half in the weights' scale, no constant, since sums begin
+neighbours. A window of more than TAPS taps is summed in several rounds of TAPS. A program goes through `rows` rows of
+its columns; offsets within a row are 32 bits. `half` is one half in the weights' scale, no constant, since sums begin
 with it: the compiler would add a constant at the end.
 
 Between the last two passes, levels lie in units, uint8 [height, groups, 3, GROUP, UNIT]: a unit holds the part of a row
@@ -49,44 +48,42 @@ def _several(first_ptr, stride, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _sums_of_bytes(window_LC, weights, red, green, blue, TAPS: tl.constexpr):
+def _sums_of_bytes(window_ptr, weights, red, green, blue, TAPS: tl.constexpr):
     """Adds TAPS pixels, read byte by byte."""
     for tap in tl.static_range(TAPS):
-        red += tl.load(window_LC + 3 * tap).to(tl.int32) * weights[tap]
-        green += tl.load(window_LC + (3 * tap + 1)).to(tl.int32) * weights[tap]
-        blue += tl.load(window_LC + (3 * tap + 2)).to(tl.int32) * weights[tap]
+        red += tl.load(window_ptr + 3 * tap).to(tl.int32) * weights[tap]
+        green += tl.load(window_ptr + (3 * tap + 1)).to(tl.int32) * weights[tap]
+        blue += tl.load(window_ptr + (3 * tap + 2)).to(tl.int32) * weights[tap]
     return red, green, blue
 
 
 @triton.jit
-def _sums_of_words(word_LC, before_1C, weights, red, green, blue, TAPS: tl.constexpr):
-    """Adds TAPS pixels, read in aligned words of four bytes. before_1C: bytes of the first word before the window."""
-    WORDS: tl.constexpr = (3 * TAPS + 6) // 4  # that a window could lie in
-    shift_1C = (8 * before_1C).to(tl.uint64)
-    last_1C = before_1C + 3 * TAPS > WORDS * 4 - 4  # a part of it lies in the last word
-    low_LC = tl.load(word_LC)
+def _sums_of_words(word_ptr, shift_C, last_C, weights, red, green, blue, TAPS: tl.constexpr):
+    """Adds TAPS pixels, read in aligned words of four bytes. shift_C: bits of the first word before the window;
+    last_C: where the last word that a window could lie in holds a part of it."""
+    WORDS: tl.constexpr = (3 * TAPS + 6) // 4
+    low_C = tl.load(word_ptr)
     for place in tl.static_range(3 * TAPS):
         if place % 4 == 0:
             if place // 4 + 2 < WORDS:
-                high_LC = tl.load(word_LC + (place // 4 + 1))
+                high_C = tl.load(word_ptr + (place // 4 + 1))
             elif place // 4 + 1 < WORDS:
-                high_LC = tl.load(word_LC + (place // 4 + 1), mask=last_1C)
-            both_LC = (high_LC.to(tl.uint64) << 32) | low_LC
-            bytes_LC = (both_LC >> shift_1C).to(tl.uint32)
-            low_LC = high_LC
-        term_LC = ((bytes_LC >> (place % 4 * 8)) & 255).to(tl.int32) * weights[place // 3]
+                high_C = tl.load(word_ptr + (place // 4 + 1), mask=last_C)
+            both_C = (high_C.to(tl.uint64) << 32) | low_C
+            bytes_C = (both_C >> shift_C).to(tl.uint32)
+            low_C = high_C
+        term_C = ((bytes_C >> (place % 4 * 8)) & 255).to(tl.int32) * weights[place // 3]
         if place % 3 == 0:
-            red += term_LC
+            red += term_C
         elif place % 3 == 1:
-            green += term_LC
+            green += term_C
         else:
-            blue += term_LC
+            blue += term_C
     return red, green, blue
 
 
-# One pass across, of interleaved pixels, at least LINES high. To "pixels": interleaved again; to "units"; to "patches":
-# values. WORDS: rows begin multiples of four bytes after one another.
-@triton.jit(do_not_specialize=["height", "width", "rounds", "half", "source_row", "out_row"])
+# One pass across, of interleaved pixels. To "pixels": interleaved again; to "units"; to "patches": values.
+@triton.jit(do_not_specialize=["height", "width", "rounds", "half", "column_blocks", "rows", "source_row", "out_row"])
 def _across_kernel(
     source_ptr,
     out_ptr,
@@ -97,6 +94,8 @@ def _across_kernel(
     width,
     rounds,
     half,
+    column_blocks,
+    rows,
     source_row,
     out_row,
     TO: tl.constexpr,
@@ -107,78 +106,80 @@ def _across_kernel(
     FRAMES: tl.constexpr,
     PATCH: tl.constexpr,
     WORDS: tl.constexpr,
-    LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    column_blocks = tl.cdiv(width, COLUMNS)
-    top = tl.minimum(tl.program_id(0) // column_blocks * LINES, height - LINES)
-    line_L = tl.arange(0, LINES)
+    top = tl.program_id(0) // column_blocks * rows
     column_C = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    in_1C = (column_C < width)[None, :]
-    near_1C = tl.minimum(column_C, width - 1)[None, :]
-    first_1C = 3 * tl.load(first_ptr + near_1C)
-    weight_1C = weight_ptr + near_1C
-    red = tl.zeros([LINES, COLUMNS], tl.int32) + half
-    green, blue = red, red
-    if WORDS:
-        address_1C = source_ptr.to(tl.int64) + first_1C
-        word_LC = (address_1C & -4).to(tl.pointer_type(tl.uint32)) + top.to(tl.int64) * (source_row // 4)
-        word_LC += (line_L * (source_row // 4))[:, None]
-        before_1C, weights = (address_1C & 3).to(tl.int32), _several(weight_1C, width, TAPS)
-        red, green, blue = _sums_of_words(word_LC, before_1C, weights, red, green, blue, TAPS)
-    else:
-        window_LC = source_ptr + top.to(tl.int64) * source_row + first_1C + (line_L * source_row)[:, None]
-        if ONE_ROUND:
-            red, green, blue = _sums_of_bytes(window_LC, _several(weight_1C, width, TAPS), red, green, blue, TAPS)
-        else:
-            for _ in range(rounds):
-                weights = _several(weight_1C, width, TAPS)
-                red, green, blue = _sums_of_bytes(window_LC, weights, red, green, blue, TAPS)
-                window_LC += 3 * TAPS
-                weight_1C += TAPS * width
-    sums = (red, green, blue)
+    in_C = column_C < width
+    near_C = tl.minimum(column_C, width - 1)
+    first_C = 3 * tl.load(first_ptr + near_C)
+    weight_C = weight_ptr + near_C
+    if ONE_ROUND:
+        weights = _several(weight_C, width, TAPS)
     if TO == "patches":
         SIZE: tl.constexpr = PATCH * PATCH
         patch_C = (column_C // (2 * PATCH)).to(tl.int64) * 4 + column_C // PATCH % 2
         to_C = patch_C * (3 * SIZE * FRAMES) + column_C % PATCH
-        row_L = top + line_L
-        line_L = row_L // PATCH
-        patch_L = (line_L // 2).to(tl.int64) * (width // PATCH * 2) + line_L % 2 * 2
-        out_LC = out_ptr + (patch_L * (3 * SIZE * FRAMES) + row_L % PATCH * PATCH)[:, None]
-        out_LC += tl.max_contiguous(to_C, 1)[None, :]  # a column a thread
-        for channel in tl.static_range(3):
-            if COMPUTED:
-                slope, offset = tl.load(table_ptr + 2 * channel), tl.load(table_ptr + (2 * channel + 1))
-                value_LC = _line(sums[channel] >> BITS, slope, offset)
-            else:
-                value_LC = tl.load(table_ptr + 256 * channel + _level(sums[channel], BITS))
-            for frame in tl.static_range(FRAMES):
-                tl.store(out_LC + (FRAMES * channel + frame) * SIZE, value_LC, mask=in_1C)
+        if COMPUTED:
+            lines = _several(table_ptr, 1, 6)  # slope and offset of each channel
+    elif TO == "units":
+        to_C = column_C // (GROUP * PATCH) * (3 * GROUP * UNIT) + column_C // PATCH % GROUP * UNIT + column_C % PATCH
     else:
-        if TO == "units":
-            to_C = column_C // (GROUP * PATCH) * (3 * GROUP * UNIT)
-            to_C += column_C // PATCH % GROUP * UNIT + column_C % PATCH
+        to_C = 3 * column_C
+    window_C = source_ptr + top.to(tl.int64) * source_row + first_C
+    half_C = tl.zeros_like(column_C) + half
+    if WORDS:
+        before_C = (window_C.to(tl.int64) & 3).to(tl.int32)
+        word_C = (window_C.to(tl.int64) & -4).to(tl.pointer_type(tl.uint32))
+        shift_C = (8 * before_C).to(tl.uint64)
+        last_C = before_C + 3 * TAPS > (3 * TAPS + 6) // 4 * 4 - 4
+    for row in range(top, tl.minimum(top + rows, height)):
+        red, green, blue = half_C, half_C, half_C
+        if WORDS:
+            red, green, blue = _sums_of_words(word_C, shift_C, last_C, weights, red, green, blue, TAPS)
+            word_C += source_row // 4
+        elif ONE_ROUND:
+            red, green, blue = _sums_of_bytes(window_C, weights, red, green, blue, TAPS)
+            window_C += source_row
         else:
-            to_C = 3 * column_C
-        out_LC = out_ptr + top.to(tl.int64) * out_row + tl.max_contiguous(to_C, 1)[None, :]
-        out_LC += (line_L * out_row)[:, None]
-        for channel in tl.static_range(3):
-            level_LC = _level(sums[channel], BITS).to(tl.uint8)
-            tl.store(out_LC + channel * (GROUP * UNIT if TO == "units" else 1), level_LC, mask=in_1C)
+            for part in range(rounds):
+                some = _several(weight_C + part * TAPS * width, width, TAPS)
+                red, green, blue = _sums_of_bytes(window_C + part * 3 * TAPS, some, red, green, blue, TAPS)
+            window_C += source_row
+        sums = (red, green, blue)
+        if TO == "patches":
+            line = row // PATCH
+            patch = tl.cast(line // 2, tl.int64) * (width // PATCH * 2) + line % 2 * 2
+            row_C = out_ptr + patch * (3 * SIZE * FRAMES) + row % PATCH * PATCH + to_C
+            for channel in tl.static_range(3):
+                if COMPUTED:
+                    value_C = _line(sums[channel] >> BITS, lines[2 * channel], lines[2 * channel + 1])
+                else:
+                    value_C = tl.load(table_ptr + 256 * channel + _level(sums[channel], BITS))
+                for frame in tl.static_range(FRAMES):
+                    tl.store(row_C + (FRAMES * channel + frame) * SIZE, value_C, mask=in_C)
+        else:
+            row_C = out_ptr + tl.cast(row, tl.int64) * out_row + tl.max_contiguous(to_C, 1)  # a column a thread
+            for channel in tl.static_range(3):
+                tl.store(
+                    row_C + channel * (GROUP * UNIT if TO == "units" else 1),
+                    _level(sums[channel], BITS).to(tl.uint8),
+                    mask=in_C,
+                )
 
 
 @triton.jit
-def _sum_down(byte_LC, source_row, weight_L, in_1C, total_LC, TAPS: tl.constexpr):
-    """Adds TAPS rows from the pointers byte_LC on. weight_L: pointers to each line's first weight."""
+def _sum_down(column_ptr, weight_ptr, source_row, mask_C, total_C, TAPS: tl.constexpr):
+    """Adds TAPS rows from column_ptr, [C], on. weight_ptr: of the first of them."""
     for tap in tl.static_range(TAPS):
-        weight = tl.load(weight_L + tap)[:, None]
-        total_LC += tl.load(byte_LC, mask=in_1C, other=0).to(tl.int32) * weight
-        byte_LC += source_row
-    return total_LC
+        weight = tl.load(weight_ptr + tap)
+        total_C += tl.load(column_ptr, mask=mask_C, other=0).to(tl.int32) * weight
+        column_ptr += source_row
+    return total_C
 
 
 # One pass down, of bytes whatever they are.
-@triton.jit(do_not_specialize=["height", "rounds", "half"])
+@triton.jit(do_not_specialize=["height", "rounds", "half", "column_blocks", "rows"])
 def _down_kernel(
     source_ptr,
     out_ptr,
@@ -188,30 +189,32 @@ def _down_kernel(
     columns,
     rounds,
     half,
+    column_blocks,
+    rows,
     source_row,
     out_row,
     TAPS: tl.constexpr,
     ONE_ROUND: tl.constexpr,
     BITS: tl.constexpr,
-    LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    column_blocks = tl.cdiv(columns, COLUMNS)
-    row_L = tl.minimum(tl.program_id(0) // column_blocks * LINES + tl.arange(0, LINES), height - 1)
+    top = tl.program_id(0) // column_blocks * rows
     column_C = (tl.program_id(0) % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    in_1C = (column_C < columns)[None, :]
-    byte_LC = source_ptr + (tl.load(first_ptr + row_L).to(tl.int64) * source_row)[:, None] + column_C[None, :]
-    weight_L = weight_ptr + row_L.to(tl.int64) * (rounds * TAPS)
-    total_LC = tl.zeros([LINES, COLUMNS], tl.int32) + half
-    if ONE_ROUND:
-        total_LC = _sum_down(byte_LC, source_row, weight_L, in_1C, total_LC, TAPS)
-    else:
-        for _ in range(rounds):
-            total_LC = _sum_down(byte_LC, source_row, weight_L, in_1C, total_LC, TAPS)
-            byte_LC += TAPS * source_row
-            weight_L += TAPS
-    out_LC = out_ptr + (row_L.to(tl.int64) * out_row)[:, None] + column_C[None, :]
-    tl.store(out_LC, _level(total_LC, BITS).to(tl.uint8), mask=in_1C)
+    in_C = column_C < columns
+    half_C = tl.zeros_like(column_C) + half
+    for row in range(top, tl.minimum(top + rows, height)):
+        weight_row = weight_ptr + tl.cast(row, tl.int64) * (rounds * TAPS)
+        column_ptr = source_ptr + tl.load(first_ptr + row).to(tl.int64) * source_row + column_C
+        total_C = half_C
+        if ONE_ROUND:
+            total_C = _sum_down(column_ptr, weight_row, source_row, in_C, total_C, TAPS)
+        else:
+            for _ in range(rounds):
+                total_C = _sum_down(column_ptr, weight_row, source_row, in_C, total_C, TAPS)
+                column_ptr += TAPS * source_row
+                weight_row += TAPS
+        row_ptr = out_ptr + tl.cast(row, tl.int64) * out_row
+        tl.store(row_ptr + column_C, _level(total_C, BITS).to(tl.uint8), mask=in_C)
 
 
 @triton.jit
@@ -229,8 +232,8 @@ def _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS: tl.co
     return sum0, sum1, sum2, sum3
 
 
-# The last pass down, from units to patches. A program makes UNITS units of LINES lines of one line of patches.
-@triton.jit(do_not_specialize=["patches", "rounds", "half"])
+# The last pass down, from units to patches. A program makes UNITS units of its rows, LINES rows at once.
+@triton.jit(do_not_specialize=["patches", "rounds", "half", "unit_blocks", "rows"])
 def _down_patches_kernel(
     source_ptr,
     out_ptr,
@@ -240,6 +243,8 @@ def _down_patches_kernel(
     patches,
     rounds,
     half,
+    unit_blocks,
+    rows,
     TAPS: tl.constexpr,
     ONE_ROUND: tl.constexpr,
     BITS: tl.constexpr,
@@ -249,48 +254,49 @@ def _down_patches_kernel(
     LINES: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    SIZE: tl.constexpr = PATCH * PATCH * FRAMES
-    units = tl.cdiv(patches, GROUP) * (3 * GROUP)
-    unit_blocks = tl.cdiv(units, UNITS)
-    part = tl.program_id(0) // unit_blocks  # in order: all parts of a line of patches, then those of the next
-    line = part // tl.cdiv(PATCH, LINES)
-    place_L = part % tl.cdiv(PATCH, LINES) * LINES + tl.arange(0, LINES)  # in the patch
-    row_L = line * PATCH + tl.minimum(place_L, PATCH - 1)
+    top = tl.program_id(0) // unit_blocks * rows
     first_unit = (tl.program_id(0) % unit_blocks) * UNITS
+    SIZE: tl.constexpr = PATCH * PATCH * FRAMES
+    line = top // PATCH
     first_patch = first_unit // (3 * GROUP) * GROUP
     out_ptr += ((line // 2).to(tl.int64) * (2 * patches) + line % 2 * 2 + first_patch.to(tl.int64) * 2) * (3 * SIZE)
-    unit_U, pixel_X = first_unit + tl.arange(0, UNITS), tl.arange(0, UNIT)
+    out_ptr += top % PATCH * PATCH
+    unit_U = first_unit + tl.arange(0, UNITS)
     channel_U = unit_U // GROUP % 3
     patch_U = unit_U // (3 * GROUP) * GROUP + unit_U % GROUP - first_patch
     to_U = (patch_U // 2 * 12 + patch_U % 2 * 3 + channel_U) * SIZE  # a window has 2 x 2 patches of 3 units
-    to_ULX = to_U[:, None, None] + (place_L * PATCH)[None, :, None] + pixel_X[None, None, :]
+    line_L, pixel_X = tl.arange(0, LINES), tl.arange(0, UNIT)
+    to_ULX = to_U[:, None, None] + (line_L * PATCH)[None, :, None] + pixel_X[None, None, :]
     in_ULX = (patch_U < patches - first_patch)[:, None, None] & (pixel_X < PATCH)[None, None, :]
-    if PATCH % LINES != 0:
-        in_ULX = in_ULX & (place_L < PATCH)[None, :, None]
-    WORDS: tl.constexpr = UNITS * UNIT // 4
-    row_words = units * (UNIT // 4)
-    word_W = source_ptr.to(tl.pointer_type(tl.uint32)) + first_unit * (UNIT // 4) + tl.arange(0, WORDS)
-    word_LW = (tl.load(first_ptr + row_L).to(tl.int64) * row_words)[:, None] + word_W[None, :]
-    weight_L = weight_ptr + row_L.to(tl.int64) * (rounds * TAPS)
-    sum3 = tl.zeros([LINES, WORDS], tl.int32) + half
-    sum0 = sum3 + 256 * half  # so that each difference below begins at one half, modulo 2^32
-    sum1, sum2 = sum0, sum0
-    if ONE_ROUND:
-        sum0, sum1, sum2, sum3 = _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS)
-    else:
-        for _ in range(rounds):
-            sum0, sum1, sum2, sum3 = _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS)
-            word_LW += TAPS * row_words
-            weight_L += TAPS
-    even, odd = tl.join(sum0 - sum1 * 256, sum2 - sum3 * 256), tl.join(sum1 - sum2 * 256, sum3)
-    level_LUX = tl.reshape(tl.join(even, odd), (LINES, UNITS, UNIT)) >> BITS
     if COMPUTED:
         slope_1U1 = tl.load(table_ptr + channel_U * 2)[None, :, None]
         offset_1U1 = tl.load(table_ptr + (channel_U * 2 + 1))[None, :, None]
-        value_LUX = _line(level_LUX, slope_1U1, offset_1U1)
     else:
         table_1U1 = (table_ptr + channel_U * 256)[None, :, None]
-        value_LUX = tl.load(table_1U1 + tl.minimum(tl.maximum(level_LUX, 0), 255))
-    value_ULX = tl.permute(value_LUX, (1, 0, 2))
-    for frame in tl.static_range(FRAMES):
-        tl.store(out_ptr + frame * (PATCH * PATCH) + to_ULX, value_ULX, mask=in_ULX)
+    WORDS: tl.constexpr = UNITS * UNIT // 4
+    row_words = tl.cdiv(patches, GROUP) * (3 * GROUP * UNIT // 4)
+    word_W = source_ptr.to(tl.pointer_type(tl.uint32)) + first_unit * (UNIT // 4) + tl.arange(0, WORDS)
+    half_LW = tl.zeros([LINES, WORDS], tl.int32) + half
+    start_LW = half_LW + 256 * half  # so that each difference below begins at one half, modulo 2^32
+    for row in range(top, top + rows, LINES):
+        first_L = tl.load(first_ptr + row + line_L).to(tl.int64)
+        weight_L = weight_ptr + (tl.cast(row, tl.int64) + line_L) * (rounds * TAPS)
+        word_LW = (first_L * row_words)[:, None] + word_W[None, :]
+        sum0, sum1, sum2, sum3 = start_LW, start_LW, start_LW, half_LW
+        if ONE_ROUND:
+            sum0, sum1, sum2, sum3 = _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS)
+        else:
+            for _ in range(rounds):
+                sum0, sum1, sum2, sum3 = _sums_down(word_LW, row_words, weight_L, sum0, sum1, sum2, sum3, TAPS)
+                word_LW += TAPS * row_words
+                weight_L += TAPS
+        even, odd = tl.join(sum0 - sum1 * 256, sum2 - sum3 * 256), tl.join(sum1 - sum2 * 256, sum3)
+        level_LUX = tl.reshape(tl.join(even, odd), (LINES, UNITS, UNIT)) >> BITS
+        if COMPUTED:
+            value_LUX = _line(level_LUX, slope_1U1, offset_1U1)
+        else:
+            value_LUX = tl.load(table_1U1 + tl.minimum(tl.maximum(level_LUX, 0), 255))
+        value_ULX = tl.permute(value_LUX, (1, 0, 2))
+        for frame in tl.static_range(FRAMES):
+            tl.store(out_ptr + frame * (PATCH * PATCH) + to_ULX, value_ULX, mask=in_ULX)
+        out_ptr += LINES * PATCH
