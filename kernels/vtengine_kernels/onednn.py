@@ -7,11 +7,16 @@ MKL takes its AVX2 kernels there; oneDNN's AVX-512 ones were measured 1.7 to 2.3
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# oneDNN keeps what it compiled for a shape, of 1,024 shapes unless told otherwise before its first product. Passes have
+# another number of rows nearly every time, so that a process would grow by up to a gigabyte.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
 @functools.cache

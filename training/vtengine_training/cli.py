@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program() -> None:
     """`main` as a process. Where a failed run has left its process group standing, the interpreter is not ended: the
     group's threads would need it afterwards, and abort the process, whatever its status."""
+    # No two packed batches have one shape: what oneDNN keeps of them is only memory (see vtengine_kernels.onednn).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     try:
         status = main()
     except Exception:
