@@ -122,6 +122,7 @@ def test_mistakes_are_named(tmp_path: Path, overrides: list[str], message: str) 
         ("[optim]\nsteps = 0", ["out=runs", "optim.steps=1", "seed=x"], "--set seed=x: seed = 'x': must be a whole"),
         ("", ["seed=1"], "FILE: out: missing; add it"),
         ("odd = 1", ["out=runs", "seed=x"], "FILE: odd: unknown key"),
+        ("", ["out=runs", "optm.lr=1", "optm.steps=2", "seed=1"], "--set optm.steps=2: optm: unknown key"),
     ],
 )
 def test_where_a_mistake_stands(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:

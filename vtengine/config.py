@@ -57,15 +57,17 @@ def _place(
     """Where the value stands that an error is about: in an override without which there would be another error or none,
     and which the message has a word of; else in the file."""
     words = set(re.findall(r"\w+", message))
-    for override in reversed(overrides):  # of two values of a key the last one counts
-        key = _key_of(override)
-        try:
-            make(read_data(path, [other for other in overrides if _key_of(other) != key]))
-        except ConfigError as error:
-            if str(error) == message:
-                continue
-        if words.intersection(key.split(".")):
-            return f"--set {override}"
+    for depth in (None, 1):  # several overrides of a section that there is not: each alone makes no difference
+        for override in reversed(overrides):  # of two values of a key the last one counts
+            key = _key_of(override).split(".")
+            others = [other for other in overrides if _key_of(other).split(".")[:depth] != key[:depth]]
+            try:
+                make(read_data(path, others))
+            except ConfigError as error:
+                if str(error) == message:
+                    continue
+            if words.intersection(key):
+                return f"--set {override}"
     return "" if path is None else str(path)
 
 

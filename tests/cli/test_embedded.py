@@ -95,6 +95,21 @@ def test_a_pool_that_holds_no_question_is_refused_and_the_least_named_that_does(
     assert vtengine(*line, least).status in (0, 3) and rows_of(out)
 
 
+def test_replies_end_with_the_context_so_the_pool_need_not_hold_more(
+    checkpoint: Path, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "short", tmp_path / "out.jsonl"
+    shutil.copytree(checkpoint, folder)
+    line = ["generate", questions(1), "-o", out, "--model", folder, "--max-new-tokens", 50_000]
+    done = vtengine(*line)
+    assert done.status == 2 and done.err.startswith("vtengine: the default of --kv-gb: holds no question at all")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 128}))
+    assert vtengine(*line).status in (0, 3)
+    (row,) = rows_of(out)
+    assert row["turns"][0]["prompt_tokens"] + row["turns"][0]["completion_tokens"] <= 128
+
+
 def test_more_engines_than_cores_are_refused(checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path) -> None:
     line = ["generate", questions(1), "-o", tmp_path / "out.jsonl", *flags(checkpoint), "--data-parallel", 999]
     done = vtengine(*line)

@@ -70,7 +70,7 @@ class EngineSetup:
             ) from None
 
     def _too_small(self, needed_bytes: int) -> str:
-        given = "what is free of the GPU's memory" if self.kv_gb is None else f"--kv-gb {self.kv_gb:g}"
+        given = "the default of --kv-gb" if self.kv_gb is None else f"--kv-gb {self.kv_gb:g}"
         least = math.ceil(needed_bytes / 2**30 * 1e5) / 1e5
         return (
             f"{given}: holds no question at all, the shortest takes {self.least_tokens} tokens with its reply; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -164,7 +165,8 @@ def _build(
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
-    least_tokens = max(1, shortest_prompt(tokenizer, profile, limits) + sampling.max_new_tokens - 1)
+    longest = limits.max_context_tokens or sys.maxsize  # where a reply ends, whatever it was allowed
+    least_tokens = max(1, min(shortest_prompt(tokenizer, profile, limits) + sampling.max_new_tokens, longest) - 1)
     # the last thing that can fail: nobody would close it
     backend = _backend(arguments, folder, tokenizer, device, dtype, concurrency, max_chunks_per_s, least_tokens)
     return Setting(backend, pipeline, tokenizer, profile, limits, sampling)

@@ -24,6 +24,8 @@ _TYPES = {
     "dict_type": "must be an object",
     "model_attributes_type": "must be an object",
 }
+_OR_TEXT = ("content", "stop")
+"""Lists of one text may be that text."""
 _BOUNDS = {
     "greater_than_equal": "must be >= {ge}",
     "greater_than": "must be > {gt}",
@@ -54,7 +56,8 @@ def refusal(error: ValidationError, fields: Mapping[str, Iterable[str]]) -> ApiE
     if kind == "literal_error":
         return invalid(param, _one_of(value, str(context["expected"])), value=value)
     if kind in _TYPES:
-        return invalid(param, _TYPES[kind], TYPE, value=value)
+        or_text = "must be text or a list" if kind == "list_type" and first["loc"][-1] in _OR_TEXT else None
+        return invalid(param, or_text or _TYPES[kind], TYPE, value=value)
     return invalid(param, _BOUNDS.get(kind, "cannot be used").format(**context), value=value)
 
 
