@@ -46,6 +46,17 @@ def test_gradients_equal_transformers(small_pair, pixels, prompt):
     theirs.zero_grad(set_to_none=True)
 
 
+def test_it_learns_under_autocast(small_config, build, pixels, prompt):
+    """Products have 16 bits then, and what they are added to has float32."""
+    model, ids, pixel_values = build(small_config, 3), prompt(GRIDS), pixels(GRIDS)
+    exact = loss_of(model, ids, pixel_values)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, ids, pixel_values)
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02) and loss.item() != exact.item()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
 def test_training_after_inference_mode(small_config, build, pixels, prompt):
     """Cached index tensors made while serving must not poison a later backward pass."""
     grids = [(1, 4, 22), (1, 6, 26), (1, 8, 2)]  # used nowhere else, so that this test fills the caches

@@ -27,6 +27,9 @@ class RMSNorm(nn.Module):
 
     def added(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """(x + y, the norm of it)."""
+        if y.dtype != x.dtype:  # under torch.autocast products have 16 bits, and what they are added to has not
+            x = x + y
+            return x, self(x)
         return layer_ops.add_rms_norm(x, y, self.weight, self.eps)
 
 
