@@ -30,7 +30,7 @@ from vtengine.model.positions import mrope_positions
 from vtengine.rollout.transcript import ImageSpan
 
 TESTS = ["-m", "gpu", "tests/kernels/test_shared_prefix_attention.py", "tests/kernels/test_grpo_loss_triton.py"]
-PROMPTS, SIBLINGS, EVERY, ROUNDS = 2, 8, 4, 3
+PROMPTS, SIBLINGS, EVERY, ROUNDS = 2, 8, 4, 2
 LOW_SIDE, HIGH_SIDE, TEXT_TOKENS, REPLY_TOKENS = 64, 128, 64, 256
 MAX_TOKENS = 8192
 WAYS = {
