@@ -52,9 +52,14 @@ class SwiGLU(nn.Module):
         columns = weight.shape[1] + lacking
         if not torch.is_inference_mode_enabled():
             return linear(F.pad(layer_ops.swiglu(x), (0, lacking)), F.pad(weight, (0, lacking)), self.down.bias)
-        stored = self.padding == lacking and weight.stride() == (columns, 1)
+        stored = self.has_behind(lacking)
         whole = weight.as_strided((len(weight), columns), (columns, 1)) if stored else F.pad(weight, (0, lacking))
         return linear(layer_ops.swiglu(x, columns=columns), whole, self.down.bias)
+
+    def has_behind(self, zeros: int) -> bool:
+        """Whether so many lie behind each row of down."""
+        weight = self.down.weight
+        return self.padding == zeros and weight.stride() == (weight.shape[1] + zeros, 1)
 
 
 def store_aligned(model: nn.Module) -> None:
@@ -62,13 +67,14 @@ def store_aligned(model: nn.Module) -> None:
 
     cuBLAS has its fast tiles for rows of such pieces only; in Qwen2.5-VL's tower they have 6840 bytes. Values, shapes
     and names stay, and weights can be copied in and saved as before. For models that are only read; in others the zeros
-    are put behind a copy for every product.
+    are put behind a copy for every product. A model that is stored so stays where it is: graphs may hold its addresses.
     """
     for module in model.modules():
         if isinstance(module, SwiGLU) and (padding := _to_whole_pieces(module.down.weight)):
             weight = module.down.weight
-            weight.data = F.pad(weight.data, (0, padding))[:, : weight.shape[1]]
-            module.padding = padding
+            if not module.has_behind(padding):
+                weight.data = F.pad(weight.data, (0, padding))[:, : weight.shape[1]]
+                module.padding = padding
 
 
 def _to_whole_pieces(weight: Tensor) -> int:
