@@ -187,11 +187,12 @@ def run(context):
 """
 
 
-def test_rows_of_a_suite_that_fails_are_kept(
-    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("error", ["MemoryError", "KeyboardInterrupt"])
+def test_rows_of_a_suite_that_fails_or_is_interrupted_are_kept(
+    repo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: str
 ) -> None:
     run = load(repo_root, "run")
-    (tmp_path / "failing.py").write_text(FAILING, encoding="utf-8")
+    (tmp_path / "failing.py").write_text(FAILING.replace("MemoryError", error), encoding="utf-8")
     monkeypatch.setattr(run, "SUITES", tmp_path)
     monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
     assert run.main(["--suite", "failing"]) == 1
@@ -199,7 +200,7 @@ def test_rows_of_a_suite_that_fails_are_kept(
     (partial,) = (tmp_path / "results").iterdir()  # no name that report.py reads
     assert partial.name == "failing.json.partial"
     found = json.loads(partial.read_text(encoding="utf-8"))
-    assert found["rows"] == [{"case": 1}, {"case": 2}] and "MemoryError" in found["failed"]
+    assert found["rows"] == [{"case": 1}, {"case": 2}] and error in found["failed"]
 
 
 NEEDED = """

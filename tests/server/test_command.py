@@ -170,6 +170,7 @@ def test_what_outlasts_the_drain_is_told(process: Callable[..., Process], script
         (["--set", "max_wating=3"], "--set max_wating=3: max_wating: unknown key; did you mean max_waiting?"),
         (["--set", "max_running=0"], "--set max_running=0: max_running = 0: must be >= 1"),
         (["--set", "max_image_pixels=999999999"], "--set max_image_pixels=999999999: max_image_pixels = "),
+        (["--set", "max_body_bytes=9999999999"], "max_body_bytes=9999999999: max_held_bytes = 1073741824: must be"),
         (["--config", "absent.toml"], "absent.toml"),
         (["--api-key-file", "absent.keys"], "absent.keys"),
         (["--api-key-env", "VTENGINE_NOT_SET"], "VTENGINE_NOT_SET"),

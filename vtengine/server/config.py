@@ -52,7 +52,9 @@ class ServerLimits:
             raise ValueError(f"max_image_pixels = {self.max_image_pixels}: must be <= {PILLOW_MAX_PIXELS}")
         self._require("max_running", 1)
         self._require("max_waiting", 0)
-        self._require("max_held_bytes", self.max_body_bytes)
+        if self.max_held_bytes < self.max_body_bytes:
+            bound = f"max_body_bytes (= {self.max_body_bytes})"
+            raise ValueError(f"max_held_bytes = {self.max_held_bytes}: must be at least {bound}")
         self._require("retry_after_s", 0)
         self._require("max_text_events_per_s", 1)
         for name in ("request_timeout_s", "keep_alive_s"):
