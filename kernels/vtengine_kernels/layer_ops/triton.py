@@ -50,7 +50,7 @@ if missing() is None:
             x_RH = sum_RH.to(tl.float32)
         square_R = tl.sum(x_RH * x_RH, axis=1) / size
         weight_1H = tl.load(weight_ptr + h_1H, mask=real_1H, other=0.0).to(tl.float32)
-        out_RH = x_RH * (1.0 / tl.sqrt(square_R + eps))[:, None] * weight_1H
+        out_RH = x_RH * tl.rsqrt(square_R + eps)[:, None] * weight_1H
         tl.store(out_ptr + r_R1 * size + h_1H, out_RH.to(out_ptr.dtype.element_ty), mask=real_RH)
 
     @triton.jit
