@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # oneDNN keeps what it compiled for a shape, of 1,024 shapes unless told otherwise before its first product. Passes have
-# another number of rows nearly every time, so that a process would grow by up to a gigabyte.
+# another number of rows nearly every time, so that a process would grow by hundreds of megabytes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "512")
 
 
