@@ -15,7 +15,9 @@ SHAPES = {
 
 
 def shape(name: str, quick: bool) -> tuple[str, dict[str, int]]:
-    """(name, sizes) of one of SHAPES; quick: one that a CPU can run."""
+    """(name, sizes) of one of SHAPES; quick: one that a CPU can run. RuntimeError: no GPU for what needs one."""
+    if not torch.cuda.is_available() and not quick:
+        raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
     return ("small", _SMALL) if quick else (name, SHAPES[name])
 
 

@@ -58,8 +58,6 @@ TABLES = {
 
 
 def run(context: Any) -> Iterator[dict[str, Any]]:
-    if not torch.cuda.is_available() and not context.quick:
-        raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
     name, sizes = shape("3B", context.quick)
     model = model_of(sizes, learns=True)
     optimizer = MasterAdamW(model.named_parameters(), OptimizerConfig(), own_masters=model.dtype != torch.float32)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-import torch
 from qwen_sizes import NoText, model_of, shape
+from suites import siblings
 from suites.gpu_steps import FEW_TOKENS, step_ms
 
 from vtengine.engine.base import SamplingParams
@@ -22,22 +22,10 @@ from vtengine.model import Qwen2_5_VL
 
 TESTS = ["-m", "gpu", "tests/engine/embedded/test_attention_paths.py"]
 ROWS, SIBLINGS, PREFIXES, NEW_TOKENS, ROUNDS = 64, (8, 64), (1024, 4096), 32, 2
-TABLES = {
-    "gpu-siblings-engine": {
-        "columns": {
-            "n": "Siblings",
-            "prefix": "Shared tokens",
-            "plain_ms": "Each for itself, ms a step",
-            "shared_ms": "Once for all, ms a step",
-            "speedup": "Times as fast",
-        }
-    }
-}
+TABLES = {"gpu-siblings-engine": {"columns": siblings.TABLES["siblings-engine"]["columns"]}}
 
 
 def run(context: Any) -> Iterator[dict[str, Any]]:
-    if not torch.cuda.is_available() and not context.quick:
-        raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
     model = model_of(shape("7B", context.quick)[1])
     rows, groups, prefixes = (4, (2,), (64,)) if context.quick else (ROWS, SIBLINGS, PREFIXES)
     sides = {share: asyncio.run(_steps(model, share, rows, groups, prefixes)) for share in (False, True)}

@@ -48,8 +48,6 @@ TABLES = {
 
 
 def run(context: Any) -> Iterator[dict[str, Any]]:
-    if not torch.cuda.is_available() and not context.quick:
-        raise RuntimeError("this suite needs a CUDA device; --quick shows on the CPU that it runs")
     name, sizes = shape("7B", context.quick)
     yield from _two_turn(name, model_of(sizes), context.quick)
     if torch.cuda.is_available():
