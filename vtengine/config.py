@@ -161,10 +161,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if origin is Literal:
         if not any(value == choice and type(value) is type(choice) for choice in get_args(kind)):
             names = [str(choice) for choice in get_args(kind)]
-            hint = did_you_mean(str(value), names)
-            raise ConfigError(
-                "; ".join(filter(None, (f"{where} = {value!r}: must be one of {', '.join(names)}", hint)))
-            )
+            raise ConfigError(hinted(f"{where} = {value!r}: must be one of {', '.join(names)}", str(value), names))
         return value
     if origin is tuple:
         return _convert_tuple(value, kind, where)
@@ -228,6 +225,11 @@ def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """The known word that is nearest to this one, as a question; empty where none is near. likeness: 0 to 1."""
     near = difflib.get_close_matches(word, list(known), 1, likeness)
     return f"did you mean {near[0]}?" if near else ""
+
+
+def hinted(message: str, word: str, known: Iterable[str]) -> str:
+    """The message with `did_you_mean` behind it."""
+    return "; ".join(filter(None, (message, did_you_mean(word, known))))
 
 
 def _nearest(word: str, known: list[str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vtengine.cli.errors import USAGE
-from vtengine.config import did_you_mean
+from vtengine.config import hinted
 
 RESOLUTIONS = ("adaptive", "low", "high")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -81,16 +81,15 @@ class Parser(argparse.ArgumentParser):
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             given = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
-            hint = did_you_mean(given, self._option_string_actions)
-            self.error("; ".join(filter(None, (f"unrecognized arguments: {' '.join(unknown)}", hint))))
+            self.error(hinted(f"unrecognized arguments: {' '.join(unknown)}", given, self._option_string_actions))
         return known, unknown
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            hint = did_you_mean(str(value), map(str, action.choices or ()))
-            raise argparse.ArgumentError(action, "; ".join(filter(None, (error.message, hint)))) from None
+            message = hinted(error.message, str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, message) from None
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)

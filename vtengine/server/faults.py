@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vtengine.config import did_you_mean
+from vtengine.config import did_you_mean, hinted
 from vtengine.server.errors import SHOWN_CHARS, ApiError, invalid
 
 if TYPE_CHECKING:
@@ -73,16 +73,14 @@ def _no_such_kind(param: str, fault: ErrorDetails) -> ApiError:
 def _one_of(value: Any, expected: str) -> str:
     """expected: in pydantic's words, such as 'low' or 'high'."""
     names = [word.strip("' ") for word in expected.replace(" or ", ", ").split(",")]
-    return "; ".join(
-        filter(None, (f"must be one of {', '.join(names)}", did_you_mean(str(value)[:SHOWN_CHARS], names)))
-    )
+    return hinted(f"must be one of {', '.join(names)}", str(value)[:SHOWN_CHARS], names)
 
 
 def unknown(what: str, param: str, name: str, known: Iterable[str]) -> ApiError:
     """param: the whole name; name: its last part, which the nearest of `known` is told for."""
     short = ascii(param)[1:-1][:SHOWN_CHARS]
-    hint = did_you_mean(name[:SHOWN_CHARS], known)
-    return invalid(short, "; ".join(filter(None, (f"unknown {what}", hint or "leave it out"))), UNKNOWN)
+    remedy = did_you_mean(name[:SHOWN_CHARS], known) or "leave it out"
+    return invalid(short, f"unknown {what}; {remedy}", UNKNOWN)
 
 
 _UNION_TAGS = frozenset(("user", "system", "developer", "assistant", "text", "image_url"))
