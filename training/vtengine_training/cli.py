@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands and flags."""
     parser = Parser(
         prog="vtengine-train",
-        description="train and evaluate vtengine models",
+        description="Train and evaluate models that ask for the high view only when they need it.",
         epilog=_examples("vtengine-train COMMAND --help", "vtengine-train grpo configs/glance_grpo.toml --dry-run"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -33,12 +33,17 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=_examples(*(f"vtengine-train {name} {rest}" for rest in examples)),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("config", type=Path, metavar="CONFIG.toml")
+        command.add_argument("config", type=Path, metavar="CONFIG.toml", help="the run; examples are in configs/")
         command.add_argument(
-            "--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change a value of the file"
+            "--set",
+            action="append",
+            default=[],
+            metavar="a.b=c",
+            dest="overrides",
+            help="change a value of the file; may be given several times",
         )
         command.add_argument(
-            "--dry-run", action="store_true", help=DRY_RUN.get(name, "print the resolved configuration, and stop")
+            "--dry-run", action="store_true", help=DRY_RUN.get(name, "print the resolved configuration and stop")
         )
         command.set_defaults(run=run)
     return parser
@@ -146,7 +151,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {
     "sft": (
         _sft,
-        "supervised cold start: from nothing to a model that answers in the protocol's format",
+        "supervised cold start on generated pictures: from random weights to a model that keeps to the protocol",
         ("configs/glance_sft.toml", "configs/glance_sft.toml --set output=runs/mine --dry-run"),
     ),
     "grpo": (
@@ -154,14 +159,14 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
         "reinforcement learning: teach a model when to ask for the high view",
         (
             "configs/glance_grpo.toml --dry-run      # the resolved file, the plan, memory and cost",
-            "configs/glance_grpo.toml                # again: goes on where it stopped",
+            "configs/glance_grpo.toml                # again: continues where it stopped",
             "my.toml --set rollout.n=16 --set loss.algorithm=dapo --set data.files='[\"train.parquet\"]'",
             'my.toml --set lora.rank=16 --set \'loggers=["console", "tensorboard"]\'',
         ),
     ),
     "eval": (
         _eval,
-        "ask generated questions at each resolution, and write what came out as JSON",
+        "ask generated questions at each resolution and write the results as JSON",
         (
             "configs/glance_eval.toml",
             "configs/glance_eval.toml --set model=runs/glance-grpo/model --set results=runs/eval.json",
@@ -171,21 +176,21 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
         _curate,
         "label questions by what the model answers at each view: low_is_enough, needs_high or neither",
         (
-            "configs/glance_curate.toml              # again: goes on where it stopped",
+            "configs/glance_curate.toml              # again: continues where it stopped",
             "my.toml --set backend=http://127.0.0.1:30000 --set concurrency=256",
         ),
     ),
     "judge-check": (
         _judge_check,
-        "ask the judge of a config known pairs and hostile answers: is it fit for use?",
+        "test a configuration's judge with known pairs and hostile answers: is it fit for use?",
         ("configs/example_judge-check.toml",),
     ),
     "sweep": (
         _sweep,
-        "run one training configuration with some of its keys varied; sum up and draw what came out",
+        "run one training configuration with some of its keys varied; summarise and plot the results",
         (
             "configs/glance_penalty_sweep.toml --dry-run      # the runs and their steps",
-            "configs/glance_penalty_sweep.toml --set jobs=2   # again: does what is not done",
+            "configs/glance_penalty_sweep.toml --set jobs=2   # again: runs what is missing",
         ),
     ),
 }
@@ -193,8 +198,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
 
 DRY_RUN = {
     "grpo": "print the resolved configuration, the plan, memory and cost, and what is missing; then stop",
-    "curate": "print the resolved configuration and the plan, and stop",
-    "sweep": "print the runs and their steps, and stop",
+    "curate": "print the resolved configuration and the plan, then stop",
+    "sweep": "print the runs and their steps, then stop",
 }
 
 

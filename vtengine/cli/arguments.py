@@ -19,22 +19,22 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 _EXIT_STATUSES = """exit status:
   0 every row was processed; 3 some were rejected or failed (each has a row with its code); 2 bad usage;
-  1 the run could not go on (disk full, engine broke); 130 Ctrl-C, 143 SIGTERM. After 1, 130 and 143, --resume goes on;
+  1 the run had to stop (disk full, engine broke); 130 Ctrl-C, 143 SIGTERM. After 1, 130 and 143, --resume continues;
   without it an older OUT.jsonl is kept as OUT.jsonl.previous, the next one as OUT.jsonl.previous.2, and so on."""
 
 _GENERATE = f"""examples:
   vtengine generate questions.jsonl -o answers.jsonl --model glance
-  vtengine generate questions.jsonl -o answers.jsonl --model ./Qwen2.5-VL-3B-Instruct --concurrency 32
+  vtengine generate questions.jsonl -o answers.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --data-parallel 8
   vtengine generate questions.jsonl -o answers.jsonl --model glance --n 8 --temperature 1 --seed 7
-  vtengine generate questions.jsonl -o answers.jsonl --model glance --resume      goes on after Ctrl-C or a crash
+  vtengine generate questions.jsonl -o answers.jsonl --model glance --resume      continues after Ctrl-C or a crash
 
 input, one JSON object per line:
   {{"image": "cat.jpg", "question": "What is it?"}}      also: "id", "answer" (to score); other keys are carried through
 
 output, one JSON object per line and sample, in input order: id, sample, status, error, answer, upscaled, turns with
   their token account, visual_tokens, visual_tokens_full (what always-high costs), latency_s, logprob_sum, the carried
-  keys, image_path (from OUT's folder), and where an answer was given: expected, correct (rows that were rejected or
-  failed are neither right nor wrong, and count in no accuracy)
+  keys, image_path (relative to OUT's folder), and if the row had an answer: expected, correct (rows that were rejected
+  or failed are neither right nor wrong, and do not count in the accuracy)
 
 {_EXIT_STATUSES}"""
 
@@ -47,14 +47,14 @@ _SERVE = """examples:
   vtengine serve --host 0.0.0.0 --api-key-file keys.txt --set max_waiting=64
   curl http://127.0.0.1:8000/v1/models
 
-clients: any that speaks OpenAI's /v1/chat/completions; the base URL ends in /v1. docs/serving.md says the rest.
+clients: any that speaks OpenAI's /v1/chat/completions; the base URL ends in /v1. More in docs/serving.md.
 limits for --config and --set: max_body_bytes, max_image_bytes, max_image_pixels, max_images, max_text_chars,
   max_choices, max_running, max_waiting, max_held_bytes, request_timeout_s, drain_s, max_text_events_per_s,
   keep_alive_s, retry_after_s"""
 
 _VIEW = """examples:
   vtengine view answers.jsonl -o answers.html
-  vtengine view answers.jsonl -o answers.html --image-root ./images      images have moved since the run"""
+  vtengine view answers.jsonl -o answers.html --image-root ./images      if images have moved since the run"""
 
 _BENCH = """examples:
   vtengine bench --list
@@ -106,11 +106,11 @@ def build_parser() -> Parser:
     _add_ask(_command(commands, "ask", "answer one question about one image", _ASK))
     _add_serve(_command(commands, "serve", "answer over HTTP, as OpenAI's chat completions do", _SERVE))
     _add_view(_command(commands, "view", "make an HTML page of the episodes in a file", _VIEW))
-    bench = _command(commands, "bench", "run a benchmark of a source checkout", _BENCH)
+    bench = _command(commands, "bench", "run a benchmark (in a source checkout)", _BENCH)
     bench.add_argument("suite", nargs="?", metavar="SUITE", help="name of a suite, see --list")
     bench.add_argument("--list", action="store_true", help="list the suites")
-    bench.add_argument("--quick", action="store_true", help="little work, no tests first, no result file: a look")
-    doctor = _command(commands, "doctor", "say what is installed, what is missing and what is slower for it", _DOCTOR)
+    bench.add_argument("--quick", action="store_true", help="a quick look: little work, no tests first, no result file")
+    doctor = _command(commands, "doctor", "show what is installed, what is missing and what that slows down", _DOCTOR)
     doctor.add_argument("--json", action="store_true", help="as JSON, for programs and bug reports")
     return parser
 
@@ -156,25 +156,25 @@ def _add_generate(parser: Parser) -> None:
         "--image-root",
         type=Path,
         metavar="DIR",
-        help="images outside it are rejected (default: IN's folder); relative paths start at IN's folder all the same",
+        help="images outside it are rejected (default: IN's folder); relative paths always start at IN's folder",
     )
     parser.add_argument(
         "--concurrency",
         type=_whole(1),
         metavar="N",
-        help="episodes at a time (default: 32; for each GPU and each SGLang server 128)",
+        help="episodes at a time (default: 32; 128 per GPU or SGLang server)",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with OUT.jsonl where an interrupted run left it, and try its failed rows again",
+        help="continue OUT.jsonl where an interrupted run stopped, and retry its failed rows",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
 
 
 def _add_ask(parser: Parser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="path of an image")
-    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
     _add_engine(parser)
 
 
@@ -217,13 +217,13 @@ def _add_engine(parser: Parser, seed: int | None = 0, engines: int = 0) -> None:
         "--visual-token-budget",
         type=_whole(1),
         metavar="N",
-        help="visual tokens an episode may spend (default: no bound)",
+        help="visual tokens an episode may spend (default: no limit)",
     )
     add(
         "--scale",
         type=_real(0.5, 1.0, open_low=True),
         metavar="S",
-        help="most that is shown of a whole image, as a share of the high view's sides (default: 1)",
+        help="largest view of a whole image, as a share of the high view's sides (default: 1)",
     )
     add("--max-new-tokens", type=_whole(1), default=512, metavar="N", help="tokens per turn (default: 512)")
     add("--temperature", type=_real(0.0, 100.0), default=0.0, metavar="T", help="0 is greedy (default: 0)")
@@ -257,28 +257,28 @@ def _add_machine(parser: Parser, engines: int) -> None:
         "--image-device",
         choices=("auto", "cpu"),
         default="auto",
-        help="makes pixel values (auto: beside a model in this process)",
+        help="where pixel values are made (auto: on the GPU of a model in this process, else on the CPU)",
     )
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
     add(
         "--kv-gb",
         type=_real(0.0, 1e6, open_low=True),
         metavar="GB",
-        help="memory for keys and values, of each engine (default: by device)",
+        help="GiB for keys and values, per engine (default: on a GPU 60%% of what the weights leave, else at most 1)",
     )
-    add("--no-cuda-graphs", action="store_true", help="decode on a GPU step by step, slower: to find a fault")
+    add("--no-cuda-graphs", action="store_true", help="decode on a GPU without CUDA graphs: slower, for debugging")
     add(
         "--engine-arg",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="of SGLang's engine, with --backend sglang: tp_size=2; may be given several times",
+        help="an argument of SGLang's engine, with --backend sglang: tp_size=2; may be given several times",
     )
     add(
         "--deadline-s",
         type=_real(0.0, 1e6),
         metavar="S",
-        help="longest time of a turn at SGLang, 0 for no bound; what is later has failed (default: 600)",
+        help="seconds that a turn may take with SGLang before it fails, 0 for no limit (default: 600)",
     )
 
 
@@ -286,13 +286,13 @@ def _add_view(parser: Parser) -> None:
     parser.add_argument(
         "input", type=Path, metavar="OUT.jsonl", help="rows written by `vtengine generate` or a training run"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html")
-    parser.add_argument("--title", help="heading of the page (default: name of the input)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.html", help="the page")
+    parser.add_argument("--title", help="heading of the page (default: the input's name)")
     parser.add_argument(
         "--image-root", type=Path, metavar="DIR", help="where the images are (default: where the run read them)"
     )
     parser.add_argument(
-        "--max-mb", type=_whole(0), default=96, metavar="MB", help="bound on all pictures (default: 96)"
+        "--max-mb", type=_whole(0), default=96, metavar="MB", help="limit on all pictures together (default: 96)"
     )
 
 
