@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -191,8 +192,9 @@ def test_bench_hands_a_suite_to_the_runner(vtengine: Run, monkeypatch: pytest.Mo
     assert vtengine("bench", "patchify", *(["--quick"] if quick else [])).status == 7
 
 
-def test_bench_lists_its_suites(vtengine: Run) -> None:
-    assert vtengine("bench", "--list").status == 0
+def test_bench_lists_its_suites_and_what_they_measure(vtengine: Run) -> None:
+    listed = vtengine("bench", "--list")
+    assert listed.status == 0 and re.search(r"^two_turn +Two-turn batches", listed.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

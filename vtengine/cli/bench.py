@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     suites = sorted(path.stem for path in (folder / "suites").glob("[a-z]*.py"))
     if arguments.list:
-        print("\n".join(suites))
+        width = max(map(len, suites), default=0)
+        print("\n".join(f"{name:{width}}  {_subject(folder / 'suites', name)}" for name in suites))
         return OK
     if arguments.suite not in suites:
         asked = "no SUITE is given" if arguments.suite is None else f"there is no suite {arguments.suite!r}"
@@ -29,3 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"bench: {asked}; {remedy}")
     command = [sys.executable, str(folder / "run.py"), "--suite", arguments.suite]
     return subprocess.run([*command, *(["--quick"] if arguments.quick else [])], check=False).returncode
+
+
+def _subject(folder: Path, name: str) -> str:
+    """What a suite measures: the first line of its docstring."""
+    module = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+    return (ast.get_docstring(module) or "").partition("\n")[0]
