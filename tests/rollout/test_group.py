@@ -76,12 +76,72 @@ def test_a_slow_first_job_bounds_what_is_read_ahead() -> None:
     asyncio.run(main())
 
 
+def test_a_job_is_read_when_it_can_run() -> None:
+    """Rows may hold pictures: those that only wait for their turn stay in the file, and the first ones go ahead."""
+    done: list[int] = []
+    read_when_done: list[int] = []
+
+    async def work(index: int) -> int:
+        done.append(index)
+        return index
+
+    def jobs() -> Iterator[Callable[[], Awaitable[int]]]:
+        for index in range(50):
+            read_when_done.append(len(done))
+            yield lambda index=index: work(index)
+
+    async def main() -> list[int]:
+        return [index async for index in in_order(jobs(), 8)]
+
+    assert asyncio.run(main()) == list(range(50))
+    assert all(index - finished <= 8 for index, finished in enumerate(read_when_done))
+    assert read_when_done[7] > 0
+
+
+def test_jobs_start_while_the_results_are_not_taken() -> None:
+    done: list[int] = []
+
+    async def work(index: int) -> int:
+        done.append(index)
+        return index
+
+    async def main() -> None:
+        results = in_order((lambda i=i: work(i) for i in range(100)), 2)
+        assert await anext(results) == 0
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert len(done) == 1 + 2 * (1 + WAITING_PER_RUNNING)
+        await results.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(main())
+
+
+def test_a_fault_of_what_gives_the_jobs_comes_after_the_results_before_it() -> None:
+    async def work(index: int) -> int:
+        await asyncio.sleep(0.01)
+        return index
+
+    def jobs() -> Iterator[Callable[[], Awaitable[int]]]:
+        yield from (lambda i=i: work(i) for i in range(3))
+        raise OSError("the disk is gone")
+
+    async def main() -> None:
+        seen = []
+        with pytest.raises(OSError, match="the disk is gone"):
+            async for index in in_order(jobs(), 2):
+                seen.append(index)
+        assert seen == [0, 1, 2]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("how", ["close", "raise", "cancel"])
 def test_what_still_runs_is_cancelled(how: str) -> None:
     cancelled: list[int] = []
 
     async def work(index: int) -> int:
         if index == 0:
+            await asyncio.sleep(0.01)  # until the others run
             if how == "raise":
                 raise RuntimeError("planned")
             return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -69,28 +68,38 @@ async def in_order(jobs: Iterable[Callable[[], Awaitable[T]]], concurrency: int)
     """
     if concurrency < 1:
         raise ValueError(f"concurrency = {concurrency}: must be >= 1")
-    slots = asyncio.Semaphore(concurrency)
-    window = concurrency * (1 + WAITING_PER_RUNNING)
-    tasks: deque[asyncio.Task[T]] = deque()
-    source = iter(jobs)
+    slots, room = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency * (1 + WAITING_PER_RUNNING))
+    tasks: asyncio.Queue[asyncio.Future[T] | None] = asyncio.Queue()
+    running: set[asyncio.Future[T]] = set()
+
+    def ended(task: asyncio.Future[T]) -> None:
+        running.discard(task)
+        slots.release()
+
+    async def start() -> None:
+        """A job is read only when it can run at once: it may hold much, such as a picture in a line of JSON."""
+        source = iter(jobs)
+        try:
+            while await room.acquire() and await slots.acquire() and (job := next(source, None)) is not None:
+                task = asyncio.ensure_future(job())
+                running.add(task)
+                task.add_done_callback(ended)
+                tasks.put_nowait(task)
+                await asyncio.sleep(0)  # it sets out before the next one is read
+        finally:
+            tasks.put_nowait(None)
+
+    starter = asyncio.create_task(start())
     try:
-        while True:
-            while len(tasks) < window and (job := next(source, None)) is not None:
-                tasks.append(asyncio.create_task(_in_slot(slots, job)))
-            if not tasks:
-                return
-            result = await tasks[0]
-            tasks.popleft()
+        while (task := await tasks.get()) is not None:
+            result = await task
+            room.release()
             yield result
+        await starter  # raises what reading the jobs did
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _in_slot(slots: asyncio.Semaphore, job: Callable[[], Awaitable[T]]) -> T:
-    async with slots:
-        return await job()
+        for left in (starter, *running):
+            left.cancel()
+        await asyncio.gather(starter, *running, return_exceptions=True)
 
 
 def _job(setting: Setting, question: Question, index: int) -> Callable[[], Awaitable[Sample]]:
