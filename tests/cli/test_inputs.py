@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtengine.cli import inputs
-from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
+from vtengine.cli.inputs import InputRow, RejectedRow, count_inputs, first_rejection, read_inputs
 
 GOOD = b'{"id": "a", "image": "a.png", "question": "What?"}\n'
 
@@ -130,10 +131,33 @@ def test_what_could_be_read_is_carried(tmp_path: Path) -> None:
 
 
 @settings(max_examples=300)
-@given(st.binary(max_size=200))
+@given(st.binary(max_size=200).filter(lambda data: not data.startswith(inputs.GZIP_MAGIC)))
 def test_any_bytes_give_rows_that_can_be_written(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    for row in read(tmp_path_factory.getbasetemp(), data):
+    folder = tmp_path_factory.getbasetemp()
+    rows = read(folder, data)
+    for row in rows:
         json.dumps([row.id, row.carried], allow_nan=False).encode("ascii")
+    assert count_inputs(folder / "in.jsonl") == len(rows)
+
+
+def test_a_packed_file_is_read_as_what_is_in_it(tmp_path: Path) -> None:
+    lines = GOOD + b"\n{]\n" + GOOD.replace(b'"a"', b'"b"')
+    packed = read(tmp_path, gzip.compress(lines[:40]), gzip.compress(lines[40:]))
+    assert packed == read(tmp_path, lines) and [row.id for row in packed] == ["a", "line-3", "b"]
+
+
+def test_a_packed_file_that_is_cut_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="gzip data is damaged"):
+        read(tmp_path, gzip.compress(GOOD * 1000)[:-20])
+
+
+@pytest.mark.parametrize(
+    ("lines", "line"), [(GOOD, None), (b"{]\n" + GOOD, None), (b'{"a": 1}\n', None), (b"", None), (b"\nid,a\n7\n", 2)]
+)
+def test_a_file_without_any_object_is_told_by_its_first_line(tmp_path: Path, lines: bytes, line: int | None) -> None:
+    (tmp_path / "in.jsonl").write_bytes(lines)
+    found = first_rejection(tmp_path / "in.jsonl")
+    assert (found and found.line) == line
 
 
 json_values = st.recursive(

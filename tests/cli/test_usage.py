@@ -73,6 +73,7 @@ def test_help_and_usage_errors_import_nothing_heavy() -> None:
         (["generate", "old.jsonl.kept", "-o", "old.jsonl"], ["old.jsonl.kept", "is the input"]),
         (["generate", "old.jsonl.run", "-o", "old.jsonl"], ["old.jsonl.run", "is the input"]),
         (["generate", "/dev/null", "-o", "o"], ["/dev/null", "regular file"]),
+        (["generate", "table.csv", "-o", "o"], ["table.csv", "no line of it is a JSON object (line 1: ", "UTF-8"]),
         (["generate", "-", "-o", "o"], ["-", "regular file"]),
         (["generate", "in.jsonl", "-o", "-"], ["-o -", "/dev/stdout"]),
         (["generate", "in.jsonl", "-o", "o", "--image-root", "absent"], ["--image-root", "absent"]),
@@ -99,6 +100,7 @@ def test_bad_usage_is_one_line(
     (tmp_path / "out.jsonl").write_text('{"status": "answered"}\n')
     for name in ("old.jsonl", "old.jsonl.kept", "old.jsonl.run"):
         (tmp_path / name).write_text('{"image": "p.png", "question": "q"}\n')
+    (tmp_path / "table.csv").write_text("id,image\n7,p.png\n")
     (tmp_path / "empty").mkdir()
     before = sorted(tmp_path.rglob("*"))
     fails(vtengine(*arguments), *words)

@@ -148,7 +148,7 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, summary: s
 
 
 def _add_generate(parser: Parser) -> None:
-    parser.add_argument("input", type=Path, metavar="IN.jsonl", help="questions, one JSON object per line")
+    parser.add_argument("input", type=Path, metavar="IN.jsonl", help="questions, one JSON object per line (.gz too)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl", help="one row per answer")
     _add_engine(parser)
     parser.add_argument("--n", type=_whole(1), default=1, metavar="N", help="samples per question (default: 1)")

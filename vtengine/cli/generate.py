@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, reason
-from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
+from vtengine.cli.inputs import InputRow, RejectedRow, count_inputs, first_rejection, read_inputs
 from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, settings_path
 from vtengine.cli.progress import Progress
 from vtengine.cli.resume import KeptRows, Place, find_rows
@@ -82,16 +82,20 @@ class _Task:
 
     @classmethod
     def prepare(cls, arguments: argparse.Namespace) -> _Task:
-        """Reads the input once to its end, and what an interrupted run left."""
+        """Counts the rows of the input, and reads what an interrupted run left."""
         source, target = arguments.input, arguments.output
         _check_files(source, target)
         check_free(target)
         if arguments.image_root is not None and not arguments.image_root.is_dir():
             raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
         try:
-            task = cls(arguments, TotalsCounter(), sum(1 for _ in read_inputs(source)) * arguments.n)
+            task = cls(arguments, TotalsCounter(), count_inputs(source) * arguments.n)
+            wrong = first_rejection(source)
         except OSError as error:
             raise UsageError(f"{source}: cannot be read: {reason(error)}") from None
+        if wrong is not None:
+            found = f"no line of it is a JSON object (line {wrong.line}: {wrong.message})"
+            raise UsageError(f"{source}: {found}; write one for each question, in UTF-8")
         if arguments.resume and target.is_file():
             check_settings(target, sampling_settings(arguments))
             found = find_rows(target, source, task.places, arguments.n, task.counter.add)

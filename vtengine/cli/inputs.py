@@ -1,5 +1,6 @@
 """Strict reading of IN.jsonl: every line becomes a question or a rejection with a code, never an exception.
 
+A file that gzip has packed is read as what is in it.
 Codes: line_not_utf8 · line_too_long · line_not_json · line_not_object · key_reserved · id_wrong_type · id_duplicate ·
 image_missing · image_wrong_type · question_missing · question_wrong_type · answer_wrong_type · text_not_unicode.
 """
@@ -7,14 +8,18 @@ image_missing · image_wrong_type · question_missing · question_wrong_type · 
 from __future__ import annotations
 
 import difflib
+import errno
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 MAX_LINE_BYTES = 64 * 2**20
+GZIP_MAGIC, BYTE_ORDER_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 RESERVED_KEYS = frozenset(
     {"sample", "status", "error", "expected", "correct", "upscaled", "turns", "visual_tokens", "visual_tokens_full"}
     | {"latency_s", "logprob_sum", "image_path"}
@@ -60,22 +65,49 @@ def read_inputs(path: Path, change: Change | None = None) -> Iterator[InputRow |
     Raises OSError when the file cannot be opened or read; nothing that a line holds raises.
     """
     seen: set[str] = set()
+    for number, raw, complete in _lines(path):
+        row = _parse_line(number, raw, complete, change)
+        if isinstance(row, InputRow) and str(row.id) in seen:
+            message = f"id {str(row.id)[:80]!r} is already used by an earlier row; ids must differ"
+            row = RejectedRow(number, row.id, "id_duplicate", message, row.carried)
+        seen.add(str(row.id))
+        yield row
+
+
+def count_inputs(path: Path) -> int:
+    """How many rows `read_inputs` gives, without parsing them. Raises OSError as it does."""
+    return sum(1 for _ in _lines(path))
+
+
+def first_rejection(path: Path) -> RejectedRow | None:
+    """That of the first line, where no line of the file is a JSON object: it is a file of another kind."""
+    first = None
+    for number, raw, complete in _lines(path):
+        try:
+            _load(raw, complete)
+            return None
+        except _Reject as error:
+            first = first or RejectedRow(number, f"line-{number}", error.code, str(error))
+    return first
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """Lines that are not blank, from 1, without their end, and whether they are within the limit; the rest of a too
+    long one is skipped."""
     with path.open("rb") as file:
-        for number, (raw, complete) in enumerate(_lines(file), start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if complete and not raw.strip():
-                continue
-            row = _parse_line(number, raw, complete, change)
-            if isinstance(row, InputRow) and str(row.id) in seen:
-                message = f"id {str(row.id)[:80]!r} is already used by an earlier row; ids must differ"
-                row = RejectedRow(number, row.id, "id_duplicate", message, row.carried)
-            seen.add(str(row.id))
-            yield row
+        packed = file.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+        file.seek(0)
+        lines = enumerate(_cut(gzip.GzipFile(fileobj=file) if packed else file), start=1)  # type: ignore[arg-type]
+        try:
+            for number, (raw, complete) in lines:
+                raw = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
+                if raw.strip() or not complete:
+                    yield number, raw, complete
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise OSError(errno.EIO, f"its gzip data is damaged ({error})", str(path)) from None
 
 
-def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Lines without their end, and whether the line was within the limit; the rest of a too long one is skipped."""
+def _cut(file: IO[bytes]) -> Iterator[tuple[bytes, bool]]:
     while raw := file.readline(MAX_LINE_BYTES + 1):
         complete = len(raw) <= MAX_LINE_BYTES or raw.endswith(b"\n")
         rest = raw
