@@ -94,8 +94,8 @@ class _Task:
         except OSError as error:
             raise UsageError(f"{source}: cannot be read: {reason(error)}") from None
         if wrong is not None:
-            found = f"no line of it is a JSON object (line {wrong.line}: {wrong.message})"
-            raise UsageError(f"{source}: {found}; write one for each question, in UTF-8")
+            about = f"no line of it is a JSON object (line {wrong.line}: {wrong.message})"
+            raise UsageError(f"{source}: {about}; write one for each question, in UTF-8")
         if arguments.resume and target.is_file():
             check_settings(target, sampling_settings(arguments))
             found = find_rows(target, source, task.places, arguments.n, task.counter.add)

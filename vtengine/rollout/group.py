@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vtengine.engine.base import Backend, SamplingParams
 from vtengine.protocol.conversation import Limits
@@ -97,9 +97,10 @@ async def in_order(jobs: Iterable[Callable[[], Awaitable[T]]], concurrency: int)
             yield result
         await starter  # raises what reading the jobs did
     finally:
-        for left in (starter, *running):
-            left.cancel()
-        await asyncio.gather(starter, *running, return_exceptions=True)
+        left: list[asyncio.Future[Any]] = [starter, *running]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 def _job(setting: Setting, question: Question, index: int) -> Callable[[], Awaitable[Sample]]:
