@@ -1,12 +1,18 @@
-# make demo | test | check | bench | gpu      each sets up .venv first; a second run of the set-up is instant
+# Each of these sets up .venv first; from the second time on that is instant:
+#   make venv              nothing else
+#   make demo              answers the shipped questions with the shipped model, and makes a page to look at
+#   make test              every test that needs no GPU
+#   make check             format, lint, types, imports
+#   make bench             the CPU benchmarks
+#   make gpu               on a CUDA machine: its tests, then its benchmarks
 #
-# PYTHON=python3.12        the interpreter the environment is made with (3.11 or newer; found by itself)
+# PYTHON=python3.12        the interpreter the environment is made with (3.11 or newer; found if not given)
 # TORCH_INDEX=URL          an extra package index for torch, for example https://download.pytorch.org/whl/cpu
 #                          (without it, PyPI's build is taken, which on Linux carries the CUDA libraries: 3 GB)
-# PYTEST_ARGS=tests/repo   what `make test` is to run;  JOBS=4  processes it uses
-# SUITES="patchify"        what `make bench` is to run; BENCH_ARGS=--quick
+# PYTEST_ARGS=tests/repo   what `make test` runs;  JOBS=4  in how many processes
+# SUITES="patchify"        what `make bench` runs; BENCH_ARGS=--quick
 # make test-oldest         the tests with the oldest versions that pyproject.toml allows, in an environment of its own
-# make bench-peers         the suites that compare with other projects, in an environment that has these (benchmarks/peers)
+# make bench-peers         the suites that compare with other projects, in an environment that has them (benchmarks/peers)
 VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -24,7 +30,7 @@ export PYTHON TORCH_INDEX
 
 .PHONY: help venv demo test check format bench bench-peers report gpu oldest-venv test-oldest sglang-venv vllm-venv peers-venv gpu-sglang test-sglang clean
 help:
-	@sed -n '1,10s/^# \{0,1\}//p' Makefile
+	@sed -n '/^VENV/q; s/^# \{0,1\}//p' Makefile
 
 venv: $(STAMP)
 $(STAMP): pyproject.toml setup.py constraints.txt .ci/venv $(SOURCES)
