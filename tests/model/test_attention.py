@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.kernels.flash_stand_in import stand_in
-from vtengine.model import PackedCausal, attention
+from vtengine.model import PackedCausal, attention, plain_attention
 from vtengine.model.attention import PADDING_LIMIT, Runs, dense_attention
 
 LENGTHS = [[5], [4, 4, 4], [1, 1], [1, 7, 7, 30, 2, 6, 29], [64, 1], [3, 100, 98, 97]]
@@ -77,6 +79,27 @@ def test_padding_is_bounded():
         used = len(rows.unique())
         assert used >= (1 - PADDING_LIMIT) * rows.numel()
     assert len(plan.batches) < 10
+
+
+def test_plain_attention_holds_for_its_thread_alone(monkeypatch):
+    """An engine's thread goes on with the fast kernel while a learner's is inside."""
+    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (4, 2, 2))
+    fast = attention.batched_attention(q, k, v, causal=True)
+    calls = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *a, **b: calls.append(1) or kernel(*a, **b))
+    with plain_attention():
+        found = attention.batched_attention(q, k, v, causal=True)
+        assert not calls
+        with ThreadPoolExecutor(1) as other:
+            beside = other.submit(attention.batched_attention, q, k, v, True).result()
+        assert len(calls) == 1
+    attention.batched_attention(q, k, v, causal=True)
+    assert len(calls) == 2
+    assert torch.equal(beside, fast)
+    torch.testing.assert_close(found, fast)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.equal(attention.batched_attention(q, k, v, causal=True), found)
 
 
 def test_dense_runs():

@@ -1,6 +1,6 @@
 """Qwen2.5-VL and Qwen3-VL in plain torch: config, vision tower, language model, checkpoints, attention contexts."""
 
-from vtengine.model.attention import AttentionContext, PackedCausal, PackedTree
+from vtengine.model.attention import AttentionContext, PackedCausal, PackedTree, plain_attention
 from vtengine.model.checkpoint import Checkpoint
 from vtengine.model.config import ModelConfig, ModelLoadError
 from vtengine.model.families import meta_model
@@ -37,6 +37,7 @@ __all__ = [
     "load_tensors",
     "meta_model",
     "mrope_positions",
+    "plain_attention",
     "save_model",
     "store_aligned",
     "store_by_column",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,14 +71,28 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, runs: Runs, causal: bool = 
 
 def batched_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D], by torch's scaled_dot_product_attention."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        is_causal=causal and q.shape[1] > 1,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    is_causal, enable_gqa = causal and q.shape[1] > 1, q.shape[2] != k.shape[2]
+    if getattr(_thread, "plain", False):
+        plain = torch.ops.aten._scaled_dot_product_attention_math
+        return plain(*heads, is_causal=is_causal, enable_gqa=enable_gqa)[0].transpose(1, 2)  # type: ignore[no-any-return]
+    out = F.scaled_dot_product_attention(*heads, is_causal=is_causal, enable_gqa=enable_gqa)
     return out.transpose(1, 2)
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """While inside, `batched_attention` of this thread is products and a softmax, with gradients by autograd: what
+    torch's `sdpa_kernel(SDPBackend.MATH)` chooses for all threads, those of an engine that generates meanwhile too."""
+    before = getattr(_thread, "plain", False)
+    _thread.plain = True
+    try:
+        yield
+    finally:
+        _thread.plain = before
 
 
 class PackedCausal:

@@ -87,7 +87,10 @@ def test_bytes_of_weights_and_moments(model: VLModel) -> None:
     assert cost.text + cost.vision + cost.head + config.text.hidden_size == cost.total
     assert cost.training_bytes(4, False) == 16 * cost.total
     assert cost.training_bytes(4, True) == 20 * cost.total
-    assert cost.training_bytes(2, True, ranks=4) == 2 * cost.total + -(-18 * cost.total // 4)
+    assert cost.training_bytes(4, True, engine_copy=True) == 24 * cost.total
+    assert cost.training_bytes(2, True, ranks=4) == -(-18 * cost.total // 4)
+    assert cost.training_bytes(2, True, ranks=4, engine_copy=True) == 2 * cost.total + -(-18 * cost.total // 4)
+    assert cost.adapter_bytes(4, 10, engine_copy=True) == cost.adapter_bytes(4, 10) + 4 * cost.total
     assert cost.ends + numel(model.layers) + numel(model.visual.blocks) == cost.total
     layer = numel(model.layers[0])
     assert cost.gathered_bytes(2, learns=True) == 4 * cost.ends + 12 * layer

@@ -119,6 +119,18 @@ def test_two_servers_get_every_version_of_the_weights(make_config, fakes, many_q
     assert len(set(asked)) == len(asked)
 
 
+def test_servers_sample_ahead_with_the_version_before(make_config, fakes, many_questions) -> None:
+    """They have weights of their own: no copy here, and one update per step as without."""
+    rollout = {"backend": ",".join(fake.url for fake in fakes), "ahead": True, "prompts": 8}
+    rows: list[dict] = []
+    one = Run(make_config(steps=3, data={"files": [str(many_questions)]}, rollout=rollout), rewarder())
+    assert one.parts.learner.policy.model is one.parts.model
+    asyncio.run(train(one, rows.append))
+    assert [row["staleness/mean"] for row in rows] == [0, 1, 1]
+    for fake in fakes:
+        assert [name for name, _ in fake.calls].count("update_weights_from_disk") == 4
+
+
 def test_weights_that_the_server_does_not_take_end_the_run(make_config, fakes) -> None:
     fakes[0].always.add("update_weights_from_disk")
     one = Run(make_config(steps=2, rollout={"backend": fakes[0].url}), rewarder())

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vtengine.config import to_dict
-from vtengine.model import Qwen2_5_VL, VLModel, load_model, meta_model, save_model
+from vtengine.model import Qwen2_5_VL, VLModel, load_model, meta_model, plain_attention, save_model
 from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
 from vtengine_training.eval.runner import model_folder
 from vtengine_training.files import write_whole
@@ -229,14 +228,14 @@ class Run:
                     return
 
     def _validate(self, asked: list[Asked]) -> dict[str, float]:
-        with sdpa_kernel(SDPBackend.MATH):
+        with plain_attention():
             return forced_accuracy(self.model, self.teaching.renderer, asked, self.teaching.image_token)
 
     def _update(self, batch: Batch) -> dict[str, Any]:
         phase, inside = phase_at(self.config, self.step)
         rate = learning_rate(phase, inside)
         seed_generators(self.config.seed, "step", self.step)
-        with sdpa_kernel(SDPBackend.MATH):  # on CPUs faster than the flash kernel, whose backward is slow there
+        with plain_attention():  # on CPUs faster than the flash kernel, whose backward is slow there
             result = losses(self.model, self.head, batch, phase.aux_weight, phase.look_weight)
             result.total.backward()  # type: ignore[no-untyped-call]
         norm = self.optimizer.step(rate)

@@ -25,5 +25,5 @@ def in_daemon(function: Callable[..., T], *arguments: object) -> asyncio.Future[
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=work, name="vtengine-sync", daemon=True).start()
+    threading.Thread(target=work, name="vtengine-training", daemon=True).start()
     return asyncio.wrap_future(done)

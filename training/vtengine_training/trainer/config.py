@@ -52,6 +52,9 @@ class RolloutConfig:
     engine_args: of SGLang's engine by name, with backend = "sglang". On a GPU mem_fraction_static is 0.5 unless given:
     of the memory that is free when the engine starts; the rest is for gradients, moments and activations.
     dump_every: every so many steps the episodes are written to rollouts/, for `vtengine view`; 0 = never.
+    ahead: while a step learns, the rollouts of the next one are sampled, with the weights that this step began with: one
+    step off policy, in the time of the longer of the two. Engines need weights of their own: SGLang's have; on a CPU
+    the embedded one gets a copy.
     """
 
     prompts: int = 32
@@ -76,6 +79,7 @@ class RolloutConfig:
     release_memory: bool = False
     engine_args: dict[str, Any] = field(default_factory=dict)
     dump_every: int = 0
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.top_p != 1 or self.top_k != 0:
@@ -94,6 +98,10 @@ class RolloutConfig:
             raise ValueError("sync, release_memory: the embedded engine shares the learner's weights; leave them out")
         if self.engine_args and self.backend != "sglang":
             raise ValueError(f'engine_args: is for backend = "sglang", the backend is {self.backend!r}; leave it out')
+        if self.ahead and self.release_memory:
+            raise ValueError(
+                "ahead, release_memory: with ahead SGLang generates while the learner works; leave one out"
+            )
         at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
         positive_or_none(self, "kv_mib", "max_context_tokens")
         at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")

@@ -87,28 +87,30 @@ class ModelCost:
         """Of the output projection: summed over chunks in float32, then in the working dtype."""
         return (4 if element_bytes == 4 else 4 + element_bytes) * self.head
 
-    def adapter_bytes(self, element_bytes: int, adapters: int, ranks: int = 1, engine_copy: bool = True) -> int:
+    def adapter_bytes(self, element_bytes: int, adapters: int, ranks: int = 1, engine_copy: bool = False) -> int:
         """The same as `training_bytes` where `adapters` parameters learn in place of the weights. No reference: it is
         the model without them."""
-        if ranks > 1:  # a whole copy for the engine, with the adapters in it; the model itself in pieces
-            return self.total * element_bytes * engine_copy + -(-(self.total * element_bytes + 16 * adapters) // ranks)
+        copy = self.total * element_bytes * engine_copy
+        if ranks > 1:  # the model itself in pieces
+            return copy + -(-(self.total * element_bytes + 16 * adapters) // ranks)
         masters = 0 if element_bytes == 4 else 4  # float32 adapters are their own
-        return self.total * element_bytes + (element_bytes + masters + 12) * adapters
+        return copy + self.total * element_bytes + (element_bytes + masters + 12) * adapters
 
     def training_bytes(
-        self, element_bytes: int, reference: bool, train_vision: bool = True, ranks: int = 1, engine_copy: bool = True
+        self, element_bytes: int, reference: bool, train_vision: bool = True, ranks: int = 1, engine_copy: bool = False
     ) -> int:
         """Of a rank: weights, float32 masters, gradients and both moments, and the reference; activations come on top.
 
-        engine_copy: several ranks have engines of their own, each with a whole copy of the weights.
+        engine_copy: an engine has a whole copy of the weights, as that of each of several ranks has.
         """
+        copy = self.total * element_bytes * engine_copy
         trained = self.total if train_vision else self.total - self.vision
         if ranks > 1:  # masters, gradients, moments and the reference in pieces
             pieces = 4 * self.total + 12 * trained + (self.total * element_bytes if reference else 0)
-            return self.total * element_bytes * engine_copy + -(-pieces // ranks)
+            return copy + -(-pieces // ranks)
         live = self.total * element_bytes * (2 if reference else 1)
         masters = 0 if element_bytes == 4 else 4  # float32 parameters are their own
-        return live + trained * (masters + 12)
+        return copy + live + trained * (masters + 12)
 
 
 def _per_patch(model: VLModel) -> float:

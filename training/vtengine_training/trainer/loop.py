@@ -6,12 +6,15 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from vtengine.rollout.records import Row, RowWriter
 from vtengine_training.fingerprint import weights_fingerprint
-from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.seeding import seed_generators
 from vtengine_training.trainer import state
@@ -22,6 +25,7 @@ from vtengine_training.trainer.cost import ModelCost
 from vtengine_training.trainer.memory import peak_memory_gib
 from vtengine_training.trainer.parts import build_parts
 from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.rollouts import Rollouts
 from vtengine_training.trainer.schedule import learning_rate
 from vtengine_training.trainer.step import TrainingDiverged
 from vtengine_training.trainer.validate import validate
@@ -35,9 +39,6 @@ REMEDIES = {
     "reward_failed": "there was no verdict on their answers: see the words of judge or reward function",
 }
 """Where nothing is learned, by what became of most groups."""
-COUNTED = (
-    *("drawn", "waves", "zero_spread", "quarantined", "failed", "reward_failed", "reused", "stale", "surplus", "used"),
-)
 
 
 class Run:
@@ -51,6 +52,7 @@ class Run:
         self.ranks = ranks or Ranks()
         self.output = Path(config.output)
         self.parts = build_parts(config, rewarder, self.ranks)
+        self.rollouts = Rollouts(self.parts.collector, config.rollout.dump_every)
         self.fingerprints = {
             "data": self.parts.dataset.fingerprint,
             "model": weights_fingerprint(self.parts.folder),
@@ -97,34 +99,38 @@ class Run:
     async def advance(self) -> Figures:
         """One training step; returns its metrics."""
         parts, began = self.parts, time.perf_counter()
-        dump_every = self.config.rollout.dump_every
-        dumps = bool(dump_every) and (self.step + 1) % dump_every == 0
         seed_generators(self.config.seed, "step", self.step, self.ranks.rank)
-        collected = await parts.collector.collect(self.step + 1, dumps)
-        generated = time.perf_counter()
-        figures: Figures = {"step": self.step + 1.0, "epoch": parts.collector.sampler.epoch}
-        figures |= rollout_metrics(collected.facts) | self._group_metrics(collected)
-        rate = self.rate(self.step)
+        sampled = await self.rollouts.take(self.step + 1)
+        collected = sampled.collected
+        figures: Figures = {"step": self.step + 1.0} | sampled.figures | self._staleness(collected)
         await parts.publisher.release()
-        figures |= parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
-        finished = time.perf_counter()
+        if self.config.rollout.ahead and self.step + 1 < self.config.steps:
+            figures |= await self.rollouts.ahead(self.step + 2, partial(self._learn, collected))
+        else:
+            figures |= self._learn(collected)
+        learned = time.perf_counter()
         await parts.publisher.publish(parts.learner.version)
         published = time.perf_counter()
         self.step += 1
         self._count_empty(collected)
-        if dumps and self.ranks.is_first:
+        if self.rollouts.dumps(self.step) and self.ranks.is_first:
             self._dump(collected.rows)
-        figures |= parts.rewarder.end_step(figures, self.ranks.total)
         figures |= {
-            "time/rollout": generated - began,
-            "time/learn": finished - generated,
-            "time/publish": published - finished,
+            "time/wait": learned - began - figures["time/learn"],
+            "time/publish": published - learned,
             "time/save": self.seconds_saving,
             "time/step": time.perf_counter() - began,
             "memory/peak_gib": max(self.ranks.gather(peak_memory_gib(parts.model.device))),
         }
         self.seconds_saving = 0.0
         return figures | self._speed(figures)
+
+    def _learn(self, collected: Collected) -> Figures:
+        """In whatever thread: each has a current GPU of its own."""
+        began, rate, device = time.perf_counter(), self.rate(self.step), self.parts.learner.policy.model.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            figures = self.parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
+        return figures | {"time/learn": time.perf_counter() - began}
 
     async def validate(self) -> Figures:
         """Greedy episodes on the held-out questions, with the current weights."""
@@ -182,16 +188,12 @@ class Run:
         counts = ", ".join(f"{name} {count:g}" for name, count in self.counts.items())
         raise TrainingDiverged(f"{what} (groups of the last one: {counts}); {REMEDIES[reason]}")
 
-    def _group_metrics(self, collected: Collected) -> Figures:
-        found = {f"groups/{name}": float(collected.counts[name]) for name in COUNTED}
-        if collected.facts:
-            found["groups/zero_spread_ratio"] = collected.counts["zero_spread"] / len(collected.facts)
+    def _staleness(self, collected: Collected) -> Figures:
         own = [one.version for group in collected.groups for one in group.trajectories]
         versions = self.ranks.total({"sum": sum(own), "count": len(own)})
-        if versions["count"]:
-            found["staleness/mean"] = self.parts.learner.version - versions["sum"] / versions["count"]
-        found["data/quarantined"] = float(len(self.parts.collector.sampler.quarantined))
-        return found
+        if not versions["count"]:
+            return {}
+        return {"staleness/mean": self.parts.learner.version - versions["sum"] / versions["count"]}
 
     def _speed(self, figures: Figures) -> Figures:
         samples = figures["groups/drawn"] * self.config.rollout.n

@@ -51,10 +51,11 @@ class MemoryPlan:
         update, element = config.update, 4 if config.dtype == "float32" else 2
         ranks, learns = int(os.environ.get("WORLD_SIZE", "1")), not config.lora.rank
         engine, pieces = config.rollout.backend == "embedded", min(ranks, update.shard_ranks or ranks)
+        copy = engine and (ranks > 1 or config.rollout.ahead)
         if learns:
-            states = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, pieces, engine)
+            states = cost.training_bytes(element, bool(config.loss.kl_coef), update.train_vision, pieces, copy)
         else:
-            states = cost.adapter_bytes(element, num_adapted(config, cost), pieces, engine)
+            states = cost.adapter_bytes(element, num_adapted(config, cost), pieces, copy)
         several = ranks > 1
         plan = MemoryPlan(
             ranks,

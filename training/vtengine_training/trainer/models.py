@@ -1,6 +1,7 @@
 """Which model generates, which one learns, and which one is the reference.
 
 one process             the engine reads the learner's own parameters, or is sent them (SGLang)
+one, sampling ahead     the embedded engine has a copy, written every step
 several ranks           the learner's lie in pieces on all ranks; each engine has a whole copy, written every step
 several, over servers   no copy: the pieces are gathered part by part, and sent
 with adapters           they run in the engine as they are; a whole copy has them in its weights. Without them it is the
@@ -89,6 +90,11 @@ def build_models(
             f'rollout.backend = "sglang": each of {ranks.size} processes would start an engine, all on one device; '
             "start servers (python -m sglang.launch_server) and give their addresses: http://host:port,http://..."
         )
+    if config.rollout.ahead and config.rollout.backend == "embedded" and device.type == "cuda":
+        raise ValueError(
+            "rollout.ahead = true: engine and learner would take turns on one GPU, which gains nothing; use SGLang on "
+            "GPUs of its own (rollout.backend = http://host:port), or leave it out"
+        )
     update, lora = config.update, config.lora
     if ranks.is_alone and update.shard_ranks is not None:
         raise ValueError(
@@ -109,10 +115,14 @@ def build_models(
         generating = ranks.together(lambda: load_model(folder, device, dtype))
         generating.visual.requires_grad_(config.trains_vision)
     if generating is not None and ranks.is_alone:
+        learned = generating
+        if config.rollout.ahead and config.rollout.backend == "embedded":
+            learned = load_model(folder, device, dtype)
+            learned.visual.requires_grad_(config.trains_vision)
         if lora.rank:
-            adapters = Adapters.put_into(generating, lora)
+            adapters = Adapters.put_into(learned, lora)
             adapters.begin(config.seed)
-        policy = policy_of(generating, train_vision=config.trains_vision)
+        policy = policy_of(learned, train_vision=config.trains_vision)
     else:  # in pieces: float32 that learns, frozen weights in the model's own dtype
         checkpoint = ranks.together(lambda: Checkpoint.open(folder))
         mesh = ranks.mesh(device, update.shard_ranks)  # one for both models: NCCL has buffers for every group

@@ -81,7 +81,8 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     sampling = SamplingParams(max_new_tokens=rollout.max_new_tokens, temperature=rollout.temperature, seed=config.seed)
     setting = Setting(engine, pipeline, tokenizer, profile, limits, sampling)
     sampler = Sampler(len(dataset), config.data.seed)
-    collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, ranks)
+    meeting = ranks.branch() if rollout.ahead else ranks  # the learner meets at the same time
+    collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, meeting)
     publisher = models.publisher(config, engine, ranks)
     return Parts(folder, models, engine, pipeline, dataset, validation, rewarder, collector, learner, publisher)
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from vtengine_kernels.grpo_loss import Head, Loss, Objective, Tokens, grpo_loss
 from vtengine_kernels.token_logprob import BANNED, token_logprob
 from vtengine_kernels.visual_scatter import visual_scatter
 
-from vtengine.model import PackedTree, VLModel
+from vtengine.model import PackedTree, VLModel, plain_attention
 from vtengine_training.lora.layers import AdaptedLinear
 from vtengine_training.trainer.batch import MicroBatch
 
@@ -132,4 +131,4 @@ class Policy:
 
 def attention_kernel(device: torch.device) -> AbstractContextManager[object]:
     """On CPUs the plain kernel: the flash kernel's backward is slow there."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    return plain_attention() if device.type == "cpu" else nullcontext()

@@ -34,9 +34,18 @@ class Line:
     """
 
     def __init__(self, wait_s: float) -> None:
+        self.wait_s = wait_s
         self.group: dist.ProcessGroup | None = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
+        self._branches: list[Line] = []
+
+    def branch(self) -> Line:
+        """One more, which ends with this one. A meeting."""
+        self._branches.append(Line(self.wait_s))
+        return self._branches[-1]
 
     def end(self) -> None:
+        for branch in self._branches:
+            branch.end()
         dist.destroy_process_group(self.group)
         self.group = None
 
@@ -81,6 +90,10 @@ class Ranks:
         if device.type == "cuda":
             _check_gpus(ranks.gather(str(torch.cuda.get_device_properties(None).uuid)))
         return replace(ranks, watch=open_watch(ranks))
+
+    def branch(self) -> Ranks:
+        """The same processes with a line of its own, for meetings of another thread, at the same time as those here."""
+        return self if self.line is None else replace(self, line=self.line.branch())
 
     @property
     def is_first(self) -> bool:

@@ -3,7 +3,7 @@
 model/        a Hugging Face checkpoint; where adapters learn, adapter/ as peft reads it, and no copy of their base
 optimizer/    masters and moments, in one piece per rank
 state.json    what all ranks have in common
-ranks/R/      leftover groups and rewarder of rank R
+ranks/R/      leftover groups and rewarder of rank R, and the groups it sampled ahead
 
 Random states are not among it: every draw follows from the seed and what it is for, the global generators' from the
 seed, the step and the rank (`seed_generators`).
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,14 +37,20 @@ from vtengine_training.trainer.checkpoint import (
     step_name,
     write_checkpoint,
 )
+from vtengine_training.trainer.collect import Collected
 from vtengine_training.trainer.optimizer_state import load_optimizer, save_optimizer
 from vtengine_training.trainer.parts import export_model
+from vtengine_training.trainer.rollouts import Sampled
 from vtengine_training.trainer.trajectory import Group, pack_groups, unpack_groups
 
 if TYPE_CHECKING:
     from vtengine.model import VLModel
     from vtengine_training.trainer.config import GrpoConfig
     from vtengine_training.trainer.loop import Run
+
+
+FILES = {"leftover": "rollouts.safetensors", "waiting": "ahead.safetensors"}
+"""Of the groups of one rank, by what they are."""
 
 
 def save(run: Run) -> None:
@@ -116,9 +123,13 @@ def _write_own(run: Run, folder: Path, whole: VLModel | None, adapter: dict[str,
     """This rank's files; the first one also writes what exists once."""
     parts, own = run.parts, folder / "ranks" / str(run.ranks.rank)
     own.mkdir(parents=True)
-    tensors, leftover = pack_groups(parts.collector.leftover)
-    save_file(tensors, own / "rollouts.safetensors")
-    of_rank = {"leftover": leftover, "rewarder": parts.rewarder.state()}
+    waiting = run.rollouts.waiting
+    of_rank: dict[str, Any] = {"rewarder": parts.rewarder.state()}
+    tensors, of_rank["leftover"] = pack_groups(parts.collector.leftover)
+    save_file(tensors, own / FILES["leftover"])
+    if waiting is not None:
+        tensors, of_rank["waiting"] = pack_groups(waiting.collected.groups)
+        save_file(tensors, own / FILES["waiting"])
     (own / "state.json").write_text(json.dumps(of_rank), encoding="utf-8")
     if not run.ranks.is_first:
         return
@@ -133,6 +144,7 @@ def _write_own(run: Run, folder: Path, whole: VLModel | None, adapter: dict[str,
         "skipped": parts.learner.skipped,
         "empty_steps": run.empty_steps,
         "sampler": parts.collector.sampler.state(),
+        "waiting": None if waiting is None else _described(waiting),
         "fingerprints": run.fingerprints,
         "data_seed": run.config.data.seed,
         "seed": run.config.seed,
@@ -162,14 +174,26 @@ def resume(run: Run) -> bool:
     parts.learner.version, parts.learner.skipped = state["version"], state["skipped"]
     parts.collector.sampler = Sampler.restore(len(parts.dataset), config.data.seed, state["sampler"])
     run.step, run.empty_steps = state["step"], state["empty_steps"]
-    parts.collector.leftover = []
+    parts.collector.leftover, ahead = [], []
     for rank in range(state["ranks"]):
         own = folder / "ranks" / str(rank)
         of_rank = json.loads((own / "state.json").read_text(encoding="utf-8"))
-        parts.collector.leftover += _owned(run, own, of_rank)
+        parts.collector.leftover += _owned(run, own, "leftover", of_rank)
+        ahead += _owned(run, own, "waiting", of_rank)
         parts.rewarder.restore(of_rank["rewarder"], counts=run.ranks.owns(rank))
     parts.collector.leftover.sort(key=lambda group: group.draw)
+    if waiting := state.get("waiting"):
+        collected = Collected(sorted(ahead, key=lambda group: group.draw), Counter(waiting["counts"]))
+        run.rollouts.waiting = Sampled(
+            replace(collected, facts=waiting["facts"], rows=waiting["rows"]), waiting["figures"]
+        )
     return True
+
+
+def _described(waiting: Sampled) -> dict[str, Any]:
+    """All but the groups, which are each rank's own; plain JSON data."""
+    found = waiting.collected
+    return {"counts": found.counts, "facts": found.facts, "rows": found.rows, "figures": waiting.figures}
 
 
 def _latest(run: Run) -> Path | None:
@@ -178,10 +202,11 @@ def _latest(run: Run) -> Path | None:
     return Path(path) if path else None
 
 
-def _owned(run: Run, folder: Path, state: Mapping[str, Any]) -> list[Group]:
-    if not any(run.ranks.owns(group["draw"]) for group in state["leftover"]):
+def _owned(run: Run, folder: Path, name: str, state: Mapping[str, Any]) -> list[Group]:
+    described = state.get(name, [])
+    if not any(run.ranks.owns(group["draw"]) for group in described):
         return []
-    groups = unpack_groups(load_file(folder / "rollouts.safetensors"), state["leftover"])
+    groups = unpack_groups(load_file(folder / FILES[name]), described)
     return [group for group in groups if run.ranks.owns(group.draw)]
 
 

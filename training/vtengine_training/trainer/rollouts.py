@@ -1,0 +1,73 @@
+"""What a step learns from: sampled when it begins, or, with `rollout.ahead`, while the step before it learns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from vtengine_training.grpo.metrics import rollout_metrics
+from vtengine_training.sync.daemon import in_daemon
+from vtengine_training.trainer.collect import Collected, Collector
+
+T = TypeVar("T")
+COUNTED = (
+    *("drawn", "waves", "zero_spread", "quarantined", "failed", "reward_failed", "reused", "stale", "surplus", "used"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """What a step learns from. figures: the metrics that say how it was sampled and rewarded, of all ranks."""
+
+    collected: Collected
+    figures: dict[str, float]
+
+
+class Rollouts:
+    """`waiting`: those of the next step, if they were sampled ahead; part of a checkpoint.
+
+    They were sampled with the weights that the last step began with, and after `take` nothing is: between steps no
+    engine generates, so that weights can be published and a checkpoint holds all there is.
+    """
+
+    def __init__(self, collector: Collector, dump_every: int) -> None:
+        self.collector, self.dump_every = collector, dump_every
+        self.waiting: Sampled | None = None
+
+    def dumps(self, step: int) -> bool:
+        """Whether the episodes of step `step` are written to a file."""
+        return bool(self.dump_every) and step % self.dump_every == 0
+
+    async def take(self, step: int) -> Sampled:
+        """Those of step `step`, now if they do not wait. Raises ValueError, see `Collector.collect`."""
+        found, self.waiting = self.waiting or await self._sample(step), None
+        return found
+
+    async def ahead(self, step: int, learn: Callable[[], T]) -> T:
+        """learn(), in a thread, while step `step` is sampled; returns when both are done.
+
+        Neither ends the other: other ranks may be at a meeting that this one still has to come to.
+        """
+        learning = in_daemon(learn)
+        try:
+            self.waiting = await self._sample(step)
+        except Exception:
+            await learning
+            raise
+        return await learning
+
+    async def _sample(self, step: int) -> Sampled:
+        collector, began = self.collector, time.perf_counter()
+        collected = await collector.collect(step, self.dumps(step))
+        figures = {
+            "epoch": float(collector.sampler.epoch),
+            "data/quarantined": float(len(collector.sampler.quarantined)),
+        }
+        figures |= rollout_metrics(collected.facts)
+        figures |= {f"groups/{name}": float(collected.counts[name]) for name in COUNTED}
+        if collected.facts:
+            figures["groups/zero_spread_ratio"] = collected.counts["zero_spread"] / len(collected.facts)
+        figures |= collector.rewarder.end_step(figures, collector.ranks.total)
+        return Sampled(collected, figures | {"time/rollout": time.perf_counter() - began})
