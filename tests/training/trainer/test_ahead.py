@@ -1,4 +1,4 @@
-"""Rollouts of the next step while this one learns: what is sampled with which weights, and that it is at the same time."""
+"""Rollouts of the next step while this one learns: with which weights, and that it is at the same time."""
 
 from __future__ import annotations
 

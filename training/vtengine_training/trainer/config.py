@@ -52,7 +52,7 @@ class RolloutConfig:
     engine_args: of SGLang's engine by name, with backend = "sglang". On a GPU mem_fraction_static is 0.5 unless given:
     of the memory that is free when the engine starts; the rest is for gradients, moments and activations.
     dump_every: every so many steps the episodes are written to rollouts/, for `vtengine view`; 0 = never.
-    ahead: while a step learns, the rollouts of the next one are sampled, with the weights that this step began with: one
+    ahead: while a step learns, the rollouts of the next are sampled, with the weights that this one began with: one
     step off policy, in the time of the longer of the two. Engines need weights of their own: SGLang's have; on a CPU
     the embedded one gets a copy.
     """
