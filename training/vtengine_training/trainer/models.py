@@ -85,22 +85,8 @@ def build_models(
     config: GrpoConfig, folder: Path, device: torch.device, banned: Collection[int], ranks: Ranks
 ) -> Models:
     """Loads the checkpoint folder. Raises ModelLoadError, or ValueError for what this number of ranks cannot do."""
-    if not ranks.is_alone and config.rollout.backend == "sglang":
-        raise ValueError(
-            f'rollout.backend = "sglang": each of {ranks.size} processes would start an engine, all on one device; '
-            "start servers (python -m sglang.launch_server) and give their addresses: http://host:port,http://..."
-        )
-    if config.rollout.ahead and config.rollout.backend == "embedded" and device.type == "cuda":
-        raise ValueError(
-            "rollout.ahead = true: engine and learner would take turns on one GPU, which gains nothing; use SGLang on "
-            "GPUs of its own (rollout.backend = http://host:port), or leave it out"
-        )
+    _check(config, device, ranks)
     update, lora = config.update, config.lora
-    if ranks.is_alone and update.shard_ranks is not None:
-        raise ValueError(
-            f"update.shard_ranks = {update.shard_ranks}: one process holds all the weights; start several with "
-            "torchrun, or leave it out"
-        )
     dtype: torch.dtype = getattr(torch, config.dtype)
     policy_of = partial(
         Policy.build,
@@ -144,3 +130,22 @@ def build_models(
         recompute_layers(policy.model, draws=bool(lora.dropout))
     optimizer = MasterAdamW(named, update.optimizer, own_masters=ranks.is_alone and dtype != torch.float32)
     return Models(generating, policy, reference, optimizer, dtype, adapters)
+
+
+def _check(config: GrpoConfig, device: torch.device, ranks: Ranks) -> None:
+    """Raises ValueError for what this device or this number of ranks cannot do."""
+    if not ranks.is_alone and config.rollout.backend == "sglang":
+        raise ValueError(
+            f'rollout.backend = "sglang": each of {ranks.size} processes would start an engine, all on one device; '
+            "start servers (python -m sglang.launch_server) and give their addresses: http://host:port,http://..."
+        )
+    if config.rollout.ahead and config.rollout.backend == "embedded" and device.type == "cuda":
+        raise ValueError(
+            "rollout.ahead = true: engine and learner would take turns on one GPU, which gains nothing; use SGLang on "
+            "GPUs of its own (rollout.backend = http://host:port), or leave it out"
+        )
+    if ranks.is_alone and config.update.shard_ranks is not None:
+        raise ValueError(
+            f"update.shard_ranks = {config.update.shard_ranks}: one process holds all the weights; start several with "
+            "torchrun, or leave it out"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,11 +49,15 @@ class Rollouts:
     async def ahead(self, step: int, learn: Callable[[], T]) -> T:
         """learn(), in a thread, while step `step` is sampled; returns when both are done.
 
-        Neither ends the other: other ranks may be at a meeting that this one still has to come to.
+        A fault of one does not end the other: other ranks may be at a meeting that this one still has to come to. An
+        interrupt leaves the thread to itself.
         """
         learning = in_daemon(learn)
         try:
             self.waiting = await self._sample(step)
+        except asyncio.CancelledError:
+            learning.cancel()
+            raise
         except Exception:
             await learning
             raise
