@@ -169,6 +169,18 @@ def test_a_view_that_cannot_be_made(tokenizer: Tokenizer, pipeline: Any) -> None
     assert episode.visual_tokens == 100
 
 
+def test_an_image_out_of_reach_fails_and_is_not_rejected(tokenizer: Tokenizer, pipeline: Any) -> None:
+    """What fails is tried again by a resumed run."""
+
+    async def fail(source: str, root: Any) -> None:
+        raise ImageError("image_unreachable", "the server answered with status 503")
+
+    pipeline.open = fail
+    episode, backend = play(tokenizer, pipeline, [ANSWER])
+    assert episode.error is not None and not backend.requests
+    assert (episode.status, episode.error.code) == ("failed", "image_unreachable")
+
+
 def test_denied_and_corrected(tokenizer: Tokenizer, pipeline: Any) -> None:
     bad = "<think>a</think><tool_call>{}</tool_call>"
     limits = Limits(max_turns=4, visual_token_budget=150)

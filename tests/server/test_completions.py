@@ -15,6 +15,7 @@ import pytest
 
 from tests.server.running import ANSWER, CALL, CROP, MODEL, Running, ask, data_url, image_part, picture, wait_for
 from vtengine.engine.base import Request
+from vtengine.vision import http_source
 
 Serve = Callable[..., Running]
 REASONING = CALL.replace("<think>", "").replace("</think>", "") + "\n\nnow I see"
@@ -214,7 +215,9 @@ def test_formats(serve: Serve, form: str) -> None:
     assert create(serve([ANSWER]), messages=ask(url=url)).choices[0].message.content == "a red ball"
 
 
-def test_images_are_fetched_where_that_is_allowed(serve: Serve, tmp_path: Path) -> None:
+def test_images_are_fetched_where_that_is_allowed(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ball.png").write_bytes(picture())
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as images:
@@ -226,6 +229,10 @@ def test_images_are_fetched_where_that_is_allowed(serve: Serve, tmp_path: Path) 
             create(server, messages=ask(url=f"{address}/absent.png"))
         assert caught.value.param == "messages[0].content[0].image_url.url"
         images.shutdown()
+    monkeypatch.setattr(http_source, "PAUSES_S", ())
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(server, messages=ask(url=f"{address}/ball.png"))
+    assert (caught.value.code, caught.value.param) == ("image_unreachable", "messages[0].content[0].image_url.url")
 
 
 def test_models(serve: Serve) -> None:

@@ -64,3 +64,9 @@ def test_figures_of_several_engines_and_servers() -> None:
 def test_figures_of_the_image_pipeline() -> None:
     with ImagePipeline() as pipeline:
         assert gauges("images", pipeline.stats()) == {"cache_bytes"}
+
+
+def test_time_has_its_unit_in_the_name_and_the_process_tells_its_memory() -> None:
+    text = Metrics(Gate(ServerLimits()), {"engine": lambda: {"cpu_s": 1.5}}).render().decode()
+    assert "\nvtengine_engine_cpu_seconds_total 1.5\n" in text
+    assert "\nprocess_resident_memory_bytes " in text and "\nprocess_open_fds " in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import re
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vtengine.vision import http_source
 from vtengine.vision.errors import ImageError
 from vtengine.vision.source import SourceLimits, read_image_source
 
@@ -98,6 +100,20 @@ def test_a_file_without_permission(root: Path) -> None:
     assert code_of("a.png", root) == "image_not_found"
 
 
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.EIO, "image_unreachable"), (errno.EMFILE, "image_unreachable"), (errno.EACCES, "image_not_found")],
+)
+def test_a_disk_that_fails_is_no_missing_file(
+    root: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("vtengine.vision.source.os.open", fail)
+    assert code_of("a.png", root) == code
+
+
 def test_byte_limit_of_a_file(root: Path) -> None:
     (root / "big.png").write_bytes(bytes(11))
     assert code_of("big.png", root, SourceLimits(max_bytes=10)) == "image_too_large_bytes"
@@ -180,6 +196,7 @@ class Answers(BaseHTTPRequestHandler):
     """A server with every habit that matters here."""
 
     protocol_version = "HTTP/1.1"
+    fails_left = 0
 
     def do_GET(self) -> None:
         getattr(self, "serve_" + self.path.strip("/").partition("?")[0])()
@@ -189,6 +206,19 @@ class Answers(BaseHTTPRequestHandler):
 
     def serve_missing(self) -> None:
         self._answer(404, b"", [("Content-Length", "0")])
+
+    def serve_busy(self) -> None:
+        self._answer(429, b"", [("Content-Length", "0")])
+
+    def serve_broken(self) -> None:
+        self._answer(503, b"", [("Content-Length", "0")])
+
+    def serve_recovers(self) -> None:
+        if Answers.fails_left:
+            Answers.fails_left -= 1
+            self.serve_broken()
+        else:
+            self.serve_good()
 
     def serve_moved(self) -> None:
         self._answer(302, b"", [("Location", "/good?x=1"), ("Content-Length", "0")])
@@ -258,7 +288,9 @@ def test_http_where_allowed(server: str, root: Path) -> None:
         ("to_file", "image_url_not_allowed"),
         ("stated_large", "image_too_large_bytes"),
         ("endless", "image_too_large_bytes"),
-        ("cut", "image_not_found"),
+        ("cut", "image_unreachable"),
+        ("busy", "image_unreachable"),
+        ("broken", "image_unreachable"),
         ("empty", "image_empty"),
     ],
 )
@@ -272,12 +304,21 @@ def test_http_time_limit_is_of_the_whole_fetch(server: str, root: Path, path: st
     started = time.monotonic()
     with pytest.raises(ImageError, match="timed out") as caught:
         read_image_source(f"{server}/{path}", root, limits)
-    assert caught.value.code == "image_not_found"
+    assert caught.value.code == "image_unreachable"
     assert time.monotonic() - started < 0.9
 
 
 def test_http_of_a_closed_port(root: Path) -> None:
-    assert code_of("http://127.0.0.1:1/a.png", root, LOCAL) == "image_not_found"
+    assert code_of("http://127.0.0.1:1/a.png", root, LOCAL) == "image_unreachable"
+
+
+def test_http_that_fails_for_a_while_is_asked_again(server: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_source, "PAUSES_S", (0.01, 0.02))
+    Answers.fails_left = 2
+    assert read_image_source(f"{server}/recovers", root, LOCAL) == b"image"
+    Answers.fails_left = 4
+    assert code_of(f"{server}/recovers", root, LOCAL) == "image_unreachable"
+    assert Answers.fails_left == 1, "three tries, no more"
 
 
 @pytest.mark.parametrize(("options", "named"), [({"max_bytes": 0}, "max_bytes"), ({"timeout_s": 0.0}, "timeout_s")])

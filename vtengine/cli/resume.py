@@ -1,8 +1,8 @@
 """What `--resume` finds: rows that stay where they are, and good rows behind a failed one, which are taken over.
 
-A row with status `failed` (server down, engine broken) is tried again; every other row is final. Rows are written in
-input order, so from the first failed row on the output is written anew. The good rows behind it wait meanwhile in
-`OUT.jsonl.kept`, written whole before the output is cut: at any moment the two files together hold everything.
+A row with status `failed` (server down, engine broken, image out of reach) is tried again; every other row is final.
+Rows are written in input order, so from the first failed row on the output is written anew. The good rows behind it
+wait meanwhile in `OUT.jsonl.kept`, written whole before the output is cut: the two files together always hold all.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ def _describe(fault: Exception, turn: int) -> tuple[ErrorInfo, Status]:
     if isinstance(fault, RequestRejected):
         return ErrorInfo(fault.code, str(fault), fault.blame), "rejected"
     if isinstance(fault, ImageError):
-        return ErrorInfo(fault.code, str(fault)), "rejected"
+        return ErrorInfo(fault.code, str(fault)), "failed" if fault.code == "image_unreachable" else "rejected"
     if isinstance(fault, ContextFull):
         if turn == 0:
             return ErrorInfo("prompt_too_long", str(fault)), "rejected"

@@ -61,8 +61,8 @@ def shown(value: Any) -> str:
 
 
 def episode_error(status: str, error: ErrorInfo, image_param: str | None, retry_after_s: int) -> ApiError:
-    """An episode without a reply: `rejected` is the request's fault, `failed` is ours."""
-    if status == "rejected":
+    """An episode without a reply: `rejected` is the request's fault, `failed` is ours where it is no image's."""
+    if status == "rejected" or error.code.startswith("image_"):  # an address that cannot be reached is the client's
         param = image_param if error.code.startswith("image_") else _PARAMS.get(error.code, "messages")
         return ApiError(400, error.code, error.message, param=param)
     code = _FAILED_STATUS.get(error.code, 500)

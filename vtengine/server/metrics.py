@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -28,6 +28,7 @@ class Metrics:
     def __init__(self, gate: Gate, sources: Mapping[str, Stats]) -> None:
         """sources: prefix -> flat figures, read at every scrape (such as engine -> backend.stats)."""
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self.requests = self._counter("requests", "HTTP requests answered", ("route", "status"))
         self.cancelled = self._counter("requests_cancelled", "Requests whose client left first")
         self.episodes = _EpisodeTotals()
@@ -114,8 +115,8 @@ class _EpisodeTotals(Collector):
 
 
 _GAUGES = GAUGES | {"engines", "engines_down", "servers", "servers_down", "cache_bytes"}
-_NAMES = {"pages_total": "pages"}
-"""Where `_total` would say that a gauge counts."""
+_NAMES = {"pages_total": "pages", "cpu_s": "cpu_seconds"}
+"""Where `_total` would say that a gauge counts, and where Prometheus writes a unit out."""
 
 
 class _StatsCollector(Collector):

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 ImageCode = Literal[
     "image_not_found",
+    "image_unreachable",
     "image_is_directory",
     "image_empty",
     "image_too_large_bytes",
@@ -22,7 +23,10 @@ IMAGE_CODES: tuple[ImageCode, ...] = get_args(ImageCode)
 
 
 class ImageError(ValueError):
-    """The image cannot be used. `code` is one of IMAGE_CODES; `message` names the value and the remedy."""
+    """The image cannot be used. `code` is one of IMAGE_CODES; `message` names the value and the remedy.
+
+    image_unreachable is the fault of a network or a disk, and may be over later; all others stay as they are.
+    """
 
     def __init__(self, code: ImageCode, message: str) -> None:
         super().__init__(message)

@@ -11,21 +11,40 @@ import time
 from collections.abc import Callable
 from urllib.parse import urljoin, urlsplit
 
-from vtengine.vision.errors import ImageError
+from vtengine.vision.errors import ImageCode, ImageError
 
 MAX_REDIRECTS = 3
+PAUSES_S = (0.5, 2.0)
+"""Before a second and a third try, where what went wrong may be over by then."""
+_LATER = frozenset((408, 425, 429))  # statuses below 500 that say: try again
 _CHUNK = 1 << 16
 
 
 def fetch(url: str, max_bytes: int, timeout_s: float, allow_private_hosts: bool) -> bytes:
-    """The body of the answer to `url`. Proxies of the environment are not used, so that the host check holds."""
+    """The body of the answer to `url`; timeout_s: of all tries together. Proxies of the environment are not used, so
+    that the host check holds. Raises ImageError: image_unreachable where a network or a server failed for now.
+    """
     deadline = time.monotonic() + timeout_s
+    for pause_s in PAUSES_S:
+        try:
+            return _follow(url, max_bytes, deadline, allow_private_hosts)
+        except ImageError as fault:
+            if fault.code != "image_unreachable" or time.monotonic() + pause_s >= deadline:
+                raise
+            time.sleep(pause_s)
+    return _follow(url, max_bytes, deadline, allow_private_hosts)
+
+
+def _follow(url: str, max_bytes: int, deadline: float, allow_private_hosts: bool) -> bytes:
+    """One try, through all redirects."""
     for _ in range(MAX_REDIRECTS + 1):
         status, location, body = _get(url, max_bytes, deadline, allow_private_hosts)
         if status == 200:
             return body
         if status not in (301, 302, 303, 307, 308) or not location:
-            raise ImageError("image_not_found", f"image {url!r}: the server answered with status {status}")
+            passing = status >= 500 or status in _LATER
+            code: ImageCode = "image_unreachable" if passing else "image_not_found"
+            raise ImageError(code, f"image {url!r}: the server answered with status {status}")
         url = urljoin(url, location)
     raise ImageError("image_not_found", f"image {url!r}: more than {MAX_REDIRECTS} redirects")
 
@@ -48,7 +67,7 @@ def _get(url: str, max_bytes: int, deadline: float, allow_private: bool) -> tupl
     except (OSError, http.client.HTTPException, UnicodeError) as fault:
         late = time.monotonic() >= deadline
         reason = "timed out" if late else str(fault) or type(fault).__name__
-        raise ImageError("image_not_found", f"image {url!r} cannot be fetched: {reason}") from fault
+        raise ImageError("image_unreachable", f"image {url!r} cannot be fetched: {reason}") from fault
     finally:
         connection.close()
 

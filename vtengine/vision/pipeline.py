@@ -44,6 +44,8 @@ from vtengine.vision.source import SourceLimits, read_image_source
 
 Filter = Literal["bicubic", "lanczos"]
 Layout = Literal["full", "compact"]
+READERS = 32
+"""Threads that wait for disks and networks: a server that does not answer holds up no image but its own."""
 _RECIPE = "vtengine-view-1"  # part of every content hash; change it when the same plan gives other values
 
 
@@ -95,7 +97,7 @@ class ImagePipeline:
         decode_limits: DecodeLimits | None = None,
         source_limits: SourceLimits | None = None,
     ) -> None:
-        """num_workers: threads, None = one per core, at most 8; cache_bytes: decoded pixels and finished views.
+        """num_workers: threads that compute, None = one per core, at most 8; cache_bytes: pixels and finished views.
 
         mean, std: of the three channels. resize_mode, low_view: how pixels and the low view are made. All four are
         properties of the weights, as the patch in `limits` is (see vtengine.vision.plan). device: where views are made
@@ -124,6 +126,7 @@ class ImagePipeline:
         if num_workers is None:
             num_workers = min(8, os.cpu_count() or 1)
         self._cache = OnceCache(num_workers, cache_bytes, "pipeline")
+        self._reads = OnceCache(READERS, 0, "pipeline")
         self._counts = {"files_read": 0, "images_decoded": 0, "views_patchified": 0}
         self._counting = threading.Lock()
 
@@ -132,7 +135,8 @@ class ImagePipeline:
 
         A path is read at every call, so a changed file is seen; equal bytes are decoded once, whatever their source.
         """
-        read = await self._cache.get(("read", source, str(root)), lambda: self._read(source, root), lambda _: 0)
+        workers = self._cache if source[:5].lower() == "data:" else self._reads  # base64 waits for nobody
+        read = await workers.get(("read", source, str(root)), lambda: self._read(source, root), lambda _: 0)
         encoded, file_hash = read
         pixels = await self._pixels(encoded, file_hash)
         height, width, _ = pixels.values.shape
@@ -171,6 +175,7 @@ class ImagePipeline:
 
     def close(self) -> None:
         """Finishes the work accepted, then refuses more. Blocks until the workers have ended."""
+        self._reads.close()
         self._cache.close()
 
     def __enter__(self) -> ImagePipeline:

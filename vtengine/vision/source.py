@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import os
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtengine.vision.errors import ImageError
+from vtengine.vision.errors import ImageCode, ImageError
 from vtengine.vision.http_source import fetch
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=//)")  # a URL; `a:b.png` is a file name
+_PASSING = frozenset(
+    (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT)
+)  # what disks, file servers and a full table of files say for a while
 _SHOWN = 120  # characters of a source in messages
 
 
@@ -92,8 +96,9 @@ def _read_path(source: str, root: Path, limits: SourceLimits) -> bytes:
     except OSError as fault:
         if isinstance(fault, IsADirectoryError) or os.path.isdir(path):
             raise ImageError("image_is_directory", f"image {_short(source)} is a directory") from fault
+        code: ImageCode = "image_unreachable" if fault.errno in _PASSING else "image_not_found"
         place = "" if os.path.isabs(source) else f" (relative to {_short(str(root))})"
-        raise ImageError("image_not_found", f"image {_short(source)}: {fault.strerror or fault}{place}") from fault
+        raise ImageError(code, f"image {_short(source)}: {fault.strerror or fault}{place}") from fault
     if len(data) > limits.max_bytes:
         raise _too_large(source, len(data), limits)
     return data
