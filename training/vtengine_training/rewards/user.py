@@ -15,6 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from typing import SupportsFloat
 
 from vtengine.rollout.episode import Episode
 from vtengine_training.data.examples import Example
@@ -67,7 +68,15 @@ class UserReward:
                 value = await value
         except (Exception, SystemExit) as error:
             raise RewardError(f"{where}: raised {type(error).__name__}: {error}") from error
-        is_number = isinstance(value, int | float)  # True and False are numbers here
-        if not is_number or not math.isfinite(value) or not 0 <= value <= 1:
-            raise RewardError(f"{where}: returned {value!r}; must be a finite number from 0 to 1")
-        return Score(float(value), format_reward(episode))
+        return Score(_number(value, where), format_reward(episode))
+
+
+def _number(value: object, where: str) -> float:
+    """True, False, and scalars of NumPy and torch are numbers too. Raises RewardError."""
+    try:
+        number = float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError):  # an array or tensor of several numbers
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise RewardError(f"{where}: returned {value!r}; must be a finite number from 0 to 1")
+    return number
