@@ -34,7 +34,7 @@ def of_torch(episode, example):
 
 
 def raises(episode, example):
-    raise ZeroDivisionError("oh")
+    raise ZeroDivisionError("oh\nno")
 
 
 def nan(episode, example):
