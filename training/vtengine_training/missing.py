@@ -16,6 +16,8 @@ Check = Callable[[], object]
 def absent_files(section: str, source: SourceConfig) -> Iterator[str]:
     """Those of `source`, the config's [section]."""
     yield from (f"{section}.files: {name}: no such file or folder" for name in source.files if not Path(name).exists())
+    if source.image_root and not Path(source.image_root).is_dir():
+        yield f"{section}.image_root: {source.image_root}: no such folder"
 
 
 def refused(*checks: Check) -> Iterator[str]:
