@@ -37,6 +37,7 @@ class Stage:
 class Config:
     out: Path
     optim: Optim = field(default_factory=Optim)
+    slow: Optim = field(default_factory=lambda: Optim(lr=1e-6, betas=(0.9, 0.999)))
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int | None = None
     compile: bool = False
@@ -67,6 +68,11 @@ def test_defaults_file_and_overrides(tmp_path: Path) -> None:
         weights={"a": 2.0, "b": 0.5},
     )
     assert isinstance(config.optim.lr, float)
+
+
+def test_a_section_given_in_part_keeps_the_rest_of_its_fields_default(tmp_path: Path) -> None:
+    config = load_config(Config, write(tmp_path, 'out = "runs"\n[slow]\nsteps = 7\n'))
+    assert config.slow == Optim(lr=1e-6, steps=7, betas=(0.9, 0.999))
 
 
 def test_a_machines_defaults_give_way_to_file_and_overrides(tmp_path: Path) -> None:

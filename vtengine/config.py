@@ -94,7 +94,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     values: dict[str, Any] = {}
     for name, field in known.items():
         if name in data:
-            values[name] = _convert(data[name], hints[name], where + name)
+            values[name] = _convert(_completed(data[name], field), hints[name], where + name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}{name}: missing; add it")
     try:
@@ -103,6 +103,14 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         raise
     except ValueError as error:
         raise ConfigError(f"{where.rstrip('.')}: {error}" if where else str(error)) from None
+
+
+def _completed(value: Any, field: dataclasses.Field[Any]) -> Any:
+    """A section with what it leaves out as its field has it by default, which its class may have otherwise."""
+    if not isinstance(value, Mapping) or field.default_factory is dataclasses.MISSING:
+        return value
+    default = field.default_factory()
+    return {**to_dict(default), **value} if dataclasses.is_dataclass(default) else value
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def missing() -> str | None:
     return None
 
 
+@functools.cache  # every op asks at every call, and Triton itself looks once, when it makes a kernel
 def interpreted() -> bool:
     """Whether Triton kernels run on the CPU, in Python."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -6,10 +6,9 @@ that they ask for. The tests marked gpu run the package itself, where it is ther
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +108,18 @@ def test_through_the_adapter(installed, name, masked):
     errs_no_more_than_torch(OBJECTIVES[name], masked=masked)
 
 
+def test_an_older_package_without_these_kernels_is_missing(monkeypatch):
+    """The package and what it compiles with are there, and import; the module of the kernels is not."""
+    for name in ("liger_kernel", "cutlass"):
+        older = ModuleType(name)
+        older.__path__ = []
+        monkeypatch.setitem(sys.modules, name, older)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    liger._function.cache_clear()
+    assert "liger-kernel[cutedsl]>=0.8.5" in liger.missing.__wrapped__()
+
+
 def test_no_rows(installed):
     hidden, head, targets = Case(0, 8, 16).tensors(torch.bfloat16)
     assert [x.shape for x in token_logprob(hidden, head, targets, impl="liger")] == [(0,), (0,)]
@@ -141,8 +152,9 @@ def test_what_is_missing_is_said(monkeypatch):
         assert liger.missing() == "no CUDA device here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cutlass" else object())
-    assert "pip install liger-kernel[cutedsl]" in liger.missing.__wrapped__()
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    liger._function.cache_clear()
+    assert "pip install 'liger-kernel[cutedsl]" in liger.missing.__wrapped__()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     assert "a GPU is no Hopper" in liger.missing.__wrapped__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ def no_worse(out, theirs, exact):
     assert own <= torchs + 3e-7 * largest, (own, torchs)
 
 
+def interpreter_fuses():
+    """Before Triton 3.9, fma rounds twice when interpreted."""
+    return tuple(int(part) for part in version("triton").split(".")[:2]) >= (3, 9)
+
+
+def turned(x, cos, signed_sin):
+    """The rotary embedding with one fused multiply-add, to the bit: float64 holds its product exactly."""
+    return ((x * cos).double() + x.roll(x.shape[-1] // 2, -1).double() * signed_sin.double()).float()
+
+
 @torch.inference_mode()
 def check(dtypes, device="cpu"):
     for dtype in dtypes:
@@ -41,10 +52,8 @@ def check(dtypes, device="cpu"):
             tables = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
             out, theirs = (layer_ops.rotary(x, *tables, impl=impl) for impl in ("triton", "torch"))
             no_worse(out, theirs, plain.rotary(x.double(), *(table.double() for table in tables)))
-            if (
-                dtype == torch.float32 and device == "cpu" and size >= 80
-            ):  # with fewer, torch on a CPU rounds as it finds no vectors
-                assert torch.equal(out, theirs)
+            if dtype == torch.float32 and device == "cpu" and interpreter_fuses():
+                assert torch.equal(out, turned(x, *tables))
         for rows, size in ((0, 3), (1, 1), (3, 13), (2, 1025), (2, 3420)):
             x = wide(rows, 2 * size, dtype=dtype, device=device)
             x[:, :1] = torch.tensor(-1000.0)

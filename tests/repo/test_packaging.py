@@ -1,4 +1,4 @@
-"""A wheel built from this tree, installed into a fresh environment, works away from the tree."""
+"""The wheel of this tree, in a fresh environment, works away from the tree; its sdist holds all of its sources."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from dataclasses import dataclass
@@ -89,10 +90,29 @@ def test_wheel_holds_every_data_file(installed: Installed) -> None:
     wanted = {
         str(path.relative_to(installed.tree / base))
         for base, package in folders.items()
-        for path in (installed.tree / base / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not unwanted([path.name]) and path.name[0] != "."
+        for path in sources(installed.tree / base / package)
     }
     assert wanted - held == set()
+
+
+def test_sdist_holds_all_that_a_wheel_is_built_from(installed: Installed, tmp_path: Path) -> None:
+    code = "import os, sys; os.chdir(sys.argv[1]); from setuptools.build_meta import build_sdist as b; b(sys.argv[2])"
+    call(sys.executable, "-c", code, installed.tree, tmp_path)
+    (path,) = tmp_path.glob("vtengine-*.tar.gz")
+    with tarfile.open(path) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("csrc", "vtengine", "kernels/vtengine_kernels", "training/vtengine_training")
+    wanted = {str(path.relative_to(installed.tree)) for base in folders for path in sources(installed.tree / base)}
+    assert (wanted | {"setup.py", "pyproject.toml", "LICENSE", "CHANGELOG.md"}) - held == set()
+
+
+def sources(folder: Path) -> list[Path]:
+    """Files of the project in a folder of the tree."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not unwanted([path.name]) and path.name[0] != "."
+    ]
 
 
 def test_packages_import_from_the_wheel(installed: Installed) -> None:

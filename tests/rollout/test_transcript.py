@@ -57,6 +57,7 @@ STEPS = st.lists(
 def test_it_only_grows(tokenizer: Tokenizer, steps: list, max_tokens: int) -> None:
     transcript = Transcript(tokenizer, max_tokens)
     sampled: list[int] = []
+    vocab_size = tokenizer.vocab_size  # counted anew each time
     for turn, (question, sizes, raw, ends) in enumerate(steps):
         before = snapshot(transcript)
         try:
@@ -66,7 +67,7 @@ def test_it_only_grows(tokenizer: Tokenizer, steps: list, max_tokens: int) -> No
             break
         room = transcript.request("r", turn, SamplingParams(max_new_tokens=1000)).sampling.max_new_tokens
         assert room >= 1 and len(transcript) + room == max_tokens
-        ids = [i for i in (x % tokenizer.vocab_size for x in raw) if i not in tokenizer.banned_ids]
+        ids = [i for i in (x % vocab_size for x in raw) if i not in tokenizer.banned_ids]
         ids = (ids + [tokenizer.turn_end_id] * ends)[:room]
         transcript.commit(completion(ids, len(transcript.images), turn))
         sampled += ids

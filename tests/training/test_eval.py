@@ -58,3 +58,11 @@ def test_older_results_are_kept(tmp_path, capsys) -> None:
         assert f"{results}: the older file is now {tmp_path / kept}" in capsys.readouterr().err
     assert (tmp_path / "found.json.previous").read_text() == "first"
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_dry_run_names_a_missing_model(tmp_path, capsys) -> None:
+    path = tmp_path / "eval.toml"
+    path.write_text("count = 3\n")
+    assert main(["eval", str(path), "--dry-run"]) == 0
+    assert main(["eval", str(path), "--dry-run", "--set", "model=absent"]) == 2
+    assert "# MISSING: model: absent holds no config.json" in capsys.readouterr().out

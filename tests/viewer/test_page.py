@@ -108,6 +108,10 @@ def test_totals(two_turn_rows: list) -> None:
     assert (totals.accuracy, totals.upscale_ratio, totals.visual_ratio) == (0.5, 0.5, 0.75)
     assert (totals.resumed_tokens, totals.later_prompt_tokens, totals.unfinished) == (32, 72, 1)
     assert totals.left_out == "; 1 rejected or failed left out" and Totals.of(two_turn_rows[:2]).left_out == ""
+    unanswerable = {key: value for key, value in two_turn_rows[2].items() if key != "expected"}
+    assert (
+        Totals.of([two_turn_rows[0], unanswerable]).left_out == ""
+    )  # without an answer it could not be right or wrong
 
 
 def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
             help="change a value of the file; may be given several times",
         )
         command.add_argument(
-            "--dry-run", action="store_true", help=DRY_RUN.get(name, "print the resolved configuration and stop")
+            "--dry-run",
+            action="store_true",
+            help=DRY_RUN.get(name, "print the resolved configuration and what is missing, then stop"),
         )
         command.set_defaults(run=run)
     return parser
@@ -115,10 +117,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     from vtengine_training.eval.config import EvalConfig
 
     config = load_config(EvalConfig, arguments.config, arguments.overrides)
+    from vtengine_training.eval.runner import evaluate, model_folder, write_results
+
     if arguments.dry_run:
+        from vtengine_training.missing import end_dry_run, refused
+
         print(to_toml(config), end="")
-        return 0
-    from vtengine_training.eval.runner import evaluate, write_results
+        return end_dry_run(arguments.config, [], list(refused(lambda: model_folder(config.model))))
     from vtengine_training.files import check_place
     from vtengine_training.progress import Progress
 
@@ -198,7 +203,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
 
 DRY_RUN = {
     "grpo": "print the resolved configuration, the plan, memory and cost, and what is missing; then stop",
-    "curate": "print the resolved configuration and the plan, then stop",
+    "curate": "print the resolved configuration, the plan and what is missing, then stop",
+    "judge-check": "print the resolved configuration, then stop",
     "sweep": "print the runs and their steps, then stop",
 }
 

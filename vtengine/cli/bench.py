@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         return OK
     if arguments.suite not in suites:
         asked = "no SUITE is given" if arguments.suite is None else f"there is no suite {arguments.suite!r}"
-        remedy = did_you_mean(arguments.suite or "", suites) or f"there is {', '.join(suites) or 'none yet'}"
+        remedy = did_you_mean(arguments.suite or "", suites) or "`vtengine bench --list` names them"
         raise UsageError(f"bench: {asked}; {remedy}")
     command = [sys.executable, str(folder / "run.py"), "--suite", arguments.suite]
     return subprocess.run([*command, *(["--quick"] if arguments.quick else [])], check=False).returncode

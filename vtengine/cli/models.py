@@ -26,6 +26,11 @@ def shipped_model(name: str = SHIPPED_NAMES[0]) -> Path:
 
 def find_model(name: str) -> Path:
     """The folder of a checkpoint; a Hugging Face id is downloaded into its cache. Raises UsageError with the remedy."""
+    return local_model(name) or _checkpoint(name, _download(name))
+
+
+def local_model(name: str) -> Path | None:
+    """The folder of a checkpoint on this machine; None for a Hugging Face id. Raises UsageError with the remedy."""
     folder = Path(name)
     if name in SHIPPED_NAMES and not folder.is_dir():
         folder = shipped_model(name)
@@ -34,7 +39,11 @@ def find_model(name: str) -> Path:
     elif not folder.exists():
         if not _HF_ID.fullmatch(name) or name.startswith((".", os.sep)):
             raise UsageError(f"--model {name}: no such folder, and no Hugging Face id (owner/name) either")
-        folder = _download(name)
+        return None
+    return _checkpoint(name, folder)
+
+
+def _checkpoint(name: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise UsageError(f"--model {name}: is a file; give the folder of a checkpoint")
     if not (folder / "config.json").is_file():

@@ -169,8 +169,8 @@ def own_profile(folder: Path, otherwise: str) -> Profile:
     return load_profile(folder if (folder / PROFILE_FILE).is_file() else otherwise)
 
 
-def load_profile(source: str | Path = "vtengine") -> Profile:
-    """A shipped profile by name, a .toml file, or a folder holding profile.toml. Raises ValueError."""
+def profile_file(source: str | Path) -> Path:
+    """That of a shipped profile by name, a .toml file, or the one in a folder. Raises ValueError if there is none."""
     path = Path(source)
     if str(source) in shipped_profiles():
         path = SHIPPED / f"{source}.toml"
@@ -178,6 +178,12 @@ def load_profile(source: str | Path = "vtengine") -> Profile:
         path = path / PROFILE_FILE
     if not path.is_file():
         raise ValueError(f"profile {str(source)!r}: not found; give a file, or one of {', '.join(shipped_profiles())}")
+    return path
+
+
+def load_profile(source: str | Path = "vtengine") -> Profile:
+    """The profile in `profile_file`. Raises ValueError."""
+    path = profile_file(source)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

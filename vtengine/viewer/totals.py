@@ -16,6 +16,7 @@ class Totals:
     """Sums over rows. `resumed_tokens` were in the cache when a later turn of their episode began.
 
     statuses: (status, rows); codes: (error code, rows) of the rejected and failed ones; both most frequent first.
+    unscored: of these, those with an accepted answer.
     """
 
     rows: int = 0
@@ -23,6 +24,7 @@ class Totals:
     codes: tuple[tuple[str, int], ...] = ()
     scored: int = 0
     correct: int = 0
+    unscored: int = 0
     answered: int = 0
     upscaled: int = 0
     visual_tokens: int = 0
@@ -63,7 +65,7 @@ class Totals:
     @property
     def left_out(self) -> str:
         """What is said behind the accuracy of the rows that it leaves out."""
-        return f"; {self.unfinished:,} rejected or failed left out" if self.unfinished else ""
+        return f"; {self.unscored:,} rejected or failed left out" if self.unscored else ""
 
 
 class TotalsCounter:
@@ -81,6 +83,7 @@ class TotalsCounter:
         if row.get("status") in UNFINISHED:
             error = row.get("error")
             self._codes[str(error.get("code")) if isinstance(error, Mapping) else "unknown"] += 1
+            sums["unscored"] += bool(_list(row.get("expected")))
         elif isinstance(row.get("correct"), bool):
             sums["scored"] += 1
             sums["correct"] += row["correct"]

@@ -79,8 +79,9 @@ if missing() is None:
 
 def takes(x: Tensor) -> bool:
     """Whether tensors of this kind are implemented, and nobody will ask for gradients."""
-    is_known = x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return is_known and torch.is_inference_mode_enabled() and (x.is_cuda or interpreted())
+    if not (x.is_cuda or interpreted()):  # first, for this is asked on CPUs too, at every call
+        return False
+    return x.dtype in (torch.float16, torch.bfloat16, torch.float32) and torch.is_inference_mode_enabled()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -30,8 +29,10 @@ def missing() -> str | None:
         return "no CUDA device here"
     if torch.cuda.get_device_capability() != (9, 0):
         return f"{torch.cuda.get_device_name()} is no Hopper GPU (compute capability 9.0)"
-    if any(importlib.util.find_spec(package) is None for package in ("liger_kernel", "cutlass")):
-        return "Liger's kernels for Hopper are not installed: `pip install liger-kernel[cutedsl]`"
+    try:
+        _function()
+    except (ImportError, AttributeError) as error:  # an older liger-kernel has no such module
+        return f"Liger's kernels for Hopper are not installed ({error}): `pip install 'liger-kernel[cutedsl]>=0.8.5'`"
     return None
 
 

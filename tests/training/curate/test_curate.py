@@ -187,3 +187,25 @@ def test_agreement_with_the_labels_of_the_data() -> None:
     rows = [row | {"needs_high": True}, row | {"needs_high": False}]
     assert summary(rows, {})["agrees_with_needs_high"] == 0.5
     assert "agrees_with_needs_high" not in summary([row], {})
+
+
+def test_a_dry_run_names_what_is_missing(curate, tmp_path, capsys) -> None:
+    settings = ("model=absent", "profile=nothing", "data.files=['gone.jsonl']", "reward.function=nowhere:by_id")
+    path = tmp_path / "curate.toml"
+    dry = ["curate", str(path), "--dry-run"]
+    assert main([*dry, *(word for one in settings for word in ("--set", one))]) == 2
+    said = capsys.readouterr().out
+    for what in (
+        "--model absent: no such folder",
+        "profile 'nothing'",
+        "data.files: gone.jsonl",
+        "cannot import nowhere",
+    ):
+        assert f"MISSING: {what}" in said.replace("MISSING: reward.function = 'nowhere:by_id': ", "MISSING: ")
+    assert main(dry) == 0 and "MISSING" not in capsys.readouterr().out
+    assert main([*dry, "--set", "model=some/model"]) == 0  # an id of the hub is not looked up
+
+
+def test_an_empty_output_is_refused(curate, tmp_path, capsys) -> None:
+    assert main(["curate", str(tmp_path / "curate.toml"), "--set", "output="]) == 2
+    assert "--set output=: output = '': must not be empty" in capsys.readouterr().err

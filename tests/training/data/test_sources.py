@@ -13,6 +13,9 @@ from vtengine_training.data.config import DataConfig, GlanceData, SourceConfig
 from vtengine_training.data.examples import read_dataset
 from vtengine_training.data.load import load_examples
 
+from vtengine.vision.errors import ImageError
+from vtengine.vision.source import read_image_source
+
 pyarrow = pytest.importorskip("pyarrow")
 
 VISIONTHINK = {
@@ -276,3 +279,23 @@ def test_generated_questions_are_written_once(tmp_path) -> None:
 def test_bad_configs(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         DataConfig(**options)
+
+
+def test_images_elsewhere_below_a_root(tmp_path) -> None:
+    """Paths begin at the file's folder, and may leave it for another one below the root; what was unpacked stays."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(png())
+    paths = ["../photos/a.png", str(tmp_path / "photos" / "a.png"), "../../a.png", "data:image/png;base64,AA=="]
+    rows = [{"image": path, "question": "What?", "answer": "1"} for path in paths]
+    (tmp_path / "annotations" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(image_root=str(tmp_path))
+    found = read_dataset([tmp_path / "annotations" / "rows.jsonl"], source, tmp_path / "images").examples
+    assert [one.image for one in found[:3]] == ["photos/a.png", "photos/a.png", "../a.png"]
+    assert read_image_source(found[0].image, found[0].root) == png()
+    with pytest.raises(ImageError, match="outside the image root"):
+        read_image_source(found[2].image, found[2].root)
+    assert found[3].image == paths[3]
+    path = parquet(tmp_path / "annotations" / "a.parquet", [published(0)])
+    (stored,) = read(path, tmp_path, image_root=str(tmp_path / "photos")).examples
+    assert read_image_source(stored.image, stored.root) == png()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
+import torch
+
 
 def half(episode, example):
     return 0.5
@@ -18,8 +21,20 @@ async def later(episode, example) -> float:
     return 1.0
 
 
+def of_numpy(episode, example):
+    return np.float32(1)
+
+
+def of_numpy_truth(episode, example):
+    return np.bool_(True)
+
+
+def of_torch(episode, example):
+    return torch.tensor(0.5)
+
+
 def raises(episode, example):
-    raise ZeroDivisionError("oh")
+    raise ZeroDivisionError("oh\nno")
 
 
 def nan(episode, example):
@@ -36,6 +51,10 @@ def text(episode, example):
 
 def nothing(episode, example):
     return None
+
+
+def several(episode, example):
+    return torch.tensor([0.0, 1.0])
 
 
 def too_much(episode, example):

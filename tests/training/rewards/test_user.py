@@ -19,7 +19,10 @@ def score(name, answer="4"):
     return asyncio.run(UserReward(f"{HERE}:{name}").score(direct(answer), example("4")))
 
 
-@pytest.mark.parametrize(("name", "accuracy"), [("half", 0.5), ("right", 1.0), ("later", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "accuracy"),
+    [("half", 0.5), ("right", 1.0), ("later", 1.0), ("of_numpy", 1.0), ("of_numpy_truth", 1.0), ("of_torch", 0.5)],
+)
 def test_accuracy_is_theirs_and_format_is_ours(name, accuracy):
     found = score(name)
     assert (found.accuracy, found.format) == (accuracy, 0.5)
@@ -29,10 +32,11 @@ def test_a_dot_instead_of_the_colon():
     assert load_function(f"{HERE}.half")(None, None) == 0.5
 
 
-@pytest.mark.parametrize("name", ["raises", "nan", "infinite", "text", "nothing", "too_much"])
-def test_a_bad_value_names_function_and_example(name):
-    with pytest.raises(RewardError, match=rf"rewards_of_users:{name}, example 'e1'"):
+@pytest.mark.parametrize("name", ["raises", "nan", "infinite", "text", "nothing", "several", "too_much"])
+def test_a_bad_value_names_the_function_on_one_line(name):
+    with pytest.raises(RewardError, match=rf"reward function {HERE}:{name}: (raised|returned) ") as caught:
         score(name)
+    assert "\n" not in str(caught.value) and "e1" not in str(caught.value)  # so that equal reasons are counted as one
 
 
 @pytest.mark.parametrize(

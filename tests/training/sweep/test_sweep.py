@@ -99,6 +99,21 @@ def test_bad_sweeps_are_found_before_anything_runs(sweep, tmp_path, text, messag
     assert not (tmp_path / "out").exists()
 
 
+def test_an_error_of_a_run_says_where_it_stands(sweep, tmp_path, capsys) -> None:
+    path = sweep("[sweep]\nseed = [1]")
+    wrong = ("--set", "set.rollout.prompt=3")
+    assert main(["sweep", str(path), "--set", "set.steps=2", *wrong, "--dry-run"]) == 2
+    assert "--set set.rollout.prompt=3: run seed-1: rollout.prompt: unknown key" in capsys.readouterr().err
+    path = sweep("[set]\nrollout.prompt = 3\n[sweep]\nseed = [1]")
+    assert main(["sweep", str(path), "--set", "set.steps=2", "--dry-run"]) == 2
+    assert f"{path}: run seed-1: rollout.prompt: unknown key" in capsys.readouterr().err
+    (tmp_path / "base.toml").write_text("stepz = 3\n" + BASE)
+    assert main(["sweep", str(sweep("[sweep]\nseed = [1]")), "--dry-run"]) == 2
+    assert f"run seed-1: base {tmp_path / 'base.toml'}: stepz: unknown key" in capsys.readouterr().err
+    assert main(["sweep", str(path), "--set", "base=gone.toml", "--dry-run"]) == 2
+    assert f"--set base=gone.toml: base = 'gone.toml': {tmp_path / 'gone.toml'} is no file" in capsys.readouterr().err
+
+
 def test_one_fails_the_others_run_and_the_next_call_does_the_rest(sweep, tmp_path, capsys) -> None:
     path = sweep(f'jobs = 2\nlast = 2\nresults = "{tmp_path / "fig.json"}"\n[sweep]\nreward.penalty.theta = [0.1, 0.3]')
     out = tmp_path / "out"

@@ -23,6 +23,7 @@ from vtengine_training.trainer.checkpoint import find_latest
 from vtengine_training.trainer.command import EXIT_DIVERGED, note
 
 from vtengine.config import to_toml
+from vtengine.protocol.profile import load_profile
 
 REPO = Path(__file__).resolve().parents[3]
 TIMED = ("time/", "samples/", "memory/")
@@ -179,6 +180,12 @@ def test_a_finished_run_has_nothing_to_do(command, tmp_path, monkeypatch, capsys
     assert main([*arguments, "--set", "checkpoint.keep=5"]) == 0
     assert "going on from step 1; changed since: checkpoint.keep = 5 (was 2)\n" in capsys.readouterr().err
     assert (tmp_path / "once" / "model" / "model.safetensors").is_file()
+
+
+def test_the_exported_model_brings_the_profile_that_it_was_trained_with(command, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    assert main(command("run", "toy_reward:low_bytes", "steps=1", "profile=visionthink")) == 0
+    assert load_profile(tmp_path / "run" / "model") == load_profile("visionthink")
 
 
 def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, monkeypatch, capsys) -> None:

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 import torch
+from vtengine_training.rewards.base import Score
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
 
@@ -85,3 +86,17 @@ def test_validation_is_greedy_and_leaves_training_alone(make_config, tiny_data, 
     ]
     assert rows[0]["val/questions"] == rows[2]["val/questions"] == 5
     assert not any(name.startswith("val/") for row in runs[0][1] for name in row)
+
+
+def test_questions_left_out_of_a_validation_are_said(make_config, tiny_data, caplog) -> None:
+    class Picky:
+        async def score(self, episode, example):
+            if example.id in ("q1", "q3"):
+                raise KeyError("no such column")
+            return Score(1.0, 0.0)
+
+    one = Run(make_config(validation={"every": 1, "files": [str(tiny_data)]}), rewarder(Picky()))
+    found = asyncio.run(one.validate())
+    asyncio.run(one.close())
+    assert found["val/questions"] == 3
+    assert caplog.messages == ["validation leaves out 2 of 5 questions; example q1: KeyError: 'no such column'"]

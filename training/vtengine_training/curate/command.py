@@ -9,12 +9,14 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtengine.config import load_config, to_toml
 from vtengine_training.curate.config import CurateConfig
+from vtengine_training.missing import absent_files, end_dry_run, of_profile, of_reward, refused
 
 
 def run_curate(arguments: argparse.Namespace) -> int:
@@ -22,8 +24,7 @@ def run_curate(arguments: argparse.Namespace) -> int:
     config = load_config(CurateConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
-        print("\n".join(f"# {line}" for line in plan(config)))
-        return 0
+        return end_dry_run(arguments.config, plan(config), list(_missing(config)))
     from vtengine.cli.errors import CliError
     from vtengine_training.files import only_run_in
 
@@ -99,6 +100,13 @@ def plan(config: CurateConfig) -> list[str]:
         "more right at the high view",
         f"rows, images and summary go to {config.output}",
     ]
+
+
+def _missing(config: CurateConfig) -> Iterator[str]:
+    from vtengine.cli.models import local_model
+
+    yield from absent_files("data", config.data)
+    yield from refused(partial(local_model, config.model), *of_reward(config.reward), *of_profile(config.profile))
 
 
 def _session(config: CurateConfig) -> argparse.Namespace:

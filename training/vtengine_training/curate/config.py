@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from vtengine.cli.engine_args import deciding
 from vtengine.config import to_dict
-from vtengine_training.checks import at_least, positive_or_none
+from vtengine_training.checks import at_least, not_empty, positive_or_none
 from vtengine_training.data.config import DataConfig
 from vtengine_training.rewards.rewarder import RewardConfig
 
@@ -48,6 +48,7 @@ class CurateConfig:
     reward: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self) -> None:
+        not_empty(self, "model", "output")
         at_least(self, 1, "rollouts", "max_new_tokens", "concurrency")
         positive_or_none(self, "threads", "kv_gb")
         if self.engine_args and self.backend != "sglang":

@@ -25,6 +25,8 @@ class SourceConfig:
 
     columns: our name = theirs, for example question = "problem"; "info.use_tool" reaches into a struct. Ours are id,
     image, question and answer; any other name becomes a field of the example. Columns not named keep their names.
+    image_root: a folder that holds the images, as of `vtengine generate`: paths still begin at their file's folder, and
+    none may lead out of it. Empty: each file's own folder.
     remove: texts taken out of questions, such as "<image>". max_rows: rows read; None = all.
     label: the field that `mix` is about. mix: label = share; rows with other labels are left out, and at random those
     of labels of which there are too many. A single label is a filter. Empty: every row, whatever its label.
@@ -33,6 +35,7 @@ class SourceConfig:
     files: tuple[str, ...] = ()
     glance: GlanceData | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    image_root: str = ""
     remove: tuple[str, ...] = ()
     max_rows: int | None = None
     label: str = "label"

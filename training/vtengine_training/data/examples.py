@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,11 +83,21 @@ def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, imag
         else:
             seen.add(name)
             fields = {key: value for key, value in row.carried.items() if key not in ("image", "question")}
-            examples.append(Example(name, row.image, row.question, row.answers, root, fields))
+            image = row.image
+            if source.image_root and root != images:  # what was unpacked lies where we put it
+                image, root = _below(Path(source.image_root), image, root)
+            examples.append(Example(name, image, row.question, row.answers, root, fields))
     if not examples:
         counts = ", ".join(f"{code} {count}" for code, count in rejected.items()) or "the files are empty"
         raise ValueError(f"data.files: no usable example ({counts}); every row needs image, question and answer")
     return Dataset(tuple(examples), dict(rejected))
+
+
+def _below(image_root: Path, image: str, folder: Path) -> tuple[str, Path]:
+    """(image, root): a path from `folder` as one from the root, which it may not lead out of. URLs stay."""
+    if "://" in image or image.startswith("data:"):
+        return image, folder
+    return Path(os.path.relpath(folder / image, image_root)).as_posix(), image_root
 
 
 def _rows(path: Path, source: SourceConfig, images: Path | None) -> Iterator[SourceRow]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vtengine_training.checks import at_least
+from vtengine_training.checks import at_least, not_empty
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class EvalConfig:
     results: str = "runs/eval.json"
 
     def __post_init__(self) -> None:
+        not_empty(self, "model", "results")
         at_least(self, 1, "count", "concurrency", "max_new_tokens", "threads")
         if not self.temperature >= 0:
             raise ValueError(f"temperature = {self.temperature}: must be 0 (greedy) or more")

@@ -15,7 +15,9 @@ import math
 import os
 import sys
 from collections.abc import Awaitable, Callable
+from typing import SupportsFloat
 
+from vtengine.cli.errors import one_line
 from vtengine.rollout.episode import Episode
 from vtengine_training.data.examples import Example
 from vtengine_training.rewards.base import RewardError, Score, format_reward
@@ -59,15 +61,23 @@ class UserReward:
         self.function = load_function(path)
 
     async def score(self, episode: Episode, example: Example) -> Score:
-        """Raises RewardError, naming the function and the example, when the function raises or returns no reward."""
-        where = f"reward function {self.path}, example {example.id!r}"
+        """Raises RewardError, naming the function, when it raises or returns no reward."""
+        where = f"reward function {self.path}"
         try:
             value = self.function(episode, example)
             if inspect.isawaitable(value):
                 value = await value
         except (Exception, SystemExit) as error:
-            raise RewardError(f"{where}: raised {type(error).__name__}: {error}") from error
-        is_number = isinstance(value, int | float)  # True and False are numbers here
-        if not is_number or not math.isfinite(value) or not 0 <= value <= 1:
-            raise RewardError(f"{where}: returned {value!r}; must be a finite number from 0 to 1")
-        return Score(float(value), format_reward(episode))
+            raise RewardError(f"{where}: raised {type(error).__name__}: {one_line(error)}") from error
+        return Score(_number(value, where), format_reward(episode))
+
+
+def _number(value: object, where: str) -> float:
+    """True, False, and scalars of NumPy and torch are numbers too. Raises RewardError."""
+    try:
+        number = float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError):  # an array or tensor of several numbers
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise RewardError(f"{where}: returned {one_line(repr(value))}; must be a finite number from 0 to 1")
+    return number

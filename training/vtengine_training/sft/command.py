@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtengine.config import load_config, to_toml
 from vtengine_training.loggers.open import check_loggers, open_loggers
+from vtengine_training.missing import end_dry_run, of_profile, refused
 from vtengine_training.sft.config import SftConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 
@@ -21,12 +23,19 @@ def run_sft(arguments: argparse.Namespace) -> int:
     config = load_config(SftConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
-        return 0
+        return end_dry_run(arguments.config, [], list(_missing(config)))
     check_loggers(config.loggers)
     from vtengine_training.files import only_run_in
 
     with only_run_in(Path(config.output)):
         return _train(config)
+
+
+def _missing(config: SftConfig) -> Iterator[str]:
+    from vtengine_training.eval.runner import model_folder
+
+    init = (partial(model_folder, config.init, "init"),) if config.init else ()
+    yield from refused(*init, partial(check_loggers, config.loggers), *of_profile(config.profile))
 
 
 def _train(config: SftConfig) -> int:

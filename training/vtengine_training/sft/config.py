@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vtengine.model.config import ModelConfig
 from vtengine.model.qwen2_5_config import TextConfig, VisionConfig
-from vtengine_training.checks import at_least
+from vtengine_training.checks import at_least, not_empty
 from vtengine_training.glance.scene import KINDS
 from vtengine_training.loggers.config import DEFAULT_LOGGERS, LoggerName, WandbConfig
 from vtengine_training.lora.config import LoraConfig
@@ -130,10 +130,21 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW. clip: the largest norm of all gradients together; inf = they are never clipped."""
+
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.98
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay = {self.weight_decay}: must be 0 or more, and finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 0 and below 1")
+        if not self.clip > 0:
+            raise ValueError(f"clip = {self.clip}: must be more than 0; inf never clips")
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,7 @@ class SftConfig:
             raise ValueError("phases = []: name at least one [[phases]] table")
         if self.lora.rank and not self.init:
             raise ValueError(f"lora.rank = {self.lora.rank}: adapters need a model to sit on; name it with init")
+        not_empty(self, "output")
         at_least(self, 1, "threads", "log_every", "eval_every", "eval_questions", "save_every")
 
     @property

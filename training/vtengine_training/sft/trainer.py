@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from vtengine.config import to_dict
 from vtengine.model import Qwen2_5_VL, VLModel, load_model, meta_model, plain_attention, save_model
-from vtengine.protocol.profile import PROFILE_FILE, SHIPPED, Profile, load_profile
+from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile, profile_file
 from vtengine_training.eval.runner import model_folder
 from vtengine_training.files import write_whole
 from vtengine_training.fingerprint import weights_fingerprint
@@ -198,9 +198,8 @@ class Run:
             shipped = meta_model(self.model.config).to(torch.bfloat16).to_empty(device="cpu")
             weights = {n.removeprefix("model."): w for n, w in self.optimizer.master.items() if n.startswith("model.")}
             shipped.load_state_dict({name: weight.to(torch.bfloat16) for name, weight in weights.items()})
-        source = SHIPPED / f"{self.config.profile}.toml"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PROFILE_FILE).write_bytes((source if source.is_file() else Path(self.config.profile)).read_bytes())
+        (folder / PROFILE_FILE).write_bytes(profile_file(self.config.profile).read_bytes())
         write_processor_files(self.tokenizer, folder, LIMITS.min_pixels, LIMITS.max_pixels)
         save_model(shipped, folder)
 

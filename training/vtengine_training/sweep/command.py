@@ -9,8 +9,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from vtengine.config import load_config, to_toml
+from vtengine.config import build, load, to_toml
 from vtengine_training.files import only_run_in
 from vtengine_training.stopping import EXIT_STOPPED
 from vtengine_training.sweep.config import SweepConfig
@@ -23,8 +24,12 @@ EXIT_FAILED = 3
 
 def run_sweep(arguments: argparse.Namespace) -> int:
     """The command. Raises ValueError for a configuration that cannot be used, the runs' included."""
-    config = load_config(SweepConfig, arguments.config, arguments.overrides)
-    planned = plan_runs(config, arguments.config.parent)
+
+    def make(data: dict[str, Any]) -> tuple[SweepConfig, list[Planned]]:
+        config = build(SweepConfig, data)
+        return config, plan_runs(config, arguments.config.parent)
+
+    config, planned = load(make, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
         print(f"#\n# {len(planned)} runs of {config.command}, {config.jobs} at a time:")

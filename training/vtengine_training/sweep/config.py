@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vtengine_training.checks import at_least
+from vtengine_training.checks import at_least, not_empty
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class SweepConfig:
     plot: PlotConfig = field(default_factory=PlotConfig)
 
     def __post_init__(self) -> None:
+        not_empty(self, "base", "output")
         at_least(self, 1, "jobs", "last")
         if not self.sweep and not self.runs:
             raise ValueError("sweep: nothing is varied; give [sweep] keys with lists of values, or [[runs]]")

@@ -39,6 +39,10 @@ def plan_runs(config: SweepConfig, near: Path) -> list[Planned]:
 
     Raises ValueError, naming the run, for one whose configuration cannot be used.
     """
+    if not (near / config.base).is_file():
+        raise ConfigError(
+            f"base = {config.base!r}: {near / config.base} is no file; give its path from this file's folder"
+        )
     varied = [*grid(config.sweep), *(flat(run) for run in config.runs)]
     keys = list(dict.fromkeys(key for settings in varied for key in settings if key != "name"))
     planned = [_plan(config, near, settings, keys) for settings in varied]
@@ -75,20 +79,34 @@ def _plan(config: SweepConfig, near: Path, settings: Settings, keys: Sequence[st
     given = settings.get("name")
     settings = {key: value for key, value in settings.items() if key != "name"}
     name = safe(str(given)) if given is not None else name_of(settings, keys)
-    data = read_data(near / config.base)
     folder = Path(config.output) / name
     try:
-        for key, value in {**flat(config.set), **settings}.items():
-            put(data, key, value)
-        data["output"] = str(folder)
-        if config.command == "grpo" and isinstance(data.get("data"), dict):
-            data["data"].setdefault("folder", str(Path(config.output) / "data"))
-        kind: Any = KINDS[config.command]
-        made = build(kind, data)
+        made = _build(config, near, {**flat(config.set), **settings, "output": str(folder)})
     except ConfigError as error:
-        raise ConfigError(f"run {name}: {error}") from None
+        raise ConfigError(f"run {name}: {_place(config, near, str(error))}{error}") from None
     steps = made.steps if isinstance(made, GrpoConfig) else made.total_steps
     return Planned(name, settings, folder, to_toml(made), steps)
+
+
+def _build(config: SweepConfig, near: Path, settings: Settings) -> GrpoConfig | SftConfig:
+    """The base with these keys changed."""
+    data = read_data(near / config.base)
+    for key, value in settings.items():
+        put(data, key, value)
+    if config.command == "grpo" and isinstance(data.get("data"), dict):
+        data["data"].setdefault("folder", str(Path(config.output) / "data"))
+    kind: Any = KINDS[config.command]
+    made: GrpoConfig | SftConfig = build(kind, data)
+    return made
+
+
+def _place(config: SweepConfig, near: Path, message: str) -> str:
+    """Where an error stands that the base has also when nothing in it is changed."""
+    try:
+        _build(config, near, {"output": config.output})
+    except ConfigError as error:
+        return f"base {near / config.base}: " if str(error) == message else ""
+    return ""
 
 
 def name_of(settings: Settings, keys: Sequence[str]) -> str:

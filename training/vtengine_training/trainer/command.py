@@ -17,6 +17,7 @@ from vtengine.config import load_config, to_toml
 from vtengine_training.errors import first_line
 from vtengine_training.files import only_run_in
 from vtengine_training.loggers.open import check_loggers, open_loggers
+from vtengine_training.missing import absent_files, end_dry_run, of_profile, of_reward, refused
 from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 from vtengine_training.trainer.config import GrpoConfig
@@ -41,12 +42,7 @@ def run_grpo(arguments: argparse.Namespace) -> int:
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
-        missing = list(_missing(config))
-        lines = plan(config) + [f"MISSING: {what}" for what in missing]
-        print("\n".join(f"# {line}" if line else "#" for line in lines))
-        if missing:
-            raise ValueError(f"{arguments.config}: would not start: {'; '.join(missing)}")
-        return 0
+        return end_dry_run(arguments.config, plan(config), list(_missing(config)))
     check_loggers(config.loggers)
     from torch import OutOfMemoryError
 
@@ -85,6 +81,7 @@ def run_grpo(arguments: argparse.Namespace) -> int:
 
 def _run(config: GrpoConfig, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Trains to the end, or to a signal; exports at the end."""
+    from vtengine.protocol.profile import PROFILE_FILE, profile_file
     from vtengine_training.trainer.loop import Run
     from vtengine_training.trainer.parts import export_whole
     from vtengine_training.trainer.step import TrainingDiverged
@@ -106,6 +103,8 @@ def _run(config: GrpoConfig, ranks: Ranks, say: Callable[[str], None]) -> Run:
                 raise TrainingDiverged(f"stopped at step {run.step}: {error}") from None
         if run.step == config.steps:
             export_whole(run.parts, output, ranks)
+            if config.profile and ranks.is_first:  # it answers in the words that it was trained with
+                (output / "model" / PROFILE_FILE).write_bytes(profile_file(config.profile).read_bytes())
     return run
 
 
@@ -149,24 +148,17 @@ def plan(config: GrpoConfig) -> list[str]:
 
 
 def _missing(config: GrpoConfig) -> Iterator[str]:
-    """What would end the run at its start, of what is seen without loading anything."""
-    from vtengine.protocol.profile import load_profile
     from vtengine_training.eval.runner import model_folder
-    from vtengine_training.rewards.user import load_function
 
-    held_out = config.validation.files if config.validation.every else ()
-    for field, files in (("data", config.data.files), ("validation", held_out)):
-        yield from (f"{field}.files: {name}: no such file or folder" for name in files if not Path(name).exists())
-    checks: list[Callable[[], object]] = [partial(model_folder, config.model), partial(check_loggers, config.loggers)]
-    if config.reward.function:
-        checks.append(partial(load_function, config.reward.function))
-    if config.profile:
-        checks.append(partial(load_profile, config.profile))
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            yield str(error)
+    yield from absent_files("data", config.data)
+    if config.validation.every:
+        yield from absent_files("validation", config.validation)
+    yield from refused(
+        partial(model_folder, config.model),
+        partial(check_loggers, config.loggers),
+        *of_reward(config.reward),
+        *of_profile(config.profile),
+    )
 
 
 def _penalty(config: PenaltyConfig) -> str:

@@ -28,7 +28,7 @@ def sample_facts(episode: Episode, score: Score, reward: float, example: Example
         "answered": float(episode.status == "answered"),
         "truncated": float(episode.status == "truncated"),
     }
-    if isinstance(example.fields.get("needs_high"), bool):
+    if example.fields.get("needs_high") in (0, 1):  # True and False are among them
         facts["needs_high"] = float(example.fields["needs_high"])
     return facts
 

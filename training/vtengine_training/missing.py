@@ -1,0 +1,54 @@
+"""What would end a command at its start, of what is seen without loading anything: `--dry-run` says it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from vtengine.cli.errors import UsageError
+from vtengine_training.data.config import SourceConfig
+from vtengine_training.rewards.rewarder import RewardConfig
+
+Check = Callable[[], object]
+
+
+def absent_files(section: str, source: SourceConfig) -> Iterator[str]:
+    """Those of `source`, the config's [section]."""
+    yield from (f"{section}.files: {name}: no such file or folder" for name in source.files if not Path(name).exists())
+    if source.image_root and not Path(source.image_root).is_dir():
+        yield f"{section}.image_root: {source.image_root}: no such folder"
+
+
+def refused(*checks: Check) -> Iterator[str]:
+    """What the checks raise ValueError or UsageError for."""
+    for check in checks:
+        try:
+            check()
+        except (ValueError, UsageError) as error:
+            yield str(error)
+
+
+def of_reward(reward: RewardConfig) -> Iterator[Check]:
+    """That the user's function is found."""
+    from vtengine_training.rewards.user import load_function
+
+    if reward.function:
+        yield partial(load_function, reward.function)
+
+
+def of_profile(name: str) -> Iterator[Check]:
+    """That it can be read; empty = the model's own."""
+    from vtengine.protocol.profile import load_profile
+
+    if name:
+        yield partial(load_profile, name)
+
+
+def end_dry_run(config: Path, plan: list[str], missing: list[str]) -> int:
+    """Prints both as comments. Returns 0, or raises ValueError that says why the command would not start."""
+    lines = plan + [f"MISSING: {what}" for what in missing]
+    print("\n".join(f"# {line}" if line else "#" for line in lines), end="\n" if lines else "")
+    if missing:
+        raise ValueError(f"{config}: would not start: {'; '.join(missing)}")
+    return 0
