@@ -205,7 +205,7 @@ DRY_RUN = {
     "grpo": "print the resolved configuration, the plan, memory and cost, and what is missing; then stop",
     "curate": "print the resolved configuration, the plan and what is missing, then stop",
     "judge-check": "print the resolved configuration, then stop",
-    "sweep": "print the runs and their steps, then stop",
+    "sweep": "print the runs, their steps and what is missing, then stop",
 }
 
 

@@ -114,6 +114,15 @@ def test_an_error_of_a_run_says_where_it_stands(sweep, tmp_path, capsys) -> None
     assert f"--set base=gone.toml: base = 'gone.toml': {tmp_path / 'gone.toml'} is no file" in capsys.readouterr().err
 
 
+def test_a_dry_run_names_what_is_missing_once(sweep, tmp_path, capsys) -> None:
+    dry = ["sweep", str(sweep("[sweep]\nseed = [1, 2]")), "--dry-run"]
+    assert main(dry) == 0 and "MISSING" not in capsys.readouterr().out
+    assert main([*dry, "--set", "set.model=gone"]) == 2
+    said = capsys.readouterr().out
+    assert said.count("# MISSING: ") == 1 and "# MISSING: run seed-1: model: gone holds no config.json" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_fails_the_others_run_and_the_next_call_does_the_rest(sweep, tmp_path, capsys) -> None:
     path = sweep(f'jobs = 2\nlast = 2\nresults = "{tmp_path / "fig.json"}"\n[sweep]\nreward.penalty.theta = [0.1, 0.3]')
     out = tmp_path / "out"

@@ -27,7 +27,7 @@ def summary(rows: Sequence[Row], left_out: Mapping[str, int]) -> dict[str, Any]:
             found[f"accuracy_{view}"] = round(share, 4)
         found["correct"] = _table(scored)
     named = [row for row in scored if row["label"] in ("low_is_enough", "needs_high")]
-    if named and all(isinstance(row.get("needs_high"), bool) for row in named):
+    if named and all(row.get("needs_high") in (0, 1) for row in named):
         right = [row["needs_high"] == (row["label"] == "needs_high") for row in named]
         found["agrees_with_needs_high"] = round(sum(right) / len(right), 4)
     return found

@@ -23,7 +23,7 @@ def run_sft(arguments: argparse.Namespace) -> int:
     config = load_config(SftConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
-        return end_dry_run(arguments.config, [], list(_missing(config)))
+        return end_dry_run(arguments.config, [], list(missing(config)))
     check_loggers(config.loggers)
     from vtengine_training.files import only_run_in
 
@@ -31,7 +31,8 @@ def run_sft(arguments: argparse.Namespace) -> int:
         return _train(config)
 
 
-def _missing(config: SftConfig) -> Iterator[str]:
+def missing(config: SftConfig) -> Iterator[str]:
+    """What would end the run at its start, of what is seen without loading anything."""
     from vtengine_training.eval.runner import model_folder
 
     init = (partial(model_folder, config.init, "init"),) if config.init else ()

@@ -13,6 +13,8 @@ from typing import Any
 
 from vtengine.config import build, load, to_toml
 from vtengine_training.files import only_run_in
+from vtengine_training.missing import end_dry_run
+from vtengine_training.sft.config import SftConfig
 from vtengine_training.stopping import EXIT_STOPPED
 from vtengine_training.sweep.config import SweepConfig
 from vtengine_training.sweep.plan import Planned, plan_runs
@@ -32,14 +34,26 @@ def run_sweep(arguments: argparse.Namespace) -> int:
     config, planned = load(make, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
-        print(f"#\n# {len(planned)} runs of {config.command}, {config.jobs} at a time:")
-        print("\n".join(f"# {one.name}: {one.steps} steps" for one in planned))
-        return 0
+        plan = ["", f"{len(planned)} runs of {config.command}, {config.jobs} at a time:"]
+        plan += [f"{one.name}: {one.steps} steps" for one in planned]
+        return end_dry_run(arguments.config, plan, _missing(planned))
     from vtengine_training.sweep.plot import lines
 
     lines(planned, config.plot)  # a mistyped key of the plot is found before the runs, not after
     with only_run_in(Path(config.output)):
         return _run_all(config, planned)
+
+
+def _missing(planned: Sequence[Planned]) -> list[str]:
+    """What would end a run at its start; what several lack is said of the first one."""
+    from vtengine_training.sft.command import missing as missing_in_sft
+    from vtengine_training.trainer.command import missing as missing_in_grpo
+
+    found: dict[str, str] = {}
+    for one in planned:
+        for what in missing_in_sft(one.made) if isinstance(one.made, SftConfig) else missing_in_grpo(one.made):
+            found.setdefault(what, one.name)
+    return [f"run {name}: {what}" for what, name in found.items()]
 
 
 def _run_all(config: SweepConfig, planned: Sequence[Planned]) -> int:

@@ -20,13 +20,22 @@ KINDS = {"grpo": GrpoConfig, "sft": SftConfig}
 
 @dataclass(frozen=True)
 class Planned:
-    """One run. settings: what is varied, by dotted key. config: its file's text. steps: how many it will take."""
+    """One run. settings: what is varied, by dotted key."""
 
     name: str
     settings: Settings
     folder: Path
-    config: str
-    steps: int
+    made: GrpoConfig | SftConfig
+
+    @property
+    def config(self) -> str:
+        """Its file's text."""
+        return to_toml(self.made)
+
+    @property
+    def steps(self) -> int:
+        """How many it will take."""
+        return self.made.steps if isinstance(self.made, GrpoConfig) else self.made.total_steps
 
     @property
     def path(self) -> Path:
@@ -84,8 +93,7 @@ def _plan(config: SweepConfig, near: Path, settings: Settings, keys: Sequence[st
         made = _build(config, near, {**flat(config.set), **settings, "output": str(folder)})
     except ConfigError as error:
         raise ConfigError(f"run {name}: {_place(config, near, str(error))}{error}") from None
-    steps = made.steps if isinstance(made, GrpoConfig) else made.total_steps
-    return Planned(name, settings, folder, to_toml(made), steps)
+    return Planned(name, settings, folder, made)
 
 
 def _build(config: SweepConfig, near: Path, settings: Settings) -> GrpoConfig | SftConfig:

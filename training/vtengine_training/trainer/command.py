@@ -42,7 +42,7 @@ def run_grpo(arguments: argparse.Namespace) -> int:
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(to_toml(config), end="")
-        return end_dry_run(arguments.config, plan(config), list(_missing(config)))
+        return end_dry_run(arguments.config, plan(config), list(missing(config)))
     check_loggers(config.loggers)
     from torch import OutOfMemoryError
 
@@ -147,7 +147,8 @@ def plan(config: GrpoConfig) -> list[str]:
     return lines + _estimate(config)
 
 
-def _missing(config: GrpoConfig) -> Iterator[str]:
+def missing(config: GrpoConfig) -> Iterator[str]:
+    """What would end the run at its start, of what is seen without loading anything."""
     from vtengine_training.eval.runner import model_folder
 
     yield from absent_files("data", config.data)
