@@ -194,7 +194,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
         _sweep,
         "run one training configuration with some of its keys varied; summarise and plot the results",
         (
-            "configs/glance_penalty_sweep.toml --dry-run      # the runs and their steps",
+            "configs/glance_penalty_sweep.toml --dry-run      # the runs, their steps, what is missing",
             "configs/glance_penalty_sweep.toml --set jobs=2   # again: runs what is missing",
         ),
     ),
