@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from vtengine_training.cli import main
+from vtengine_training.files import only_run_in
 from vtengine_training.sweep import run as sweep_run
 from vtengine_training.sweep.config import PlotConfig, SweepConfig
 from vtengine_training.sweep.plan import grid, plan_runs, put, short
@@ -140,6 +141,16 @@ def test_one_fails_the_others_run_and_the_next_call_does_the_rest(sweep, tmp_pat
     written = json.loads((tmp_path / "fig.json").read_text())
     assert written["suite"] == "fig" and "fig-last" in written["tables"] and written["stamp"]["versions"]
     assert (out / "curves.png").stat().st_size > 1000
+
+
+def test_a_run_that_another_sweep_left_behind_is_not_started_again(sweep, tmp_path, capsys) -> None:
+    path = sweep("[sweep]\nreward.penalty.theta = [0.1, 0.2]")
+    with only_run_in(tmp_path / "out" / "theta-0.1"):
+        assert main(["sweep", str(path)]) == 3
+    said = capsys.readouterr().err
+    assert f"theta-0.1 ended with status 2: output = {tmp_path / 'out' / 'theta-0.1'}: another run is writing" in said
+    assert not (tmp_path / "out" / "theta-0.1" / "log.txt").exists()
+    assert main(["sweep", str(path)]) == 0
 
 
 def test_a_metric_that_no_run_has_is_told_of(sweep, tmp_path, capsys) -> None:

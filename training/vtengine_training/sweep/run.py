@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from vtengine_training.files import only_run_in
 from vtengine_training.sweep.plan import Planned
 
 POLL_S = 1.0
@@ -117,7 +118,11 @@ def visible_gpus() -> list[str]:
 
 async def _run(one: Planned, command: str, gpus: str | None) -> Ended:
     """The training in a fresh interpreter, which keeps threads, memory and crashes apart."""
-    one.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with only_run_in(one.folder):
+            pass
+    except ValueError as error:  # of a sweep that was killed, for one: it goes on alone, and writes to the log
+        return Ended(one.name, 2, str(error))
     roots = [str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(roots))}
     environment |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
