@@ -7,7 +7,9 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +208,40 @@ def test_ctrl_c_while_started_in_the_background(process: Run, scripted: Run, que
     running.popen.send_signal(signal.SIGINT)
     done = running.finish()
     assert done.status == 130 and "--resume" in done.err
+
+
+@pytest.mark.parametrize("command", ["generate", "ask"])
+def test_ctrl_c_while_the_model_is_loaded_ends_at_once(
+    process: Run, scripted: Run, questions: Run, tmp_path: Path, command: str
+) -> None:
+    """A pipe in place of the replies: to load them waits for who writes."""
+    path, flags, pipe = questions(3), scripted(), tmp_path / "replies.json"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    what = [path, "-o", tmp_path / "out.jsonl"] if command == "generate" else [tmp_path / "p0.png", "What?"]
+    running = process(command, *what, *flags)
+    with held_open(pipe):
+        running.popen.send_signal(signal.SIGINT)
+        done = running.finish()
+    assert done.status == 130 and "interrupted" in done.err
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
+@contextmanager
+def held_open(pipe: Path) -> Iterator[None]:
+    """From when somebody reads it."""
+    give_up_s = time.monotonic() + 100
+    end = None
+    while end is None:
+        try:
+            end = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody yet
+            assert time.monotonic() < give_up_s
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        os.close(end)
 
 
 @pytest.fixture

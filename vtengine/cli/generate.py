@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"--n {arguments.n}: greedy samples are all the same; --temperature 1 makes them differ", file=sys.stderr)
     started_s = time.monotonic()
     if task.rows_done < task.rows_total:
-        asyncio.run(_generate(task))
+        asyncio.run(_generate(task, arguments.concurrency or default_concurrency(arguments)))
     else:
         task.close_output(task.open_output(), finished=True)
     wall_s = time.monotonic() - started_s
@@ -168,19 +168,19 @@ class _Stop:
             raise KeyboardInterrupt
 
 
-async def _generate(task: _Task) -> None:
+async def _generate(task: _Task, concurrency: int) -> None:
     """Runs what is left and writes it. Ctrl-C or a termination signal leaves a file that can be resumed."""
-    stop = _Stop()
+    stop: _Stop | None = None
     output: OutputFile | None = None
     finished = False
     try:
-        concurrency = task.arguments.concurrency or default_concurrency(task.arguments)
         async with open_session(task.arguments, concurrency) as setting:
+            stop = _Stop()
             output = task.open_output()
             await _write_rows(task, setting, concurrency, output)
         finished = True
     except asyncio.CancelledError:
-        if stop.number is None:
+        if stop is None or stop.number is None:
             raise
         raise _interrupted(task, stop.number) from None
     finally:

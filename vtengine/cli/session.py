@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +62,8 @@ async def open_session(
     check_backend(arguments)
     folder = find_model(arguments.model)
     try:
-        setting = _build(arguments, folder, concurrency, decode_limits, max_chunks_per_s)
+        with _interruptible():
+            setting = _build(arguments, folder, concurrency, decode_limits, max_chunks_per_s)
     except ValueError as error:  # a profile, tokenizer or checkpoint that cannot be used
         raise UsageError(f"--model {arguments.model}: {one_line(error)}") from None
     except OSError as error:
@@ -72,6 +75,19 @@ async def open_session(
     finally:
         await setting.backend.close()
         setting.pipeline.close()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends what is within at once; asyncio's own handler would wait until the event loop has its turn."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def check_backend(arguments: argparse.Namespace) -> None:
