@@ -6,13 +6,17 @@ import io
 import json
 import re
 import struct
+import threading
 import zlib
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+
+from vtengine.vision import http_source
 
 Run = Callable[..., Any]
 ROW_KEYS = (
@@ -184,6 +188,43 @@ def test_bad_lines_become_rows_in_their_place(
         *("line_not_utf8", "line_not_json", "line_not_object", "id_duplicate"),
         *("question_missing", "image_wrong_type", "id_wrong_type"),
     ]
+
+
+def test_images_from_a_host_that_fails_for_a_while(
+    vtengine: Run, scripted: Run, rows_of: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a row fails, and --resume tries it again; one whose image is not there is rejected for good."""
+    asked: list[str] = []
+
+    class Images(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response({"/good.png": 200, "/busy.png": 503 if is_busy else 200}.get(self.path, 404))
+            self.end_headers()
+            self.wfile.write(encoded(Image.new("RGB", (60, 40), "red"), "PNG"))
+
+        def log_message(self, *_: object) -> None: ...
+
+    is_busy = True
+    monkeypatch.setattr(http_source, "PAUSES_S", (0.01, 0.01))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Images) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"http://127.0.0.1:{server.server_port}"
+        rows = [{"id": name, "image": f"{host}/{name}.png", "question": "?"} for name in ("good", "busy", "gone")]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        line = ["generate", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", *scripted(0, [["<answer>b</answer>"]])]
+        assert vtengine(*line, "--allow-http").status == 3
+        refused = [row["error"]["message"] for row in rows_of(tmp_path / "out.jsonl")]
+        assert all("only with --allow-private-hosts" in message for message in refused) and not asked
+        line += ["--allow-http", "--allow-private-hosts"]
+        assert vtengine(*line).status == 3
+        assert [row["status"] for row in rows_of(tmp_path / "out.jsonl")] == ["answered", "failed", "rejected"]
+        is_busy = False
+        asked.clear()
+        assert vtengine(*line, "--resume").status == 3
+        server.shutdown()
+    assert [row["status"] for row in rows_of(tmp_path / "out.jsonl")] == ["answered", "answered", "rejected"]
+    assert asked == ["/busy.png"]
 
 
 def test_an_engine_that_breaks_fails_its_row_only(

@@ -239,6 +239,11 @@ def _add_engine(parser: Parser, seed: int | None = 0, engines: int = 0) -> None:
     add("--seed", type=_whole(0), default=seed, metavar="S", help=f"same seed, same samples (default: {stated})")
     _add_machine(parser, engines)
     add("--allow-http", action="store_true", help="fetch images from http(s) addresses in the input")
+    add(
+        "--allow-private-hosts",
+        action="store_true",
+        help="with --allow-http: from private networks too; only where you trust whoever names the addresses",
+    )
 
 
 def _add_machine(parser: Parser, engines: int) -> None:

@@ -33,6 +33,7 @@ DEFAULT_PROFILE = "vtengine"
 SETTINGS = (
     *("model", "backend", "profile", "resolution", "max_turns", "visual_token_budget", "scale", "max_new_tokens"),
     *("temperature", "top_p", "top_k", "seed", "n", "dtype", "image_root", "allow_http"),
+    "allow_private_hosts",
 )
 SERVERS = ("http://", "https://")
 CONCURRENCY, GPU_CONCURRENCY = 32, 128
@@ -154,7 +155,7 @@ def _build(
     over_http = arguments.backend.startswith(SERVERS)  # bytes are told from float32 pixels, not from bfloat16
     pixels_dtype = dtype if dtype == torch.bfloat16 and not over_http else torch.float32
     processor, images = image_processor(folder), decode_limits or DecodeLimits()
-    sources = SourceLimits(max_bytes=images.max_bytes, allow_http=arguments.allow_http)
+    sources = SourceLimits(images.max_bytes, arguments.allow_http, arguments.allow_private_hosts)
     pipeline = ImagePipeline(
         processor.limits,
         "compact",

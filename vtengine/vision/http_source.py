@@ -117,7 +117,8 @@ def _public_only(url: str) -> Callable[..., socket.socket]:
         fault: OSError | None = None
         for ip in found:
             if not _is_public(ip):
-                raise ImageError("image_url_not_allowed", f"image {url!r}: its host {ip} is not on the public internet")
+                where = f"its host {ip} is on a private network; those only with --allow-private-hosts"
+                raise ImageError("image_url_not_allowed", f"image {url!r}: {where}")
         for ip in found:
             try:
                 return socket.create_connection((ip, address[1]), timeout, source_address)
