@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vtengine.batch import ANSWERS, AnswerBatches
 from vtengine.cli.errors import CliError
@@ -94,18 +98,51 @@ def test_what_is_missing_is_named():
 
 
 @pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")
-def test_where_it_cannot_be_called():
-    stage = AnswerBatches("glance")
+def test_in_a_notebook_as_from_threads():
+    """A notebook's cell runs inside of an event loop."""
+    ask = {"image": ["images/test-0-00001.png"] * 2, "question": ["What number is written?"] * 2}
 
-    async def inside():
-        stage({"image": [], "question": []})
+    async def cell():
+        options = {"image_root": str(EXAMPLES), "max_new_tokens": 48}
+        with AnswerBatches("glance", **options) as stage, ThreadPoolExecutor(4) as threads:
+            return stage, [stage(ask), *threads.map(stage, [ask] * 4)]
 
-    with pytest.raises(TypeError, match=r"in a coroutine: asyncio\.to_thread"):
-        asyncio.run(inside())
-    stage.close()
+    stage, found = asyncio.run(cell())
+    assert [answers["answer"] for answers in found] == [["189", "189"]] * 5
+    assert "vtengine-batches" not in [thread.name for thread in threading.enumerate()]
     stage.close()
     with pytest.raises(RuntimeError, match="is closed"):
-        stage({"image": [], "question": []})
+        stage(ask)
+
+
+@pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")
+def test_a_forked_process_is_told_instead_of_left_waiting():
+    program = (
+        "import os\n"
+        "from vtengine.batch import AnswerBatches\n"
+        "stage = AnswerBatches('glance')\n"
+        "if os.fork() == 0:\n"
+        "    try: stage({'image': [], 'question': []})\n"
+        "    except RuntimeError as error: print(error, flush=True)\n"
+        "    os._exit(0)\n"
+        "os.wait(); stage.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert "make one in each process" in done.stdout
+
+
+@pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")
+def test_images_as_datasets_have_them():
+    path = EXAMPLES / "images/test-0-00001.png"
+    opened, cut = Image.open(path), Image.open(io.BytesIO(path.read_bytes()[:300]))
+    turned = opened.convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # to be turned back
+    images = [opened, opened.convert("CMYK"), turned, {"bytes": path.read_bytes(), "path": None}, cut, None]
+    images.append({"bytes": None, "path": "images/test-0-00001.png"})
+    with AnswerBatches("glance", image_root=str(EXAMPLES), max_new_tokens=48) as stage:
+        found = stage({"image": images, "question": ["What number is written?"] * len(images)})
+    assert found["answer"] == ["189"] * 4 + [None, None, "189"]
+    assert "image_corrupt" in found["error"][4] and "input_wrong_type" in found["error"][5]
 
 
 @pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+import os
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from PIL import Image, ImageOps
 
 from vtengine.cli.arguments import engine_options
 from vtengine.cli.session import default_concurrency, open_session
@@ -18,6 +22,7 @@ from vtengine.rollout.group import Setting, run_batch
 from vtengine.rollout.question import Question
 from vtengine.rollout.records import Row, episode_row, rejected_row
 
+T = TypeVar("T")
 Columns = dict[str, Any]
 ANSWERS = ("answer", "status", "error", "upscaled", "visual_tokens", "visual_tokens_full", "row")
 
@@ -31,9 +36,12 @@ class AnswerBatches:
     may be given several times takes a list.
     concurrency: episodes at a time, by default as in `vtengine generate`. image_root: relative paths start there, and
     none may leave it.
-    Columns in: `image` (a path, a data URL, or the bytes of a file), `question`, and `id` where there is one.
+    Columns in: `image` (a path, a data URL, the bytes of a file, a PIL image, or {"bytes", "path"} as datasets have
+    it), `question`, and `id` where there is one.
     Columns out: those, and ANSWERS (`row`: the record of `vtengine generate`, as JSON); a column `answer` that came in
     is called `expected`. A bad row does not end a batch.
+    Calls may come from several threads, and from where an event loop runs already, as in a notebook; not from a process
+    that was forked later.
     ValueError: an option that there is not, or a value outside its range; a model that cannot be used is a CliError.
     """
 
@@ -54,11 +62,10 @@ class AnswerBatches:
         self.image_root = Path(image_root)
         if not self.image_root.is_dir():
             raise ValueError(f"image_root = {str(image_root)!r}: is not a folder")
-        _refuse_in_loop()
         self.concurrency = concurrency or default_concurrency(self.arguments)
-        self._runner, self._stack = asyncio.Runner(), AsyncExitStack()
-        self._is_closed = False
-        self._setting = self._runner.run(self._open())
+        self._stack, self._is_closed = AsyncExitStack(), False
+        self._loop = _LoopThread()
+        self._setting = self._loop.begin(self._open())
 
     def __call__(self, batch: Mapping[str, Any]) -> Columns:
         """Raises ValueError where `image` or `question` is no column, or columns differ in length."""
@@ -70,8 +77,8 @@ class AnswerBatches:
             raise ValueError(f"batch: columns differ in length: {lengths}")
         if self._is_closed:
             raise RuntimeError("AnswerBatches is closed; make another one")
-        _refuse_in_loop()
-        rows = self._runner.run(self._answer(self._questions(batch)))
+        self._loop.check_process()
+        rows = self._loop.run(self._answer(self._questions(batch)))
         found: Columns = {name: [] for name in ANSWERS}
         for row in rows:
             error = row["error"] and f"{row['error']['code']}: {row['error']['message']}"
@@ -83,8 +90,14 @@ class AnswerBatches:
         """Stops the engine; a second time does nothing. Ray ends the process instead."""
         if not self._is_closed:
             self._is_closed = True
-            self._runner.run(self._stack.aclose())
-            self._runner.close()
+            self._loop.run(self._stack.aclose())
+            self._loop.end()
+
+    def __enter__(self) -> AnswerBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     async def _open(self) -> Setting:
         return await self._stack.enter_async_context(open_session(self.arguments, self.concurrency))
@@ -95,11 +108,15 @@ class AnswerBatches:
         found: list[Question | Row] = []
         for index, (row_id, image, text) in enumerate(zip(ids, batch["image"], batch["question"], strict=True)):
             row_id = _row_id(row_id, index)
-            if isinstance(image, bytes):
-                image = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
+            try:
+                image = _source(image)
+            except Exception as fault:
+                error = ErrorInfo("image_corrupt", f"the image cannot be read: {fault}")
+                found.append(rejected_row(row_id, 0, error))
+                continue
             if not isinstance(image, str) or not isinstance(text, str):
                 kinds = f"image is a {type(image).__name__}, question a {type(text).__name__}"
-                error = ErrorInfo("input_wrong_type", f"{kinds}; give text, or the bytes of an image file")
+                error = ErrorInfo("input_wrong_type", f"{kinds}; give text, bytes or a PIL image")
                 found.append(rejected_row(row_id, 0, error))
             else:
                 found.append(Question(row_id, str(image), str(text), self.image_root))
@@ -118,10 +135,70 @@ class AnswerBatches:
         return rows
 
 
-def _refuse_in_loop() -> None:
-    with contextlib.suppress(RuntimeError):
+class _LoopThread:
+    """An event loop that has a thread of its own once `begin` is done."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vtengine-batches", daemon=True)
+        self._process = os.getpid()
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which runs in the caller's thread where no loop does: an engine may handle signals, and
+        that is for the main thread."""
+        try:
+            if _in_a_loop():
+                self._thread.start()
+                return self.run(work)
+            result = self._loop.run_until_complete(work)
+            self._thread.start()
+            return result
+        except BaseException:
+            self.end()
+            raise
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which ends when waiting for it is interrupted."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def check_process(self) -> None:
+        """Raises RuntimeError in a forked process: threads do not come along."""
+        if os.getpid() != self._process:
+            raise RuntimeError("AnswerBatches was made before this process was forked; make one in each process")
+
+    def end(self) -> None:
+        if self._thread.is_alive():
+            self.run(self._loop.shutdown_default_executor())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        self._loop.close()
+
+
+def _in_a_loop() -> bool:
+    try:
         asyncio.get_running_loop()
-        raise TypeError("AnswerBatches owns an event loop and is for plain code; in a coroutine: asyncio.to_thread")
+    except RuntimeError:
+        return False
+    return True
+
+
+def _source(image: Any) -> Any:
+    """As a question takes it, where it is an image in one of the known ways. Pillow raises anything for a bad one."""
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        upright = ImageOps.exif_transpose(image)
+        plain = upright if upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
+        plain.save(file, "PNG", compress_level=1)
+        image = file.getvalue()
+    if isinstance(image, bytes):
+        image = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
+    return image
 
 
 def _row_id(value: Any, index: int) -> str | int:
