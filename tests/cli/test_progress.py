@@ -24,8 +24,8 @@ def test_lines_are_sparse_and_say_what_is_left(capsys: pytest.CaptureFixture[str
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "40/100 rows, 2.0 rows/s, 10 upscaled, 1 rejected or failed, about 30 s left",
-        "60/100 rows, 2.0 rows/s, 20 upscaled, 1 rejected or failed, about 20 s left",
+        "40/100 rows, 2.0 rows/s, 10 upscaled, 1 rejected or failed, about 0:00:30 left",
+        "60/100 rows, 2.0 rows/s, 20 upscaled, 1 rejected or failed, about 0:00:20 left",
     ]
 
 

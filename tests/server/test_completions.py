@@ -164,13 +164,13 @@ def test_stop_cuts_the_answer(serve: Serve) -> None:
 
 def test_sampling_reaches_the_engine(serve: Serve) -> None:
     server = serve([ANSWER] * 3)
-    create(server, temperature=0.5, top_p=0.25, seed=7)
-    create(server, temperature=0.5, top_p=0.25, seed=7)
+    for _ in range(2):
+        create(server, temperature=0.5, top_p=0.25, seed=7, extra_body={"top_k": 5})
     create(server)
     first, second, third = [request.sampling for request in server.backend.requests]  # type: ignore[attr-defined]
-    assert (first.temperature, first.top_p) == (0.5, 0.25) and first.seed is not None
+    assert (first.temperature, first.top_p, first.top_k) == (0.5, 0.25, 5) and first.seed is not None
     assert first == second
-    assert third.seed is None and third.temperature == 0
+    assert third.seed is None and third.temperature == third.top_k == 0
 
 
 def test_history_and_system_text(serve: Serve) -> None:

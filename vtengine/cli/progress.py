@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 LINE_SECONDS = 10.0
 
@@ -41,7 +42,7 @@ class Progress:
 
     def _line(self) -> str:
         rate = self._fresh / max(1e-9, self._clock() - self._started_s)
-        left = f", about {(self._total - self._done) / rate:.0f} s left" if rate else ""
+        left = f", about {timedelta(seconds=round((self._total - self._done) / rate))} left" if rate else ""
         return f"{self._done}/{self._total} rows, {rate:.1f} rows/s, {self._note()}{left}"
 
 

@@ -52,7 +52,7 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
     most = min(limits.max_choices, limits.max_running + limits.max_waiting)
     if chat.n is not None and chat.n > most:
         raise invalid("n", f"must be at most {most} here", value=chat.n)
-    names = ("temperature", "top_p", "seed")
+    names = ("temperature", "top_p", "top_k", "seed")
     stated = {name: value for name in names if (value := getattr(chat, name)) is not None}
     sampling = replace(setting.sampling, **stated) if stated else setting.sampling
     asked = [value for value in (chat.max_tokens, chat.max_completion_tokens) if value is not None]
