@@ -8,8 +8,9 @@ import io
 import json
 import os
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from PIL import Image, ImageOps
 from vtengine.cli.arguments import engine_options
 from vtengine.cli.session import default_concurrency, open_session
 from vtengine.protocol.messages import ErrorInfo
-from vtengine.rollout.group import Setting, run_batch
+from vtengine.rollout.group import Setting, in_order, run_sample
 from vtengine.rollout.question import Question
 from vtengine.rollout.records import Row, episode_row, rejected_row
 
@@ -77,8 +78,7 @@ class AnswerBatches:
             raise ValueError(f"batch: columns differ in length: {lengths}")
         if self._is_closed:
             raise RuntimeError("AnswerBatches is closed; make another one")
-        self._loop.check_process()
-        rows = self._loop.run(self._answer(self._questions(batch)))
+        rows = self._loop.run(self._answer(batch))
         found: Columns = {name: [] for name in ANSWERS}
         for row in rows:
             error = row["error"] and f"{row['error']['code']}: {row['error']['message']}"
@@ -102,37 +102,23 @@ class AnswerBatches:
     async def _open(self) -> Setting:
         return await self._stack.enter_async_context(open_session(self.arguments, self.concurrency))
 
-    def _questions(self, batch: Mapping[str, Any]) -> list[Question | Row]:
-        count = len(batch["question"])
-        ids = batch.get("id", range(count))
-        found: list[Question | Row] = []
-        for index, (row_id, image, text) in enumerate(zip(ids, batch["image"], batch["question"], strict=True)):
-            row_id = _row_id(row_id, index)
-            try:
-                image = _source(image)
-            except Exception as fault:
-                error = ErrorInfo("image_corrupt", f"the image cannot be read: {fault}")
-                found.append(rejected_row(row_id, 0, error))
-                continue
-            if not isinstance(image, str) or not isinstance(text, str):
-                kinds = f"image is a {type(image).__name__}, question a {type(text).__name__}"
-                error = ErrorInfo("input_wrong_type", f"{kinds}; give text, bytes or a PIL image")
-                found.append(rejected_row(row_id, 0, error))
-            else:
-                found.append(Question(row_id, str(image), str(text), self.image_root))
-        return found
+    async def _answer(self, batch: Mapping[str, Any]) -> list[Row]:
+        ids = batch.get("id", range(len(batch["question"])))
+        rows = enumerate(zip(ids, batch["image"], batch["question"], strict=True))
+        jobs = (partial(self._row, _row_id(row_id, index), image, text) for index, (row_id, image, text) in rows)
+        return [row async for row in in_order(jobs, self.concurrency)]
 
-    async def _answer(self, questions: Sequence[Question | Row]) -> list[Row]:
-        asked = [question for question in questions if isinstance(question, Question)]
-        samples = run_batch(self._setting, asked, concurrency=self.concurrency)
-        rows = []
-        for question in questions:
-            if isinstance(question, Question):
-                sample = await anext(samples)  # type: ignore[call-overload]
-                rows.append(episode_row(sample.episode, 0))
-            else:
-                rows.append(question)
-        return rows
+    async def _row(self, row_id: str | int, image: Any, text: Any) -> Row:
+        try:
+            source = _source(image)
+        except Exception as fault:  # Pillow's plugins raise anything at all for a bad file
+            return rejected_row(row_id, 0, ErrorInfo("image_corrupt", f"the image cannot be read: {fault}"))
+        if not isinstance(source, str) or not isinstance(text, str):
+            kinds = f"image is a {type(image).__name__}, question a {type(text).__name__}"
+            error = ErrorInfo("input_wrong_type", f"{kinds}; give text, bytes or a PIL image")
+            return rejected_row(row_id, 0, error)
+        sample = await run_sample(self._setting, Question(row_id, source, text, self.image_root), 0)
+        return episode_row(sample.episode, 0)
 
 
 class _LoopThread:
@@ -158,17 +144,16 @@ class _LoopThread:
             raise
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which ends when waiting for it is interrupted."""
+        """The result of `work`, which ends when waiting for it is interrupted. RuntimeError in a forked process, where
+        the thread is not."""
+        if os.getpid() != self._process:
+            work.close()
+            raise RuntimeError("AnswerBatches was made before this process was forked; make one in each process")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         finally:
             future.cancel()
-
-    def check_process(self) -> None:
-        """Raises RuntimeError in a forked process: threads do not come along."""
-        if os.getpid() != self._process:
-            raise RuntimeError("AnswerBatches was made before this process was forked; make one in each process")
 
     def end(self) -> None:
         if self._thread.is_alive():
@@ -187,7 +172,7 @@ def _in_a_loop() -> bool:
 
 
 def _source(image: Any) -> Any:
-    """As a question takes it, where it is an image in one of the known ways. Pillow raises anything for a bad one."""
+    """As a question takes it, where it is an image in one of the known ways."""
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, Image.Image):
