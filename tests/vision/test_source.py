@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -207,6 +208,9 @@ class Answers(BaseHTTPRequestHandler):
     def serve_missing(self) -> None:
         self._answer(404, b"", [("Content-Length", "0")])
 
+    def serve_echo(self) -> None:
+        self._answer(200, self.path.encode("ascii"), [("Content-Length", str(len(self.path)))])
+
     def serve_busy(self) -> None:
         self._answer(429, b"", [("Content-Length", "0")])
 
@@ -310,6 +314,17 @@ def test_http_time_limit_is_of_the_whole_fetch(server: str, root: Path, path: st
 
 def test_http_of_a_closed_port(root: Path) -> None:
     assert code_of("http://127.0.0.1:1/a.png", root, LOCAL) == "image_unreachable"
+
+
+def test_http_addresses_are_escaped_where_they_must_be(server: str, root: Path) -> None:
+    for path in ("echo?/B\u00e4r 1%20a.png", "echo?q=[a|b]&x=%2F"):
+        escaped = read_image_source(f"{server}/{path}", root, LOCAL).decode("ascii")
+        assert unquote(escaped) == "/" + unquote(path) and " " not in escaped and "%25" not in escaped
+
+
+def test_http_of_a_host_that_is_no_name(root: Path) -> None:
+    assert code_of(f"http://{'a' * 70}.example/a.png", root, LOCAL) == "image_not_found"
+    assert code_of("http://a b/a.png", root, LOCAL) == "image_url_not_allowed"
 
 
 def test_http_that_fails_for_a_while_is_asked_again(server: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

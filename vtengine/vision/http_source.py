@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from vtengine.vision.errors import ImageCode, ImageError
 
@@ -17,6 +17,7 @@ MAX_REDIRECTS = 3
 PAUSES_S = (0.5, 2.0)
 """Before a second and a third try, where what went wrong may be over by then."""
 _LATER = frozenset((408, 425, 429))  # statuses below 500 that say: try again
+_AS_IT_IS = "/?%:@!$&'()*+,;=[]|~"  # in an address; blanks and letters beyond ASCII are escaped, as browsers do
 _CHUNK = 1 << 16
 
 
@@ -64,7 +65,9 @@ def _get(url: str, max_bytes: int, deadline: float, allow_private: bool) -> tupl
         if time.monotonic() >= deadline:  # the guard's cut looks like the end of a body without a stated length
             raise TimeoutError
         return answer
-    except (OSError, http.client.HTTPException, UnicodeError) as fault:
+    except UnicodeError as fault:
+        raise ImageError("image_not_found", f"image {url!r}: its host is no name of one: {fault}") from fault
+    except (OSError, http.client.HTTPException) as fault:
         late = time.monotonic() >= deadline
         reason = "timed out" if late else str(fault) or type(fault).__name__
         raise ImageError("image_unreachable", f"image {url!r} cannot be fetched: {reason}") from fault
@@ -74,7 +77,7 @@ def _get(url: str, max_bytes: int, deadline: float, allow_private: bool) -> tupl
 
 def _exchange(connection: http.client.HTTPConnection, url: str, max_bytes: int) -> tuple[int, str | None, bytes]:
     parts = urlsplit(url)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_AS_IT_IS)
     connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "vtengine"})
     answer = connection.getresponse()
     if answer.status != 200:
@@ -101,10 +104,13 @@ def _connection(url: str, deadline: float, allow_private: bool) -> http.client.H
         raise ImageError("image_url_not_allowed", f"image {url!r}: must be http(s)://host/..., without a user name")
     left = max(0.001, deadline - time.monotonic())
     connection: http.client.HTTPConnection
-    if parts.scheme == "https":
-        connection = http.client.HTTPSConnection(host, port, timeout=left, context=ssl.create_default_context())
-    else:
-        connection = http.client.HTTPConnection(host, port, timeout=left)
+    try:
+        if parts.scheme == "https":
+            connection = http.client.HTTPSConnection(host, port, timeout=left, context=ssl.create_default_context())
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=left)
+    except http.client.InvalidURL as fault:
+        raise ImageError("image_url_not_allowed", f"image {url!r}: {fault}") from fault
     if not allow_private:
         # http.client's one hook for the socket: the address that was checked is the address connected to.
         setattr(connection, "_create_connection", _public_only(url))  # noqa: B010
