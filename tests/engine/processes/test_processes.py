@@ -194,6 +194,18 @@ def test_a_caller_who_leaves_ends_the_request_there(on_two):
     assert stats["generated_tokens"] - before < 300
 
 
+def test_figures_are_those_of_now_though_nobody_asks_any_more(on_two):
+    async def leave(backend):
+        task = asyncio.create_task(backend.generate(request("long", prompt(1, 9), max_new_tokens=300), lambda _: None))
+        await until(lambda: backend.stats()["running"] == 1)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await until(lambda: backend.stats()["running"] == 0, 20)
+        return backend.stats()
+
+    assert on_two(leave)["pages_in_use"] == 0
+
+
 @pytest.mark.parametrize("is_ready", [True, False])
 def test_an_owner_that_is_killed_leaves_no_process(is_ready):
     """Be the engine there, or still loading."""

@@ -123,7 +123,7 @@ class EngineProcess:
         await self._call(head, tensors)
 
     def stats(self) -> dict[str, float]:
-        """As they were when the engine last had something to say; cpu_s: of all threads of its process."""
+        """As they were a second ago or later; cpu_s: of all threads of its process, when the others last changed."""
         return dict(self._stats)
 
     async def close(self) -> None:

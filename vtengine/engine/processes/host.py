@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,9 @@ from vtengine.engine.processes.wire import (
     write_frame,
 )
 
+STATS_S = 1.0
+"""How old figures get that have changed since: what ends because its caller left is no event."""
+
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +49,7 @@ class Host:
         self._images: Mirrored[Tensor] = Mirrored()
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._events: list[Head] = []
+        self._told: Mapping[str, float] = {}
         self._ended = asyncio.Event()
         self.is_broken = False
 
@@ -53,7 +57,11 @@ class Host:
         """Until the owner is gone, or the engine can serve no more (`is_broken`)."""
         threading.Thread(target=self._read, name="vtengine-line", daemon=True).start()
         self._tell({"event": "ready"})
-        await self._ended.wait()
+        while not self._ended.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), STATS_S)
+            if self._backend.stats() != self._told:
+                self._flush()
         for call in self._calls.values():
             call.cancel()
         await asyncio.gather(*self._calls.values(), return_exceptions=True)
@@ -123,7 +131,8 @@ class Host:
     def _flush(self) -> None:
         events, self._events = self._events, []
         try:
-            stats = self._backend.stats() | {"cpu_s": time.process_time()}
+            self._told = self._backend.stats()
+            stats = {**self._told, "cpu_s": time.process_time()}
             write_frame(self._line, {"events": events, "stats": stats})
         except OSError:
             self._ended.set()
