@@ -58,13 +58,13 @@ def test_summary_is_printed(vtengine: Run, scripted: Run, questions: Run, tmp_pa
 def test_rows_that_could_not_be_asked_are_neither_right_nor_wrong(
     vtengine: Run, scripted: Run, questions: Run, rows_of: Run, tmp_path: Path
 ) -> None:
-    """An image that is not there, and a line that is no question: both are counted apart."""
+    """An image that is not there, and a line that is no question. The accuracy leaves out the row with an answer."""
     path = questions(4, {"image": "gone.png", "question": "?", "answer": "b"}, {"question": "?", "answer": "b"})
     replies = [["<think>a</think><answer>blue</answer>"]]
     done = vtengine("generate", path, "-o", tmp_path / "out.jsonl", *scripted(0, replies))
     assert done.status == 3
     assert ["correct" in row for row in rows_of(tmp_path / "out.jsonl")] == [True] * 4 + [False] * 2
-    assert re.search(r"accuracy +100.0%  \(4 of 4 with an answer; 2 rejected or failed left out\)\n", done.out)
+    assert re.search(r"accuracy +100.0%  \(4 of 4 with an answer; 1 rejected or failed left out\)\n", done.out)
 
 
 def test_samples_follow_their_question(
