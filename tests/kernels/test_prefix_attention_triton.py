@@ -121,8 +121,8 @@ def test_it_compiles_without_spills(tmp_path, record_property, rows, dtype, grou
     strides = ("q_stride", "page_stride", "token_stride")
     needs = compiled(split._span_kernel, types, constants, arch, tmp_path, sixteens=strides)
     record_property("needs", str(needs))
-    # 16: outside of the loops, where the assembler gives three registers for one more program on a processor
-    assert needs.spill_bytes <= 16
+    # outside of the loops, where the assembler gives three registers for another program (28 bytes: Triton 3.8)
+    assert needs.spill_bytes <= 28
     assert needs.shared_bytes <= (75 if rows == 1 else 99 if arch < 90 else 113) * 1024  # two on a Hopper's processor
     merge = {"SIZE": size, "SPAN": split.SPAN, **split.merge_blocks(size)}
     types = {"parts_ptr": "*fp32", "lse_ptr": "*fp32", "lengths_ptr": "*i64", "out_ptr": f"*{dtype}"}
