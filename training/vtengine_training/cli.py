@@ -77,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def program() -> None:
-    """`main` as a process. Where a failed run has left its process group standing, the interpreter is not ended: the
-    group's threads would need it afterwards, and abort the process, whatever its status."""
+    """`main` as a process. The interpreter is not ended where a failed run has left its process group standing, or an
+    interrupted one its learner at work: their threads would need it, and abort the process, whatever its status."""
     # No two packed batches have one shape: what oneDNN keeps of them is only memory (see vtengine_kernels.onednn).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     try:
@@ -86,8 +86,8 @@ def program() -> None:
     except Exception:
         traceback.print_exc()
         status = 1
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_initialized():
+    distributed, daemon = (sys.modules.get(name) for name in ("torch.distributed", "vtengine_training.sync.daemon"))
+    if (distributed is not None and distributed.is_initialized()) or (daemon is not None and daemon.is_running()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -13,7 +13,7 @@ from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.models import build_models
 from vtengine_training.trainer.ranks import Ranks
-from vtengine_training.trainer.step import TrainingDiverged
+from vtengine_training.trainer.step import Learner, TrainingDiverged
 
 from tests.training.trainer.test_ranks import close_rows
 from tests.training.trainer.test_resume import run_until, saved, timeless
@@ -114,7 +114,23 @@ def test_resume_equals_uninterrupted(make_config, tmp_path, stops) -> None:
         [path.read_text().count("\n") for path in sorted((tmp_path / run / "rollouts").iterdir())]
         for run in ("run", "parts")
     ]
-    assert texts[0] == texts[1] and len(texts[0]) == 4 and sum(texts[0]) > 8
+    assert texts[0] == texts[1] and sum(texts[0]) > 8 and all(texts[0])
+
+
+def test_what_older_weights_sampled_is_not_computed_again_in_vain(make_config, monkeypatch) -> None:
+    """Their ratios refer to what the engine sampled with: a forward pass over them would find nothing that is used."""
+    loss, update = {"old_logprobs": "recompute"}, {"minibatch_prompts": 1}
+    one = Run(make_config(steps=3, rollout={"ahead": True}, loss=loss, update=update), rewarder())
+    learner, passes, rows = one.parts.learner, [], []
+
+    def logprobs(*given):
+        passes.append(len(rows))
+        return Learner._logprobs(learner, *given)
+
+    monkeypatch.setattr(learner, "_logprobs", logprobs)
+    asyncio.run(train(one, rows.append))
+    assert passes == [0, 0]  # the first step's two mini-batches: the weights of the moment sampled them
+    assert rows[1]["clip_frac"] >= 0 and rows[1]["approx_kl"] != 0
 
 
 def test_what_waits_is_used_even_if_nothing_is_sampled_ahead_any_more(make_config) -> None:

@@ -6,12 +6,9 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
-
-import torch
 
 from vtengine.rollout.records import Row, RowWriter
 from vtengine_training.fingerprint import weights_fingerprint
@@ -113,7 +110,7 @@ class Run:
         published = time.perf_counter()
         self.step += 1
         self._count_empty(collected)
-        if self.rollouts.dumps(self.step) and self.ranks.is_first:
+        if collected.rows and self.ranks.is_first:
             self._dump(collected.rows)
         figures |= {
             "time/wait": learned - began - figures["time/learn"],
@@ -126,10 +123,8 @@ class Run:
         return figures | self._speed(figures)
 
     def _learn(self, collected: Collected) -> Figures:
-        """In whatever thread: each has a current GPU of its own."""
-        began, rate, device = time.perf_counter(), self.rate(self.step), self.parts.learner.policy.model.device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            figures = self.parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
+        began, rate = time.perf_counter(), self.rate(self.step)
+        figures = self.parts.learner.learn(collected.groups, rate) if collected.counts["used"] else {"lr": rate}
         return figures | {"time/learn": time.perf_counter() - began}
 
     async def validate(self) -> Figures:

@@ -37,10 +37,6 @@ class Rollouts:
         self.collector, self.dump_every = collector, dump_every
         self.waiting: Sampled | None = None
 
-    def dumps(self, step: int) -> bool:
-        """Whether the episodes of step `step` are written to a file."""
-        return bool(self.dump_every) and step % self.dump_every == 0
-
     async def take(self, step: int) -> Sampled:
         """Those of step `step`, now if they do not wait. Raises ValueError, see `Collector.collect`."""
         found, self.waiting = self.waiting or await self._sample(step), None
@@ -52,20 +48,17 @@ class Rollouts:
         A fault of one does not end the other: other ranks may be at a meeting that this one still has to come to. An
         interrupt leaves the thread to itself.
         """
-        learning = in_daemon(learn)
-        try:
-            self.waiting = await self._sample(step)
-        except asyncio.CancelledError:
-            learning.cancel()
-            raise
-        except Exception:
-            await learning
-            raise
-        return await learning
+        sampled, learned = await asyncio.gather(self._sample(step), in_daemon(learn), return_exceptions=True)
+        if isinstance(sampled, BaseException):
+            raise sampled
+        if isinstance(learned, BaseException):
+            raise learned
+        self.waiting = sampled
+        return learned
 
     async def _sample(self, step: int) -> Sampled:
         collector, began = self.collector, time.perf_counter()
-        collected = await collector.collect(step, self.dumps(step))
+        collected = await collector.collect(step, bool(self.dump_every) and step % self.dump_every == 0)
         figures = {
             "epoch": float(collector.sampler.epoch),
             "data/quarantined": float(len(collector.sampler.quarantined)),

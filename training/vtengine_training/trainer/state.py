@@ -15,7 +15,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,17 +183,15 @@ def resume(run: Run) -> bool:
         parts.rewarder.restore(of_rank["rewarder"], counts=run.ranks.owns(rank))
     parts.collector.leftover.sort(key=lambda group: group.draw)
     if waiting := state.get("waiting"):
-        collected = Collected(sorted(ahead, key=lambda group: group.draw), Counter(waiting["counts"]))
-        run.rollouts.waiting = Sampled(
-            replace(collected, facts=waiting["facts"], rows=waiting["rows"]), waiting["figures"]
-        )
+        groups = sorted(ahead, key=lambda group: group.draw)
+        collected = Collected(groups, Counter(waiting["counts"]), rows=waiting["rows"])
+        run.rollouts.waiting = Sampled(collected, waiting["figures"])
     return True
 
 
 def _described(waiting: Sampled) -> dict[str, Any]:
-    """All but the groups, which are each rank's own; plain JSON data."""
-    found = waiting.collected
-    return {"counts": found.counts, "facts": found.facts, "rows": found.rows, "figures": waiting.figures}
+    """What all ranks have in common of it, and is still needed; plain JSON data."""
+    return {"counts": waiting.collected.counts, "rows": waiting.collected.rows, "figures": waiting.figures}
 
 
 def _latest(run: Run) -> Path | None:

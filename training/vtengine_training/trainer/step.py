@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -61,8 +62,8 @@ class Learner:
         began = self.version
         minibatches = self.cutter.cut(groups)
         updates = len(minibatches) * self.update.epochs
-        if self.loss.old_logprobs == "recompute" and (updates > 1 or self._any_refers_back(groups)):
-            minibatches = [replace(one, old=self._old(one)) for one in minibatches]
+        if self.loss.old_logprobs == "recompute":
+            minibatches = self._recomputed(minibatches, groups)
         if self.reference is not None and self.update.epochs > 1:
             minibatches = [replace(one, reference=self._logprobs(self.reference, one)) for one in minibatches]
         figures = StepFigures()
@@ -131,21 +132,29 @@ class Learner:
         record of those weights. An importance cap corrects them in its own way; `reinforce` has no ratios."""
         return self.loss.importance_cap is None and self.loss.objective.policy != "reinforce"
 
-    def _any_refers_back(self, groups: Sequence[Group]) -> bool:
-        """On any rank. A meeting, of ranks with the same settings."""
-        old = sum(one.version != self.version for group in groups for one in group.trajectories)
-        return self._refers_back and self.ranks.total({"old": old})["old"] > 0
+    def _recomputed(self, minibatches: Sequence[MiniBatch], groups: Sequence[Group]) -> list[MiniBatch]:
+        """With what ratios refer to, where that is not the policy before the only update. A meeting, of ranks with the
+        same settings."""
+        is_new = Counter(one.version == self.version for group in groups for one in group.trajectories)
+        samples = self.ranks.total({"new": is_new[True], "old": is_new[False]})
+        if len(minibatches) * self.update.epochs == 1 and not (self._refers_back and samples["old"]):
+            return list(minibatches)
+        if self._refers_back and not samples["new"]:
+            return [replace(one, old=self._as_sampled(one)) for one in minibatches]
+        return [replace(one, old=self._old(one)) for one in minibatches]
 
     def _old(self, minibatch: MiniBatch) -> tuple[Tensor, ...]:
         """What ratios refer to: log-probabilities of the weights that sampled, of the present ones computed again."""
         now = self._logprobs(self.policy, minibatch)
         if not self._refers_back:
             return now
-        pairs = zip(minibatch.batches, now, strict=True)
+        triples = zip(minibatch.batches, now, self._as_sampled(minibatch), strict=True)
         return tuple(
-            torch.where((batch.versions == self.version).to(new.device), new, batch.rollout.to(new.device))
-            for batch, new in pairs
+            torch.where((batch.versions == self.version).to(new.device), new, old) for batch, new, old in triples
         )
+
+    def _as_sampled(self, minibatch: MiniBatch) -> tuple[Tensor, ...]:
+        return tuple(batch.rollout.to(self.policy.model.device) for batch in minibatch.batches)
 
     def _logprobs(self, policy: Policy, minibatch: MiniBatch) -> tuple[Tensor, ...]:
         """Of each micro-batch's trainable tokens."""
