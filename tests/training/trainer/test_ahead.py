@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from vtengine_training.rewards.base import Score
+from vtengine_training.sync.daemon import is_running
 from vtengine_training.trainer.command import train
 from vtengine_training.trainer.loop import Run
 from vtengine_training.trainer.models import build_models
 from vtengine_training.trainer.ranks import Ranks
+from vtengine_training.trainer.rollouts import Rollouts
 from vtengine_training.trainer.step import Learner, TrainingDiverged
 
 from tests.training.trainer.test_ranks import close_rows
@@ -72,11 +74,12 @@ class Meets(LowBytes):
 
     def __init__(self) -> None:
         super().__init__()
-        self.learning, self.scored = threading.Event(), 0
+        self.learning, self.scoring, self.scored = threading.Event(), threading.Event(), 0
 
     async def score(self, episode, example) -> Score:
         self.scored += 1
         if self.scored > 8:
+            self.scoring.set()
             assert await asyncio.to_thread(self.learning.wait, 60), "nothing learned while this was scored"
         return await super().score(episode, example)
 
@@ -88,6 +91,7 @@ def test_both_happen_at_the_same_time(make_config, monkeypatch) -> None:
 
     def slow(groups, rate):
         function.learning.set()
+        assert there or function.scoring.wait(60), "nothing was scored while this learned"
         there.append(threading.current_thread() is threading.main_thread())
         return learn(groups, rate)
 
@@ -199,6 +203,28 @@ def test_a_failure_on_one_side_waits_for_the_other(make_config, monkeypatch) -> 
     with pytest.raises(ValueError, match="no example can be asked"):
         asyncio.run(train(other, lambda row: None))
     assert learned.is_set()
+
+
+def test_an_interrupt_does_not_wait_for_the_learner(monkeypatch) -> None:
+    rollouts, begun, may_end = Rollouts(None, 0), threading.Event(), threading.Event()
+    monkeypatch.setattr(rollouts, "_sample", lambda step: asyncio.sleep(60))
+
+    def learns() -> bool:
+        begun.set()
+        return may_end.wait(60)
+
+    async def go() -> None:
+        step = asyncio.create_task(rollouts.ahead(2, learns))
+        await asyncio.to_thread(begun.wait, 60)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(step, 30)
+        assert not may_end.is_set() and is_running()
+
+    try:
+        asyncio.run(go())
+    finally:
+        may_end.set()
 
 
 def test_the_embedded_engine_has_a_copy(make_config) -> None:

@@ -54,7 +54,7 @@ class RolloutConfig:
     dump_every: every so many steps the episodes are written to rollouts/, for `vtengine view`; 0 = never.
     ahead: while a step learns, the rollouts of the next are sampled, with the weights that this one began with: one
     step off policy, in the time of the longer of the two. Engines need weights of their own: SGLang's have; on a CPU
-    the embedded one gets a copy.
+    the embedded one gets a copy, and as many threads as the learner.
     """
 
     prompts: int = 32
