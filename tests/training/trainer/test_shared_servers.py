@@ -112,9 +112,11 @@ def exported(config):
     return load_file(folder / "model" / "model.safetensors")
 
 
-def test_two_ranks_are_as_one(config, fakes, ranks) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_two_ranks_are_as_one(config, fakes, ranks, ahead) -> None:
     """Questions, replies, figures, the weights that both servers got and those that were saved."""
-    one, two = config("one"), config("two")
+    rollout = {"prompts": 4, "n": 4, "backend": ",".join(fake.url for fake in fakes), "ahead": ahead}
+    one, two = config("one", rollout=rollout), config("two", rollout=rollout)
     expected = ranks_worker.curve(Run(one, rewarder()), 99)
     sent, loaded = asked(fakes), dict(fakes[0].loaded)
     found = ranks(two, "curve-99")
@@ -146,8 +148,9 @@ def test_adapters_of_two_ranks_are_as_those_of_one(config, fakes, ranks) -> None
     same_weights(fakes[0].loaded, loaded)
 
 
-def test_a_server_dies_in_the_middle_and_nothing_is_lost(config, fakes, ranks) -> None:
-    changes = {"rollout": {"prompts": 8, "n": 4, "backend": ",".join(fake.url for fake in fakes)}}
+@pytest.mark.parametrize("ahead", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_server_dies_in_the_middle_and_nothing_is_lost(config, fakes, ranks, ahead) -> None:
+    changes = {"rollout": {"prompts": 8, "n": 4, "backend": ",".join(fake.url for fake in fakes), "ahead": ahead}}
     victim, other = fakes
     seen = []
 
