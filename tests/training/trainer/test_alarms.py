@@ -18,6 +18,11 @@ def test_collapse_rings_once_after_a_whole_window(ratio, word) -> None:
     assert word in said[WINDOW - 1][0]
 
 
+def test_a_policy_that_cannot_ask_is_not_told_of() -> None:
+    alarms = Alarms(asks=False)
+    assert not any(alarms.check({"upscale/ratio": 0.0}) for _ in range(WINDOW + 5))
+
+
 def test_healthy_runs_are_silent() -> None:
     row = {"upscale/ratio": 0.4, "groups/zero_spread_ratio": 0.5, "groups/used": 8.0, "mismatch/abs_diff": 0.02}
     assert not any(ring([row] * 30))

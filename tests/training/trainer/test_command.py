@@ -185,7 +185,8 @@ def test_a_finished_run_has_nothing_to_do(command, tmp_path, monkeypatch, capsys
 def test_the_exported_model_brings_the_profile_that_it_was_trained_with(command, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent)
     assert main(command("run", "toy_reward:low_bytes", "steps=1", "profile=visionthink")) == 0
-    assert load_profile(tmp_path / "run" / "model") == load_profile("visionthink")
+    for model in ("model", "checkpoints/step-00000001/model"):
+        assert load_profile(tmp_path / "run" / model) == load_profile("visionthink")
 
 
 def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, monkeypatch, capsys) -> None:

@@ -17,9 +17,13 @@ AGREEMENT = 0.9
 
 
 class Alarms:
-    """Looks at each step's metrics; an alarm is returned when it begins, and again only after it has ended."""
+    """Looks at each step's metrics; an alarm is returned when it begins, and again only after it has ended.
 
-    def __init__(self) -> None:
+    asks: whether the policy can ask for another view; without, its upscale ratio is 0 and means nothing.
+    """
+
+    def __init__(self, asks: bool = True) -> None:
+        self._asks = asks
         self._recent: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
         self._ringing: set[str] = set()
 
@@ -27,7 +31,8 @@ class Alarms:
         """New alarms of this step."""
         self._recent.append(figures)
         conditions = {
-            "upscale ratio near 0: the policy no longer asks for the high view": self._all("upscale/ratio", 0.0, EDGE),
+            "upscale ratio near 0: the policy no longer asks for the high view": self._asks
+            and self._all("upscale/ratio", 0.0, EDGE),
             "upscale ratio near 1: the policy always asks": self._all("upscale/ratio", 1 - EDGE, 1.0),
             "spread is dead: most groups have equal rewards": self._all("groups/zero_spread_ratio", DEAD_SPREAD, 1.0),
             "no group to learn from in this step": figures.get("groups/used") == 0,

@@ -176,11 +176,10 @@ class Collector:
         try:
             return await self.rewarder.score(episode, example)
         except Exception as error:
-            if example.id not in self._complained:  # once, not for every sibling and epoch
-                self._complained.add(example.id)
-                log.warning(
-                    "example %s: no reward, its group is dropped: %s: %s", example.id, type(error).__name__, error
-                )
+            words = f"{type(error).__name__}: {error}"
+            if words not in self._complained:  # once, not for every example
+                self._complained.add(words)
+                log.warning("example %s: no reward, its group is dropped, as are others like it: %s", example.id, words)
             return None
 
     def _group(self, siblings: Sequence[Sample], step: int, done: Collected, keep_rows: bool) -> Group | None:

@@ -81,7 +81,6 @@ def run_grpo(arguments: argparse.Namespace) -> int:
 
 def _run(config: GrpoConfig, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Trains to the end, or to a signal; exports at the end."""
-    from vtengine.protocol.profile import PROFILE_FILE, profile_file
     from vtengine_training.trainer.loop import Run
     from vtengine_training.trainer.parts import export_whole
     from vtengine_training.trainer.step import TrainingDiverged
@@ -103,8 +102,6 @@ def _run(config: GrpoConfig, ranks: Ranks, say: Callable[[str], None]) -> Run:
                 raise TrainingDiverged(f"stopped at step {run.step}: {error}") from None
         if run.step == config.steps:
             export_whole(run.parts, output, ranks)
-            if config.profile and ranks.is_first:  # it answers in the words that it was trained with
-                (output / "model" / PROFILE_FILE).write_bytes(profile_file(config.profile).read_bytes())
     return run
 
 

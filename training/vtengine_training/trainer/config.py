@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vtengine_training.checks import at_least, positive_or_none
+from vtengine_training.checks import at_least, not_empty, positive_or_none
 from vtengine_training.data.config import DataConfig, SourceConfig
 from vtengine_training.grpo.config import LossConfig
 from vtengine_training.loggers.config import DEFAULT_LOGGERS, LoggerName, WandbConfig
@@ -205,6 +205,7 @@ class GrpoConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
+        not_empty(self, "model", "output")
         at_least(self, 1, "steps")
         positive_or_none(self, "threads", "max_pixels", "peak_tflops", "rank_timeout_s")
         if self.update.warmup > self.steps:

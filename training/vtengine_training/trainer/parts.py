@@ -12,7 +12,7 @@ from vtengine.cli.models import image_processor
 from vtengine.engine.base import Backend, SamplingParams
 from vtengine.model import VLModel, meta_model, save_model
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import Profile, load_profile, own_profile
+from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile, own_profile, profile_file
 from vtengine.rollout.group import Setting
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
@@ -37,7 +37,8 @@ NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A run's machinery. An embedded engine reads `model`: the learner's own parameters, or a copy."""
+    """A run's machinery. An embedded engine reads `model`: the learner's own parameters, or a copy. profile: the file
+    that the configuration names, to be exported with the model; empty where the model's own counts."""
 
     folder: Path
     models: Models
@@ -49,6 +50,7 @@ class Parts:
     collector: Collector
     learner: Learner
     publisher: Publisher
+    profile: bytes
 
     @property
     def model(self) -> VLModel:
@@ -69,6 +71,7 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
     dataset, validation = ranks.one_before_others(lambda: _datasets(config))
     tokenizer = Tokenizer.load(folder)
+    words = profile_file(config.profile).read_bytes() if config.profile else b""
     profile = load_profile(config.profile) if config.profile else own_profile(folder, "vtengine")
     pipeline = build_pipeline(config, folder, profile)
     models = build_models(config, folder, device, tokenizer.banned_ids, ranks)
@@ -84,7 +87,7 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     meeting = ranks.branch() if rollout.ahead else ranks  # the learner meets at the same time
     collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, meeting)
     publisher = models.publisher(config, engine, ranks)
-    return Parts(folder, models, engine, pipeline, dataset, validation, rewarder, collector, learner, publisher)
+    return Parts(folder, models, engine, pipeline, dataset, validation, rewarder, collector, learner, publisher, words)
 
 
 def share_judge(config: RewardConfig, ranks: Ranks) -> RewardConfig:
@@ -131,13 +134,18 @@ def data_folder(config: GrpoConfig) -> Path:
     return Path(config.data.folder or Path(config.output) / "data")
 
 
-def export_model(model: VLModel, source: Path, folder: Path) -> None:
-    """A checkpoint folder as it was trained from: weights in the dtype it came in, tokenizer and processor copied."""
+def export_model(model: VLModel, source: Path, folder: Path, profile: bytes = b"") -> None:
+    """A checkpoint folder as it was trained from: weights in the dtype it came in, tokenizer and processor copied.
+
+    profile: the file of the one that it was trained with, if that is not its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in COPIED:
         for path in source.glob(pattern):
             if path.name not in NOT_COPIED:
                 shutil.copyfile(path, folder / path.name)
+    if profile:
+        (folder / PROFILE_FILE).write_bytes(profile)
     dtype = getattr(torch, model.config.dtype, model.dtype)
     if dtype != model.dtype:
         shipped = meta_model(model.config)
@@ -156,6 +164,6 @@ def export_whole(parts: Parts, output: Path, ranks: Ranks) -> None:
         if adapters is not None and tensors is not None:
             save_adapter(tensors, adapters, parts.folder, output / "adapter")
         assert model is not None
-        export_model(model, parts.folder, output / "model")
+        export_model(model, parts.folder, output / "model", parts.profile)
 
     ranks.from_first(write)  # the others wait for it: processes end their groups together

@@ -136,7 +136,7 @@ def _write_own(run: Run, folder: Path, whole: VLModel | None, adapter: dict[str,
     if parts.adapters is not None and adapter is not None:
         save_adapter(adapter, parts.adapters, parts.folder, folder / "adapter")
     elif whole is not None:
-        export_model(whole, parts.folder, folder / "model")
+        export_model(whole, parts.folder, folder / "model", parts.profile)
     state = {
         "step": run.step,
         "ranks": run.ranks.size,
