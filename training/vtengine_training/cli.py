@@ -117,13 +117,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     from vtengine_training.eval.config import EvalConfig
 
     config = load_config(EvalConfig, arguments.config, arguments.overrides)
-    from vtengine_training.eval.runner import evaluate, model_folder, write_results
+    from vtengine_training.eval.runner import evaluate, write_results
 
     if arguments.dry_run:
-        from vtengine_training.missing import end_dry_run, refused
+        from vtengine_training.missing import end_dry_run, of_model, refused
 
         print(to_toml(config), end="")
-        return end_dry_run(arguments.config, [], list(refused(lambda: model_folder(config.model))))
+        return end_dry_run(arguments.config, [], list(refused(*of_model(config.model))))
     from vtengine_training.files import check_place
     from vtengine_training.progress import Progress
 

@@ -29,6 +29,15 @@ def refused(*checks: Check) -> Iterator[str]:
             yield str(error)
 
 
+def of_model(name: str, field: str = "model") -> Iterator[Check]:
+    """That it is a checkpoint's folder. What is on the hub is not fetched for it."""
+    from vtengine.cli.models import is_hub_id
+    from vtengine_training.eval.runner import model_folder
+
+    if not is_hub_id(name):
+        yield partial(model_folder, name, field)
+
+
 def of_reward(reward: RewardConfig) -> Iterator[Check]:
     """That the user's function is found."""
     from vtengine_training.rewards.user import load_function

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -37,10 +36,15 @@ def local_model(name: str) -> Path | None:
         if not folder.is_dir():
             raise UsageError(f"--model {name}: the shipped model is not in this installation ({folder})")
     elif not folder.exists():
-        if not _HF_ID.fullmatch(name) or name.startswith((".", os.sep)):
+        if not is_hub_id(name):
             raise UsageError(f"--model {name}: no such folder, and no Hugging Face id (owner/name) either")
         return None
     return _checkpoint(name, folder)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it names a repository of the Hugging Face hub (owner/name), and no folder of this machine."""
+    return bool(_HF_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def _checkpoint(name: str, folder: Path) -> Path:

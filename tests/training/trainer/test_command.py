@@ -228,7 +228,6 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, mo
         ("reward.function=toy_reward:missing", "has no missing"),
         ("reward.function=broken_reward:f", "SyntaxError in its own code"),
         ("data.seed=-1", "seed = -1: must be 0 or more"),
-        ("model=Qwen/Qwen2.5-VL-3B-Instruct", "are not looked up here"),
         ("rollout.max_context_tokens=8", "none can be asked; the last one: turn 1 needs"),
     ],
 )
@@ -323,6 +322,26 @@ def test_what_the_console_says_of_a_step() -> None:
         "val/reward/accuracy 0.5  val/upscale/ratio 1"
     )
     assert note({"step": 1.0, "groups/drawn": 12.0}) == "nothing scored: 12 groups drawn"
+
+
+def test_a_model_of_the_hub_is_fetched_but_not_for_a_dry_run(
+    command, tiny_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[str] = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tiny_folder))
+    line = command("1", "tests.training.trainer.toy_reward:low_bytes", "model=owner/tiny")
+    assert main([*line, "--dry-run"]) == 0 and not asked
+    assert "hf download owner/tiny" in capsys.readouterr().out
+    assert main([*line, "--set", "steps=1"]) == 0
+    assert asked == ["owner/tiny"] and (tmp_path / "1" / "model" / "config.json").is_file()
+
+    def offline(name: str, **_: object) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
+    assert main(line) == 2
+    assert "model = owner/tiny: no such folder, and fetching it failed: no network" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_one_line(capsys) -> None:

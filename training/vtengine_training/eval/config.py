@@ -12,7 +12,7 @@ from vtengine_training.checks import at_least, not_empty
 class EvalConfig:
     """`count` generated questions of one split and seed, asked at each of `resolutions`; temperature 0 is greedy.
 
-    model: a checkpoint folder, or `glance` for the shipped one. results: a JSON file; an older one is kept beside it.
+    model: a checkpoint folder, a Hugging Face id, or `glance`. results: a JSON file; an older one is kept beside it.
     """
 
     model: str = "glance"

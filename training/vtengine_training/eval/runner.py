@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from vtengine.cli.models import SHIPPED_NAMES, image_processor, shipped_model
+from vtengine.cli.errors import UsageError
+from vtengine.cli.models import SHIPPED_NAMES, find_model, image_processor, is_hub_id, shipped_model
 from vtengine.config import did_you_mean
 from vtengine.engine.base import SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
@@ -40,12 +41,17 @@ ALL_COLUMNS = {
 
 
 def model_folder(name: str, field: str = "model") -> Path:
-    """The checkpoint folder that `field` of a config names. Raises ValueError if it is none."""
+    """The checkpoint folder that `field` of a config names; one that is on the Hugging Face hub is fetched into the
+    hub's cache. Raises ValueError if it is none, or cannot be fetched."""
+    if is_hub_id(name):
+        try:
+            return find_model(name)
+        except UsageError as error:
+            raise ValueError(str(error).replace("--model ", f"{field} = ", 1)) from None
     folder = shipped_model(name) if name in SHIPPED_NAMES else Path(name)
     if not (folder / "config.json").is_file():
         remedy = did_you_mean(name, SHIPPED_NAMES) or (
-            "give the folder of a checkpoint: train one with `vtengine-train sft`, or download one (ids of the Hugging "
-            "Face hub are not looked up here)"
+            "give the folder of a checkpoint, or its id on the Hugging Face hub (owner/name)"
         )
         raise ValueError(f"{field}: {folder} holds no config.json; {remedy}")
     return folder

@@ -11,7 +11,7 @@ from typing import Any
 
 from vtengine.config import load_config, to_toml
 from vtengine_training.loggers.open import check_loggers, open_loggers
-from vtengine_training.missing import end_dry_run, of_profile, refused
+from vtengine_training.missing import end_dry_run, of_model, of_profile, refused
 from vtengine_training.sft.config import SftConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 
@@ -33,9 +33,7 @@ def run_sft(arguments: argparse.Namespace) -> int:
 
 def missing(config: SftConfig) -> Iterator[str]:
     """What would end the run at its start, of what is seen without loading anything."""
-    from vtengine_training.eval.runner import model_folder
-
-    init = (partial(model_folder, config.init, "init"),) if config.init else ()
+    init = of_model(config.init, "init") if config.init else ()
     yield from refused(*init, partial(check_loggers, config.loggers), *of_profile(config.profile))
 
 

@@ -17,7 +17,7 @@ from vtengine.config import load_config, to_toml
 from vtengine_training.errors import first_line
 from vtengine_training.files import only_run_in
 from vtengine_training.loggers.open import check_loggers, open_loggers
-from vtengine_training.missing import absent_files, end_dry_run, of_profile, of_reward, refused
+from vtengine_training.missing import absent_files, end_dry_run, of_model, of_profile, of_reward, refused
 from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 from vtengine_training.trainer.config import GrpoConfig
@@ -146,13 +146,11 @@ def plan(config: GrpoConfig) -> list[str]:
 
 def missing(config: GrpoConfig) -> Iterator[str]:
     """What would end the run at its start, of what is seen without loading anything."""
-    from vtengine_training.eval.runner import model_folder
-
     yield from absent_files("data", config.data)
     if config.validation.every:
         yield from absent_files("validation", config.validation)
     yield from refused(
-        partial(model_folder, config.model),
+        *of_model(config.model),
         partial(check_loggers, config.loggers),
         *of_reward(config.reward),
         *of_profile(config.profile),
@@ -170,12 +168,15 @@ def _penalty(config: PenaltyConfig) -> str:
 def _estimate(config: GrpoConfig) -> list[str]:
     import torch
 
+    from vtengine.cli.models import is_hub_id
     from vtengine.model import ModelConfig
     from vtengine_training.eval.runner import model_folder
     from vtengine_training.trainer.cost import ModelCost
     from vtengine_training.trainer.memory import gpu_bytes
     from vtengine_training.trainer.memory_plan import MemoryPlan, num_adapted
 
+    if is_hub_id(config.model):
+        return [f"no estimate before the model is here: hf download {config.model} --local-dir FOLDER; model = FOLDER"]
     try:
         folder = model_folder(config.model)
     except ValueError:

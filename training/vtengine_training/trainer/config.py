@@ -173,7 +173,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class GrpoConfig:
-    """The whole file. model: a checkpoint folder, or `glance` for the shipped one; also the reference of the KL term.
+    """The whole file. model: a checkpoint folder, a Hugging Face id, or `glance`; also the reference of the KL term.
 
     profile: a name, a path, or empty for the one that belongs to the model. resume: auto goes on from the output's
     newest checkpoint; never refuses an output that has one. peak_tflops: of the machine, to report `mfu`.

@@ -63,11 +63,11 @@ class Parts:
 
 def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ranks | None = None) -> Parts:
     """Loads and starts everything; close engine and pipeline afterwards. Raises ValueError with field and remedy."""
-    folder = model_folder(config.model)
+    ranks = ranks or Ranks()
+    folder = ranks.one_before_others(lambda: model_folder(config.model))  # who comes later finds it in the cache
     device = pick_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    ranks = ranks or Ranks()
     rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
     dataset, validation = ranks.one_before_others(lambda: _datasets(config))
     tokenizer = Tokenizer.load(folder)
