@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -169,6 +170,24 @@ def test_what_still_runs_is_cancelled(how: str) -> None:
 
     asyncio.run(main())
     assert sorted(cancelled) == [1, 2, 3]
+
+
+def test_a_second_fault_is_not_reported_as_one_that_nobody_saw() -> None:
+    reports: list[str] = []
+
+    async def work(index: int) -> int:
+        await asyncio.sleep(0.01 if index == 0 else 0)
+        raise RuntimeError(f"job {index}")
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context["message"]))
+        with pytest.raises(RuntimeError, match="job 0"):
+            async for _ in in_order((lambda i=i: work(i) for i in range(8)), 4):
+                pass
+        gc.collect()
+
+    asyncio.run(main())
+    assert not reports
 
 
 def test_concurrency_is_checked() -> None:

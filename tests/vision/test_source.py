@@ -193,6 +193,26 @@ def test_private_hosts_need_their_own_switch(root: Path, host: str) -> None:
     assert code_of(f"http://{host}:9/a.png", root, public) == "image_url_not_allowed"
 
 
+@pytest.mark.parametrize(
+    ("ip", "is_public"),
+    [
+        ("93.184.215.14", True),
+        ("2606:4700::1111", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::808:808", True),  # as a network that has IPv6 alone sees 8.8.8.8
+        ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b:1::a00:1", False),
+        ("2002:7f00:1::1", False),
+        ("::7f00:1", False),
+        ("fec0::1", False),
+        ("fe80::1%eth0", False),
+        ("ff0e::1", False),
+    ],
+)
+def test_an_address_of_ipv6_that_holds_one_of_ipv4_is_no_way_around(ip: str, is_public: bool) -> None:
+    assert http_source._is_public(ip) is is_public
+
+
 class Answers(BaseHTTPRequestHandler):
     """A server with every habit that matters here."""
 
@@ -226,6 +246,9 @@ class Answers(BaseHTTPRequestHandler):
 
     def serve_moved(self) -> None:
         self._answer(302, b"", [("Location", "/good?x=1"), ("Content-Length", "0")])
+
+    def serve_moved_far(self) -> None:
+        self.wfile.write("HTTP/1.1 302 Found\r\nLocation: /echo?B\u00e4r\r\nContent-Length: 0\r\n\r\n".encode())
 
     def serve_circle(self) -> None:
         self._answer(302, b"", [("Location", "/circle"), ("Content-Length", "0")])
@@ -282,6 +305,7 @@ def server() -> Iterator[str]:
 def test_http_where_allowed(server: str, root: Path) -> None:
     assert read_image_source(f"{server}/good", root, LOCAL) == b"image"
     assert read_image_source(f"{server}/moved", root, LOCAL) == b"image"
+    assert read_image_source(f"{server}/moved_far", root, LOCAL) == b"/echo?B%C3%A4r"
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,7 @@ async def in_order(jobs: Iterable[Callable[[], Awaitable[T]]], concurrency: int)
         raise ValueError(f"concurrency = {concurrency}: must be >= 1")
     slots, room = asyncio.Semaphore(concurrency), asyncio.Semaphore(concurrency * (1 + WAITING_PER_RUNNING))
     tasks: asyncio.Queue[asyncio.Future[T] | None] = asyncio.Queue()
-    running: set[asyncio.Future[T]] = set()
-
-    def ended(task: asyncio.Future[T]) -> None:
-        running.discard(task)
-        slots.release()
+    untaken: set[asyncio.Future[T]] = set()
 
     async def start() -> None:
         """A job is read only when it can run at once: it may hold much, such as a picture in a line of JSON."""
@@ -82,8 +78,8 @@ async def in_order(jobs: Iterable[Callable[[], Awaitable[T]]], concurrency: int)
         try:
             while await room.acquire() and await slots.acquire() and (job := next(source, None)) is not None:
                 task = asyncio.ensure_future(job())
-                running.add(task)
-                task.add_done_callback(ended)
+                untaken.add(task)
+                task.add_done_callback(lambda _: slots.release())
                 tasks.put_nowait(task)
                 await asyncio.sleep(0)  # it sets out before the next one is read
         finally:
@@ -93,11 +89,12 @@ async def in_order(jobs: Iterable[Callable[[], Awaitable[T]]], concurrency: int)
     try:
         while (task := await tasks.get()) is not None:
             result = await task
+            untaken.discard(task)
             room.release()
             yield result
         await starter  # raises what reading the jobs did
     finally:
-        left: list[asyncio.Future[Any]] = [starter, *running]
+        left: list[asyncio.Future[Any]] = [starter, *untaken]
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)

@@ -19,6 +19,9 @@ PAUSES_S = (0.5, 2.0)
 _LATER = frozenset((408, 425, 429))  # statuses below 500 that say: try again
 _AS_IT_IS = "/?%:@!$&'()*+,;=[]|~"  # in an address; blanks and letters beyond ASCII are escaped, as browsers do
 _CHUNK = 1 << 16
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are the address of IPv4 that is reached
+_INWARD = tuple(map(ipaddress.IPv6Network, ("::/96", "64:ff9b:1::/48", "2002::/16", "fec0::/10")))
+"""Global to Python, but they may lead to an address of IPv4 that is not (RFC 4291, 8215, 3056), or to a site's own."""
 
 
 def fetch(url: str, max_bytes: int, timeout_s: float, allow_private_hosts: bool) -> bytes:
@@ -50,7 +53,7 @@ def _follow(url: str, max_bytes: int, deadline: float, allow_private_hosts: bool
     raise ImageError("image_not_found", f"image {url!r}: more than {MAX_REDIRECTS} redirects")
 
 
-def _get(url: str, max_bytes: int, deadline: float, allow_private: bool) -> tuple[int, str | None, bytes]:
+def _get(url: str, max_bytes: int, deadline: float, allow_private: bool) -> tuple[int, str, bytes]:
     connection = _connection(url, deadline, allow_private)
     try:
         connection.connect()
@@ -75,13 +78,14 @@ def _get(url: str, max_bytes: int, deadline: float, allow_private: bool) -> tupl
         connection.close()
 
 
-def _exchange(connection: http.client.HTTPConnection, url: str, max_bytes: int) -> tuple[int, str | None, bytes]:
+def _exchange(connection: http.client.HTTPConnection, url: str, max_bytes: int) -> tuple[int, str, bytes]:
     parts = urlsplit(url)
     target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_AS_IT_IS)
     connection.request("GET", target, headers={"Accept": "image/*", "User-Agent": "vtengine"})
     answer = connection.getresponse()
     if answer.status != 200:
-        return answer.status, answer.getheader("Location"), b""
+        location = answer.getheader("Location", "")  # http.client reads bytes as Latin-1, many servers write UTF-8
+        return answer.status, location.encode("latin-1").decode("utf-8", "replace"), b""
     stated = answer.length  # None for a chunked body
     body = bytearray()
     while len(body) <= max_bytes and (stated is None or stated <= max_bytes):
@@ -89,7 +93,7 @@ def _exchange(connection: http.client.HTTPConnection, url: str, max_bytes: int) 
         if not chunk:
             if stated is not None and len(body) < stated:
                 raise OSError(f"{len(body)} of {stated} bytes received")
-            return 200, None, bytes(body)
+            return 200, "", bytes(body)
         body += chunk
     raise ImageError("image_too_large_bytes", f"image {url!r} has more than {max_bytes} bytes, the most accepted")
 
@@ -138,7 +142,9 @@ def _public_only(url: str) -> Callable[..., socket.socket]:
 def _is_public(ip: str) -> bool:
     known = ipaddress.ip_address(ip.partition("%")[0])
     known = getattr(known, "ipv4_mapped", None) or known
-    return known.is_global and not known.is_multicast
+    if known in _NAT64:
+        known = ipaddress.IPv4Address(int(known) & 0xFFFFFFFF)
+    return known.is_global and not known.is_multicast and not any(known in network for network in _INWARD)
 
 
 def _cut(sock: socket.socket | None) -> None:
