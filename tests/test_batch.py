@@ -6,10 +6,12 @@ import asyncio
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,35 @@ def test_in_a_notebook_as_from_threads():
     stage.close()
     with pytest.raises(RuntimeError, match="is closed"):
         stage(ask)
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+def test_ctrl_c_while_it_opens_leaves_nothing_behind(monkeypatch, notebook):
+    """As while a server is asked which model it has: the engine is closed before the call ends."""
+    ended = []
+
+    @asynccontextmanager
+    async def slow_session(*_):
+        asyncio.get_running_loop().call_later(0.05, signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+        try:
+            await asyncio.sleep(20)
+            yield
+        finally:
+            await asyncio.sleep(0.01)
+            ended.append(True)
+
+    async def cell():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with pytest.raises(KeyboardInterrupt):
+            AnswerBatches("glance")
+
+    monkeypatch.setattr("vtengine.batch.open_session", slow_session)
+    if notebook:
+        asyncio.run(cell())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            AnswerBatches("glance")
+    assert ended and "vtengine-batches" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")

@@ -156,11 +156,22 @@ class _LoopThread:
             future.cancel()
 
     def end(self) -> None:
+        """What still runs is cancelled, and waited for."""
         if self._thread.is_alive():
-            self.run(self._loop.shutdown_default_executor())
+            self.run(self._finish())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+        else:
+            self._loop.run_until_complete(self._finish())
         self._loop.close()
+
+    async def _finish(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            if not task.cancelling():  # a second time would end its clean-up
+                task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._loop.shutdown_default_executor()
 
 
 def _in_a_loop() -> bool:
