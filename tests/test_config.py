@@ -34,9 +34,16 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Nested:
+    optim: Optim = field(default_factory=Optim)
+    folders: dict[str, int] = field(default_factory=lambda: {"a": 1})
+
+
+@dataclass(frozen=True)
 class Config:
     out: Path
     optim: Optim = field(default_factory=Optim)
+    nested: Nested = field(default_factory=lambda: Nested(Optim(lr=2e-6)))
     slow: Optim = field(default_factory=lambda: Optim(lr=1e-6, betas=(0.9, 0.999)))
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int | None = None
@@ -73,6 +80,8 @@ def test_defaults_file_and_overrides(tmp_path: Path) -> None:
 def test_a_section_given_in_part_keeps_the_rest_of_its_fields_default(tmp_path: Path) -> None:
     config = load_config(Config, write(tmp_path, 'out = "runs"\n[slow]\nsteps = 7\n'))
     assert config.slow == Optim(lr=1e-6, steps=7, betas=(0.9, 0.999))
+    config = load_config(Config, write(tmp_path, 'out = "runs"\n[nested.optim]\nsteps = 7\n[nested.folders]\nb = 2\n'))
+    assert config.nested == Nested(Optim(lr=2e-6, steps=7), {"b": 2})  # a table of free keys is one value
 
 
 def test_a_machines_defaults_give_way_to_file_and_overrides(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     values: dict[str, Any] = {}
     for name, field in known.items():
         if name in data:
-            values[name] = _convert(_completed(data[name], field), hints[name], where + name)
+            default = None if field.default_factory is dataclasses.MISSING else field.default_factory()
+            values[name] = _convert(_completed(data[name], default), hints[name], where + name)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}{name}: missing; add it")
     try:
@@ -105,12 +106,11 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         raise ConfigError(f"{where.rstrip('.')}: {error}" if where else str(error)) from None
 
 
-def _completed(value: Any, field: dataclasses.Field[Any]) -> Any:
+def _completed(value: Any, default: Any) -> Any:
     """A section with what it leaves out as its field has it by default, which its class may have otherwise."""
-    if not isinstance(value, Mapping) or field.default_factory is dataclasses.MISSING:
+    if not isinstance(value, Mapping) or not dataclasses.is_dataclass(default):
         return value
-    default = field.default_factory()
-    return {**to_dict(default), **value} if dataclasses.is_dataclass(default) else value
+    return to_dict(default) | {key: _completed(item, getattr(default, key, None)) for key, item in value.items()}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

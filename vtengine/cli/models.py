@@ -133,6 +133,16 @@ def _part(config: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def cached_config(name: str) -> Path | None:
+    """The config.json of a Hugging Face id, where it was fetched before; nothing is fetched."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
 def _download(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download

@@ -57,6 +57,10 @@ def several(episode, example):
     return torch.tensor([0.0, 1.0])
 
 
+def huge(episode, example):
+    return 10**400
+
+
 def too_much(episode, example):
     return 1.5
 

@@ -32,7 +32,7 @@ def test_a_dot_instead_of_the_colon():
     assert load_function(f"{HERE}.half")(None, None) == 0.5
 
 
-@pytest.mark.parametrize("name", ["raises", "nan", "infinite", "text", "nothing", "several", "too_much"])
+@pytest.mark.parametrize("name", ["raises", "nan", "infinite", "text", "nothing", "several", "huge", "too_much"])
 def test_a_bad_value_names_the_function_on_one_line(name):
     with pytest.raises(RewardError, match=rf"reward function {HERE}:{name}: (raised|returned) ") as caught:
         score(name)

@@ -205,6 +205,21 @@ def test_a_failure_on_one_side_waits_for_the_other(make_config, monkeypatch) -> 
     assert learned.is_set()
 
 
+def test_of_two_failures_neither_is_lost(monkeypatch, caplog) -> None:
+    rollouts = Rollouts(None, 0)
+
+    async def refuses(step):
+        raise ValueError("no example can be asked")
+
+    def diverges():
+        raise TrainingDiverged("no finite loss")
+
+    monkeypatch.setattr(rollouts, "_sample", refuses)
+    with pytest.raises(ValueError, match="no example can be asked"):
+        asyncio.run(rollouts.ahead(2, diverges))
+    assert "the learner failed too: TrainingDiverged: no finite loss" in caplog.text
+
+
 def test_an_interrupt_does_not_wait_for_the_learner(monkeypatch) -> None:
     rollouts, begun, may_end = Rollouts(None, 0), threading.Event(), threading.Event()
     monkeypatch.setattr(rollouts, "_sample", lambda step: asyncio.sleep(60))

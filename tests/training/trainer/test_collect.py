@@ -130,6 +130,15 @@ def test_unreadable_images_are_quarantined_and_counted(collector, tiny_data, tmp
     assert collect(one, 2).counts["quarantined"] == 0
 
 
+def test_words_that_differ_each_time_are_said_once_an_example(collector, caplog) -> None:
+    def of(example, asked):
+        raise ValueError(f"boom {asked}")
+
+    one = collector(Reward(of), rollout={"max_refill": 3.0})
+    collect(one)
+    assert one.sampler.drawn == 6 and caplog.text.count("boom") == 5  # of the five examples one was drawn twice
+
+
 def refuse(one, monkeypatch, rejection):
     """The engine refuses what it is asked about q1."""
     generate = one.setting.backend.generate

@@ -332,7 +332,11 @@ def test_a_model_of_the_hub_is_fetched_but_not_for_a_dry_run(
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: asked.append(name) or str(tiny_folder))
     line = command("1", "tests.training.trainer.toy_reward:low_bytes", "model=owner/tiny")
     assert main([*line, "--dry-run"]) == 0 and not asked
-    assert "hf download owner/tiny" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no folder owner/tiny here; as an id of the Hugging Face hub: hf download owner/tiny\n" in said
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: str(tiny_folder / file))
+    assert main([*line, "--dry-run"]) == 0 and not asked
+    assert "# model: " in capsys.readouterr().out
     assert main([*line, "--set", "steps=1"]) == 0
     assert asked == ["owner/tiny"] and (tmp_path / "1" / "model" / "config.json").is_file()
 

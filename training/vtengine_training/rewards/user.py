@@ -76,7 +76,7 @@ def _number(value: object, where: str) -> float:
     """True, False, and scalars of NumPy and torch are numbers too. Raises RewardError."""
     try:
         number = float(value) if isinstance(value, SupportsFloat) else math.nan
-    except (TypeError, ValueError, RuntimeError):  # an array or tensor of several numbers
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # such as an array or tensor of several numbers
         number = math.nan
     if not 0 <= number <= 1:
         raise RewardError(f"{where}: returned {one_line(repr(value))}; must be a finite number from 0 to 1")

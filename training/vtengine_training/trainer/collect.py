@@ -177,8 +177,8 @@ class Collector:
             return await self.rewarder.score(episode, example)
         except Exception as error:
             words = f"{type(error).__name__}: {error}"
-            if words not in self._complained:  # once, not for every example
-                self._complained.add(words)
+            if self._complained.isdisjoint((words, example.id)):  # once, not for every example, sibling and epoch
+                self._complained |= {words, example.id}
                 log.warning("example %s: no reward, its group is dropped, as are others like it: %s", example.id, words)
             return None
 

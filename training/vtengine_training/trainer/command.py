@@ -168,20 +168,23 @@ def _penalty(config: PenaltyConfig) -> str:
 def _estimate(config: GrpoConfig) -> list[str]:
     import torch
 
-    from vtengine.cli.models import is_hub_id
+    from vtengine.cli.models import cached_config, is_hub_id
     from vtengine.model import ModelConfig
     from vtengine_training.eval.runner import model_folder
     from vtengine_training.trainer.cost import ModelCost
     from vtengine_training.trainer.memory import gpu_bytes
     from vtengine_training.trainer.memory_plan import MemoryPlan, num_adapted
 
-    if is_hub_id(config.model):
-        return [f"no estimate before the model is here: hf download {config.model} --local-dir FOLDER; model = FOLDER"]
-    try:
-        folder = model_folder(config.model)
-    except ValueError:
-        return ["no estimate without the model"]
-    cost = ModelCost.of(ModelConfig.from_json(folder / "config.json"))
+    if is_hub_id(name := config.model):
+        found = cached_config(name)
+        if found is None:
+            return [f"no estimate: no folder {name} here; as an id of the Hugging Face hub: hf download {name}"]
+    else:
+        try:
+            found = model_folder(name) / "config.json"
+        except ValueError:
+            return ["no estimate without the model"]
+    cost = ModelCost.of(ModelConfig.from_json(found))
     gpu = gpu_bytes(torch.device("cuda")) if config.device != "cpu" and torch.cuda.is_available() else None
     frozen = bool(config.lora.rank)
     token = cost.training_flops(1, 0, 0, frozen=frozen) / 1e9

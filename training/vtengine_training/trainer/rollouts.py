@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.sync.daemon import in_daemon
 from vtengine_training.trainer.collect import Collected, Collector
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 COUNTED = (
     *("drawn", "waves", "zero_spread", "quarantined", "failed", "reward_failed", "reused", "stale", "surplus", "used"),
@@ -50,6 +52,8 @@ class Rollouts:
         """
         sampled, learned = await asyncio.gather(self._sample(step), in_daemon(learn), return_exceptions=True)
         if isinstance(sampled, BaseException):
+            if isinstance(learned, BaseException):
+                log.error("the learner failed too: %s: %s", type(learned).__name__, learned)
             raise sampled
         if isinstance(learned, BaseException):
             raise learned
