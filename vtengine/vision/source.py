@@ -37,6 +37,11 @@ class SourceLimits:
             raise ValueError(f"source.timeout_s = {self.timeout_s}: must be > 0 seconds")
 
 
+def is_url(source: str) -> bool:
+    """Whether it is a URL, a `data:` one included, and no path."""
+    return _SCHEME.match(source) is not None or source[:5].lower() == "data:"
+
+
 def read_image_source(source: str, root: Path, limits: SourceLimits | None = None) -> bytes:
     """The encoded image, at least one byte. Relative paths start at `root`; nothing outside it is read, symlinks
     included. Blocks; raises ImageError for anything wrong with the source.

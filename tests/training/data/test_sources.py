@@ -286,7 +286,7 @@ def test_images_elsewhere_below_a_root(tmp_path) -> None:
     (tmp_path / "annotations").mkdir()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(png())
-    paths = ["../photos/a.png", str(tmp_path / "photos" / "a.png"), "../../a.png", "data:image/png;base64,AA=="]
+    paths = ["../photos/a.png", str(tmp_path / "photos" / "a.png"), "../../a.png", "Data:image/png;base64,AA=="]
     rows = [{"image": path, "question": "What?", "answer": "1"} for path in paths]
     (tmp_path / "annotations" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(image_root=str(tmp_path))
@@ -296,6 +296,11 @@ def test_images_elsewhere_below_a_root(tmp_path) -> None:
     with pytest.raises(ImageError, match="outside the image root"):
         read_image_source(found[2].image, found[2].root)
     assert found[3].image == paths[3]
+    (tmp_path / "link").symlink_to(tmp_path)  # a root by another name than the files'
+    (linked, *_) = read_dataset(
+        [tmp_path / "annotations" / "rows.jsonl"], SourceConfig(image_root=str(tmp_path / "link")), None
+    ).examples
+    assert linked.image == "photos/a.png" and read_image_source(linked.image, linked.root) == png()
     path = parquet(tmp_path / "annotations" / "a.parquet", [published(0)])
     (stored,) = read(path, tmp_path, image_root=str(tmp_path / "photos")).examples
     assert read_image_source(stored.image, stored.root) == png()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vtengine.cli.inputs import InputRow, RejectedRow, check_record, read_inputs
+from vtengine.vision.source import is_url
 from vtengine_training.data.columns import BadImage, check_columns, plain, rename
 from vtengine_training.data.config import SourceConfig
 from vtengine_training.data.images import ImageStore
@@ -95,9 +96,10 @@ def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, imag
 
 def _below(image_root: Path, image: str, folder: Path) -> tuple[str, Path]:
     """(image, root): a path from `folder` as one from the root, which it may not lead out of. URLs stay."""
-    if "://" in image or image.startswith("data:"):
+    if is_url(image):
         return image, folder
-    return Path(os.path.relpath(folder / image, image_root)).as_posix(), image_root
+    # Without symlinks, which may give one place two names.
+    return Path(os.path.relpath(os.path.realpath(folder / image), os.path.realpath(image_root))).as_posix(), image_root
 
 
 def _rows(path: Path, source: SourceConfig, images: Path | None) -> Iterator[SourceRow]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vtengine.rollout.episode import Episode
 from vtengine.rollout.records import Row, episode_row
+from vtengine.vision.source import is_url
 from vtengine_training.data.examples import Example
 from vtengine_training.rewards.base import CORRECT_FROM, Score
 
@@ -41,6 +42,6 @@ def sample_row(
     own: dict[str, Any] = {"question": example.question, "image": example.image, "expected": list(example.answers)}
     own |= {"correct": facts["accuracy"] >= CORRECT_FROM, "step": step, "draw": draw, "advantage": advantage}
     own |= {name: facts[name] for name in ("reward", "accuracy", "format", "penalty")}
-    if "://" not in example.image and not example.image.startswith("data:"):
+    if not is_url(example.image):
         own["image_path"] = str((Path(example.root) / example.image).resolve())
     return row | own
