@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -225,6 +226,22 @@ def test_ctrl_c_while_the_model_is_loaded_ends_at_once(
         done = running.finish()
     assert done.status == 130 and "interrupted" in done.err
     assert not list(tmp_path.glob("out.jsonl*"))
+
+
+def test_ctrl_c_while_a_model_is_fetched_ends_at_once(
+    vtengine: Run, questions: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    def fetch(_: str, **__: Any) -> str:
+        signal.raise_signal(signal.SIGINT)
+        fetched.append("all")
+        return str(tmp_path)
+
+    hub = SimpleNamespace(snapshot_download=fetch)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    done = vtengine("generate", questions(3), "-o", tmp_path / "out.jsonl", "--model", "owner/model")
+    assert done.status == 130 and "interrupted" in done.err and not fetched
 
 
 @contextmanager

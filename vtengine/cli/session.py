@@ -61,9 +61,9 @@ async def open_session(
     decode_limits: of one image, where the defaults are not wanted. max_chunks_per_s: of all streams together.
     """
     check_backend(arguments)
-    folder = find_model(arguments.model)
     try:
         with _interruptible():
+            folder = find_model(arguments.model)
             setting = _build(arguments, folder, concurrency, decode_limits, max_chunks_per_s)
     except ValueError as error:  # a profile, tokenizer or checkpoint that cannot be used
         raise UsageError(f"--model {arguments.model}: {one_line(error)}") from None
