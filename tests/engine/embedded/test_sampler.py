@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vtengine.engine.base import SamplingParams
+from vtengine.engine.embedded.head_graphs import GraphPlan
 from vtengine.engine.embedded.sampler import SamplingPlan, sample, uniforms
 
 PROBS = torch.tensor([0.1, 0.4, 0.2, 0.05, 0.25])
@@ -30,6 +31,7 @@ def draw(count=DRAWS, banned=(), logits=None, **params):
         ({"temperature": 1.0}, [0.1, 0.4, 0.2, 0.05, 0.25]),
         ({"temperature": 0.5}, [0.01, 0.16, 0.04, 0.0025, 0.0625]),
         ({"temperature": 1.0, "top_k": 2}, [0, 0.4, 0, 0, 0.25]),
+        ({"temperature": 1.0, "top_k": 10**30}, [0.1, 0.4, 0.2, 0.05, 0.25]),
         ({"temperature": 1.0, "top_p": 0.6}, [0, 0.4, 0, 0, 0.25]),
         ({"temperature": 1.0, "top_p": 0.001}, [0, 1, 0, 0, 0]),
         ({"temperature": 1e-40}, [0, 1, 0, 0, 0]),
@@ -47,6 +49,11 @@ def test_frequencies_and_logprobs(params, expected):
     assert (frequencies - expected).abs().max() < 4 * 0.5 / math.sqrt(DRAWS)
     for token, logprob in logprobs.items():
         assert logprob == pytest.approx(math.log(expected[token]), abs=1e-5)
+
+
+def test_what_graphs_are_given_fits_as_well():
+    plan = GraphPlan.of([SamplingParams(temperature=1.0, top_k=k) for k in (0, 3, 2**63 - 1)], range(3), 5)
+    assert plan.numbers[:, 3].tolist() == [5, 3, 5]
 
 
 def test_greedy_takes_the_best_and_reports_its_probability():

@@ -91,6 +91,7 @@ def test_sampling_parameters():
     assert "ignore_eos" not in params  # it would switch stop_token_ids off as well
     unseeded = {translation.sampling_params(SamplingParams(), TINY, False)["sampling_seed"] for _ in range(8)}
     assert len(unseeded) > 1
+    assert translation.sampling_params(SamplingParams(top_k=10**30), TINY, False)["top_k"] == 2**30
 
 
 @pytest.mark.parametrize(

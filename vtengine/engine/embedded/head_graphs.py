@@ -44,7 +44,7 @@ class GraphPlan:
     def of(params: Sequence[SamplingParams], seeds: Sequence[int], vocab: int) -> GraphPlan:
         kinds = [kind_of(p) for p in params]
         rows = [
-            (kind > 0, 0, max(p.temperature, LEAST_TEMPERATURE), p.top_k or vocab, p.top_p, p.min_p)
+            (kind > 0, 0, max(p.temperature, LEAST_TEMPERATURE), min(p.top_k or vocab, vocab), p.top_p, p.min_p)
             for kind, p in zip(kinds, params, strict=True)
         ]
         bits = np.array([seed_bits(seed) for seed in seeds], dtype=np.uint64)

@@ -78,7 +78,7 @@ class SamplingPlan:
     ) -> SamplingPlan:
         """banned: ids that no request may ever sample. What goes to the device goes in one copy, see `upload`."""
         kinds = np.array([kind_of(p) for p in params])
-        top_k = np.array([p.top_k or vocab for p in params], dtype=np.int64)
+        top_k = np.array([min(p.top_k or vocab, vocab) for p in params], dtype=np.int64)
         floats = [(max(p.temperature, LEAST_TEMPERATURE), p.top_p, p.min_p) for p in params]
         numbers = np.array(floats, dtype=np.float32).T
         found = np.unique(kinds).tolist()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BAN = -1e9  # JSON has no infinity; after softmax in float32 this is a probability of exactly 0
 SEED_BITS = 0x7FFFFFFF
+ALL_IDS = 1 << 30  # SGLang's own number for a top_k that is off; it keeps 32 bits
 ONCE = 1 << 30  # stream_interval: the first token, then only the end
 
 Span = tuple[int, int]
@@ -108,7 +109,7 @@ def sampling_params(sampling: SamplingParams, model: ServedModel, streamed: bool
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,
+        "top_k": min(sampling.top_k, ALL_IDS) or -1,
         "min_p": sampling.min_p,
         "stop_token_ids": list(sampling.stop_token_ids),
         "no_stop_trim": True,
