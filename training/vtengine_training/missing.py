@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from vtengine.cli.errors import UsageError
@@ -30,12 +31,16 @@ def refused(*checks: Check) -> Iterator[str]:
 
 
 def of_model(name: str, field: str = "model") -> Iterator[Check]:
-    """That it is a checkpoint's folder. What is on the hub is not fetched for it."""
+    """That it is a checkpoint's folder, or could be fetched from the hub, which it is not."""
     from vtengine.cli.models import is_hub_id
     from vtengine_training.eval.runner import model_folder
 
-    if not is_hub_id(name):
-        yield partial(model_folder, name, field)
+    yield partial(_check_client if is_hub_id(name) else model_folder, name, field)
+
+
+def _check_client(name: str, field: str) -> None:
+    if find_spec("huggingface_hub") is None:
+        raise ValueError(f"{field}: no folder {name} here; to fetch it from Hugging Face: pip install 'vtengine[hf]'")
 
 
 def of_reward(reward: RewardConfig) -> Iterator[Check]:

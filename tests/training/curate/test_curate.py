@@ -196,7 +196,7 @@ def test_a_dry_run_names_what_is_missing(curate, tmp_path, capsys) -> None:
     assert main([*dry, *(word for one in settings for word in ("--set", one))]) == 2
     said = capsys.readouterr().out
     for what in (
-        "--model absent: no such folder",
+        "model: absent holds no config.json",
         "profile 'nothing'",
         "data.files: gone.jsonl",
         "cannot import nowhere",

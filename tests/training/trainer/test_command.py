@@ -334,6 +334,10 @@ def test_a_model_of_the_hub_is_fetched_but_not_for_a_dry_run(
     assert main([*line, "--dry-run"]) == 0 and not asked
     said = capsys.readouterr().out
     assert "no folder owner/tiny here; as an id of the Hugging Face hub: hf download owner/tiny\n" in said
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        assert main([*line, "--dry-run"]) == 2
+        assert "# MISSING: model: no folder owner/tiny here; to fetch it" in capsys.readouterr().out
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: str(tiny_folder / file))
     assert main([*line, "--dry-run"]) == 0 and not asked
     assert "# model: " in capsys.readouterr().out

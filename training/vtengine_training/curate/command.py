@@ -10,13 +10,12 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtengine.config import load_config, to_toml
 from vtengine_training.curate.config import CurateConfig
-from vtengine_training.missing import absent_files, end_dry_run, of_profile, of_reward, refused
+from vtengine_training.missing import absent_files, end_dry_run, of_model, of_profile, of_reward, refused
 
 
 def run_curate(arguments: argparse.Namespace) -> int:
@@ -103,10 +102,8 @@ def plan(config: CurateConfig) -> list[str]:
 
 
 def _missing(config: CurateConfig) -> Iterator[str]:
-    from vtengine.cli.models import local_model
-
     yield from absent_files("data", config.data)
-    yield from refused(partial(local_model, config.model), *of_reward(config.reward), *of_profile(config.profile))
+    yield from refused(*of_model(config.model), *of_reward(config.reward), *of_profile(config.profile))
 
 
 def _session(config: CurateConfig) -> argparse.Namespace:
