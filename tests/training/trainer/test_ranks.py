@@ -271,11 +271,12 @@ def test_failing_ranks_end_with_their_status_and_words(make_config, tmp_path, st
 
 
 @pytest.mark.slow
-def test_killed_pairs_end_as_an_uninterrupted_one(make_config, tmp_path, start_ranks) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_killed_pairs_end_as_an_uninterrupted_one(make_config, tmp_path, start_ranks, ahead) -> None:
     """kill -9 of one rank, at random moments of a step and of its save: `latest` can be loaded, the other rank ends."""
     reward = {"penalty": {"form": "off"}, "accuracy": "function", "function": "toy_reward:low_bytes"}
     configs = {
-        name: make_config(steps=6, rollout=ALONE, reward=reward, output=str(tmp_path / name))
+        name: make_config(steps=6, rollout={**ALONE, "ahead": ahead}, reward=reward, output=str(tmp_path / name))
         for name in ("whole", "parts")
     }
     for name, config in configs.items():
