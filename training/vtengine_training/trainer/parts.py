@@ -71,7 +71,7 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     rewarder = rewarder or Rewarder(share_judge(config.reward, ranks))
     dataset, validation = ranks.one_before_others(lambda: _datasets(config))
     tokenizer = Tokenizer.load(folder)
-    words = profile_file(config.profile).read_bytes() if config.profile else b""
+    own_profile_file = profile_file(config.profile).read_bytes() if config.profile else b""
     profile = load_profile(config.profile) if config.profile else own_profile(folder, "vtengine")
     pipeline = build_pipeline(config, folder, profile)
     models = build_models(config, folder, device, tokenizer.banned_ids, ranks)
@@ -87,7 +87,9 @@ def build_parts(config: GrpoConfig, rewarder: Rewarder | None = None, ranks: Ran
     meeting = ranks.branch() if rollout.ahead else ranks  # the learner meets at the same time
     collector = Collector(setting, dataset, sampler, rewarder, rollout, config.loss, config.seed, meeting)
     publisher = models.publisher(config, engine, ranks)
-    return Parts(folder, models, engine, pipeline, dataset, validation, rewarder, collector, learner, publisher, words)
+    return Parts(
+        folder, models, engine, pipeline, dataset, validation, rewarder, collector, learner, publisher, own_profile_file
+    )
 
 
 def share_judge(config: RewardConfig, ranks: Ranks) -> RewardConfig:
