@@ -7,7 +7,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from vtengine.cli.errors import UsageError
 from vtengine_training.data.config import SourceConfig
 from vtengine_training.rewards.rewarder import RewardConfig
 
@@ -22,11 +21,11 @@ def absent_files(section: str, source: SourceConfig) -> Iterator[str]:
 
 
 def refused(*checks: Check) -> Iterator[str]:
-    """What the checks raise ValueError or UsageError for."""
+    """What the checks raise ValueError for."""
     for check in checks:
         try:
             check()
-        except (ValueError, UsageError) as error:
+        except ValueError as error:
             yield str(error)
 
 

@@ -25,11 +25,6 @@ def shipped_model(name: str = SHIPPED_NAMES[0]) -> Path:
 
 def find_model(name: str) -> Path:
     """The folder of a checkpoint; a Hugging Face id is downloaded into its cache. Raises UsageError with the remedy."""
-    return local_model(name) or _checkpoint(name, _download(name))
-
-
-def local_model(name: str) -> Path | None:
-    """The folder of a checkpoint on this machine; None for a Hugging Face id. Raises UsageError with the remedy."""
     folder = Path(name)
     if name in SHIPPED_NAMES and not folder.is_dir():
         folder = shipped_model(name)
@@ -38,22 +33,18 @@ def local_model(name: str) -> Path | None:
     elif not folder.exists():
         if not is_hub_id(name):
             raise UsageError(f"--model {name}: no such folder, and no Hugging Face id (owner/name) either")
-        return None
-    return _checkpoint(name, folder)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether it names a repository of the Hugging Face hub (owner/name), and no folder of this machine."""
-    return bool(_HF_ID.fullmatch(name)) and not Path(name).exists()
-
-
-def _checkpoint(name: str, folder: Path) -> Path:
+        folder = _download(name)
     if not folder.is_dir():
         raise UsageError(f"--model {name}: is a file; give the folder of a checkpoint")
     if not (folder / "config.json").is_file():
         raise UsageError(f"--model {name}: {folder} holds no config.json, so it is no checkpoint")
     read_json(folder / "config.json")
     return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it names a repository of the Hugging Face hub (owner/name), and no folder of this machine."""
+    return bool(_HF_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def read_json(path: Path) -> dict[str, Any]:

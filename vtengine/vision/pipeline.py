@@ -40,12 +40,12 @@ from vtengine.vision.plan import (
     plan_low,
     plan_low_half_first,
 )
-from vtengine.vision.source import SourceLimits, read_image_source
+from vtengine.vision.source import SourceLimits, is_data_url, read_image_source
 
 Filter = Literal["bicubic", "lanczos"]
 Layout = Literal["full", "compact"]
 READERS = 32
-"""Threads that wait for disks and networks: a server that does not answer holds up no image but its own."""
+"""Threads that wait for disks and networks: fewer silent servers than these hold up no image but their own."""
 _RECIPE = "vtengine-view-1"  # part of every content hash; change it when the same plan gives other values
 
 
@@ -135,7 +135,7 @@ class ImagePipeline:
 
         A path is read at every call, so a changed file is seen; equal bytes are decoded once, whatever their source.
         """
-        workers = self._cache if source[:5].lower() == "data:" else self._reads  # base64 waits for nobody
+        workers = self._cache if is_data_url(source) else self._reads  # base64 waits for nobody
         read = await workers.get(("read", source, str(root)), lambda: self._read(source, root), lambda _: 0)
         encoded, file_hash = read
         pixels = await self._pixels(encoded, file_hash)

@@ -37,9 +37,14 @@ class SourceLimits:
             raise ValueError(f"source.timeout_s = {self.timeout_s}: must be > 0 seconds")
 
 
+def is_data_url(source: str) -> bool:
+    """Whether it holds the image itself."""
+    return source[:5].lower() == "data:"
+
+
 def is_url(source: str) -> bool:
     """Whether it is a URL, a `data:` one included, and no path."""
-    return _SCHEME.match(source) is not None or source[:5].lower() == "data:"
+    return _SCHEME.match(source) is not None or is_data_url(source)
 
 
 def read_image_source(source: str, root: Path, limits: SourceLimits | None = None) -> bytes:
@@ -48,7 +53,7 @@ def read_image_source(source: str, root: Path, limits: SourceLimits | None = Non
     """
     limits = limits or SourceLimits()
     scheme = _SCHEME.match(source)
-    if source[:5].lower() == "data:":
+    if is_data_url(source):
         data = _read_data_url(source, limits)
     elif scheme is None:
         data = _read_path(source, root, limits)

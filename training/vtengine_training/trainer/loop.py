@@ -54,7 +54,7 @@ class Run:
             "data": self.parts.dataset.fingerprint,
             "model": weights_fingerprint(self.parts.folder),
         }
-        self.alarms = Alarms(config.rollout.resolution == "adaptive" and config.rollout.max_turns > 1)
+        self.alarms = Alarms(self.parts.collector.setting.limits.num_turns > 1)
         self.cost = ModelCost.of(self.parts.model.config)
         self.step = 0
         self.empty_steps = 0

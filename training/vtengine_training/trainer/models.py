@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,8 +104,7 @@ def build_models(
     if generating is not None and ranks.is_alone:
         learned = generating
         if config.rollout.ahead and config.rollout.backend == "embedded":
-            learned = load_model(folder, device, dtype)
-            learned.visual.requires_grad_(config.trains_vision)
+            learned = deepcopy(generating)
         if lora.rank:
             adapters = Adapters.put_into(learned, lora)
             adapters.begin(config.seed)
