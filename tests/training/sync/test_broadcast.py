@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from datetime import timedelta
@@ -17,10 +18,11 @@ from vtengine_training.sync.sglang import ByBroadcast, SglangPublisher, free_por
 
 from tests.engine.sglang.backends import TINY
 from tests.engine.sglang.fake_server import FakeSglang
-from tests.engine.sglang.scheduler import FROZEN, KILLED, schedulers
+from tests.engine.sglang.scheduler import FROZEN, KILLED, WAIT_S, schedulers
 from tests.engine.tiny import request, tiny_model
 from vtengine.engine.base import BackendFailed
 from vtengine.engine.sglang import SglangFleet, SglangHttpBackend, fleet_update
+from vtengine.engine.sglang.transport import ConnectionLost
 from vtengine.engine.sglang.update import Update
 from vtengine.model import hf_tensors
 
@@ -109,6 +111,28 @@ def test_both_sides_end_the_group_at_the_same_time(fault, monkeypatch) -> None:
     monkeypatch.setattr(Update, "leave", leaving)
     monkeypatch.setattr(group_module.Group, "close", closing)
     assert published(one_version, {}, fault) == ([True, not fault], {1})
+
+
+def test_those_that_wait_are_freed_by_the_trainers_end_of_the_group(monkeypatch) -> None:
+    """Where its own broadcast fails before anything was sent, they wait at its sockets, whatever is collected when."""
+    broadcast, calls = group_module.Group.broadcast, []
+
+    def fails_once(self, tensor):
+        calls.append(tensor)
+        if len(calls) == 1:
+            raise ConnectionLost("broadcast of weights: connection reset by peer")
+        broadcast(self, tensor)
+
+    monkeypatch.setattr(group_module.Group, "broadcast", fails_once)
+    for module in (fleet_update, sglang_module):
+        monkeypatch.setattr(module, "GRACE_S", 0.5)
+    gc.disable()
+    try:
+        begin_s = time.monotonic()
+        assert published(one_version, {}, {}) == ([True, True], {1})
+        assert time.monotonic() - begin_s < WAIT_S / 4
+    finally:
+        gc.enable()
 
 
 def test_a_call_that_never_returns_is_left_behind(monkeypatch) -> None:

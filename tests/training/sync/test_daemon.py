@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -26,6 +28,26 @@ def test_it_computes_with_its_callers_threads() -> None:
         assert torch.get_num_threads() == 3 and asyncio.run(found()) == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_an_error_keeps_nothing_alive_but_itself() -> None:
+    """What a failed call held is freed with its error: sockets of a process group must not wait for a collection."""
+
+    class Held:
+        def fails(self) -> None:
+            raise ValueError("at once")
+
+    async def failed() -> weakref.ref[Held]:
+        held = Held()
+        with pytest.raises(ValueError, match="at once"):
+            await in_daemon(held.fails)
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert asyncio.run(failed())() is None
+    finally:
+        gc.enable()
 
 
 LEFT = """

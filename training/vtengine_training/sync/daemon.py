@@ -25,7 +25,7 @@ def in_daemon(function: Callable[..., T], *arguments: object) -> asyncio.Future[
     num_threads = torch.get_num_threads()
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
-    def work() -> None:
+    def work(function: Callable[..., T], arguments: tuple[object, ...], done: Future[T]) -> None:
         try:
             torch.set_num_threads(num_threads)
             if gpu is not None:
@@ -33,8 +33,10 @@ def in_daemon(function: Callable[..., T], *arguments: object) -> asyncio.Future[
             done.set_result(function(*arguments))
         except BaseException as error:
             done.set_exception(error)
+        finally:  # an error knows this frame: one that knew the error too would keep all alive until a collection
+            del function, arguments, done
 
-    threading.Thread(target=work, name=NAME, daemon=True).start()
+    threading.Thread(target=work, args=(function, arguments, done), name=NAME, daemon=True).start()
     return asyncio.wrap_future(done)
 
 

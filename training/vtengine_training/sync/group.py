@@ -33,14 +33,18 @@ class Group:
 
     def broadcast(self, tensor: Tensor) -> None:
         """From this process to all others; returns once it is sent. Raises ConnectionLost where one of them is gone."""
-        try:
-            work = dist.broadcast(tensor, src=0, group=self.handle, async_op=True)
-            work.wait(TIMEOUT)  # without a time NCCL's returns at once
+        fault = ""
+        try:  # without a time NCCL's wait returns at once
+            dist.broadcast(tensor, src=0, group=self.handle, async_op=True).wait(TIMEOUT)
         except RuntimeError as error:
-            raise ConnectionLost(f"broadcast of weights: {first_line(error)}") from None
+            fault = first_line(error)
+        if fault:  # outside of the clause: that error knows gloo's sockets, and those that wait at them need their end
+            raise ConnectionLost(f"broadcast of weights: {fault}")
 
     def close(self) -> None:
-        dist.destroy_process_group(self.handle)
+        """gloo's sockets close with the last reference to its handle, and only then do waiting peers go on."""
+        handle, self.handle = self.handle, None
+        dist.destroy_process_group(handle)
 
     def abort(self) -> None:
         """Ends it whatever it is in the middle of. NCCL can; gloo ends by itself when a peer is gone, or in time."""
