@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 import torch
@@ -18,6 +19,20 @@ def right(episode, example) -> bool:
 
 async def later(episode, example) -> float:
     await asyncio.sleep(0)
+    return 1.0
+
+
+async def never(episode, example) -> float:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def times_out_by_itself(episode, example) -> float:
+    raise TimeoutError("its own")
+
+
+def slow(episode, example) -> float:
+    time.sleep(0.3)
     return 1.0
 
 

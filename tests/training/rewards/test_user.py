@@ -15,8 +15,8 @@ from tests.training.rewards.episodes import direct, example
 HERE = "tests.training.rewards.rewards_of_users"
 
 
-def score(name, answer="4"):
-    return asyncio.run(UserReward(f"{HERE}:{name}").score(direct(answer), example("4")))
+def score(name, answer="4", timeout_s=60.0):
+    return asyncio.run(UserReward(f"{HERE}:{name}", timeout_s).score(direct(answer), example("4")))
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,25 @@ def test_a_dot_instead_of_the_colon():
     assert load_function(f"{HERE}.half")(None, None) == 0.5
 
 
-@pytest.mark.parametrize("name", ["raises", "nan", "infinite", "text", "nothing", "several", "huge", "too_much"])
+@pytest.mark.parametrize(
+    "name", ["raises", "times_out_by_itself", "nan", "infinite", "text", "nothing", "several", "huge", "too_much"]
+)
 def test_a_bad_value_names_the_function_on_one_line(name):
     with pytest.raises(RewardError, match=rf"reward function {HERE}:{name}: (raised|returned) ") as caught:
         score(name)
     assert "\n" not in str(caught.value) and "e1" not in str(caught.value)  # so that equal reasons are counted as one
+
+
+def test_one_that_never_returns_is_given_up_on():
+    with pytest.raises(RewardError, match=rf"reward function {HERE}:never: no result within reward.timeout_s = 0.1$"):
+        score("never", timeout_s=0.1)
+
+
+@pytest.mark.parametrize(("timeout_s", "lines"), [(0.05, 1), (60.0, 0)])
+def test_a_plain_one_that_holds_everything_up_is_named_meanwhile_and_counts(timeout_s, lines, caplog):
+    assert score("slow", timeout_s=timeout_s).accuracy == 1.0
+    assert len(caplog.messages) == lines
+    assert all(f"{HERE}:slow: has not returned for 0.05 s" in words for words in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +81,10 @@ def test_a_module_of_the_current_folder_is_found(tmp_path, monkeypatch):
 def test_through_the_config():
     rewarder = Rewarder(RewardConfig(accuracy="function", function=f"{HERE}:half"))
     assert asyncio.run(rewarder.score(direct("4"), example("4"))).accuracy == 0.5
+    assert isinstance(rewarder.function, UserReward) and rewarder.function.timeout_s == RewardConfig().timeout_s
+    for seconds in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="timeout_s"):
+            RewardConfig(timeout_s=seconds)
     with pytest.raises(ValueError, match="function"):
         RewardConfig(accuracy="function")
     with pytest.raises(ValueError, match="function"):

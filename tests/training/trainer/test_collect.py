@@ -8,6 +8,7 @@ import math
 
 import pytest
 from vtengine_training.rewards.base import Score
+from vtengine_training.rewards.user import UserReward
 from vtengine_training.trainer.loop import Run
 
 from tests.training.trainer.toy import LowBytes, rewarder
@@ -109,6 +110,13 @@ def test_a_reward_that_fails_drops_the_group_and_nothing_else(collector, fault, 
     assert len(found.groups) == 5
     assert all(one.dataset.examples[group.example].id != "q1" for group in found.groups)
     assert caplog.text.count("boom") == (fault == "raises")
+
+
+def test_a_reward_that_never_returns_drops_its_group_once_its_time_is_up(collector, caplog) -> None:
+    one = collector(UserReward("tests.training.rewards.rewards_of_users:never", timeout_s=0.2))
+    found = collect(one)
+    assert found.groups == [] and found.counts["reward_failed"] == found.counts["drawn"] > 0
+    assert caplog.text.count("no result within reward.timeout_s = 0.2") == 1
 
 
 def test_unreadable_images_are_quarantined_and_counted(collector, tiny_data, tmp_path) -> None:

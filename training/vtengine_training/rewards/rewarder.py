@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +25,14 @@ class RewardConfig:
     """The `[reward]` section of a training run.
 
     accuracy: rules, judge, rules+judge, or function = the user's own at `function` (package.module:name).
+    timeout_s: of one call of that function, with all its own waiting; then there is no verdict.
     tolerance: how far a number may be off, as a share of the reference; a row's own `tolerance` wins.
     """
 
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     accuracy: Literal["rules", "judge", "rules+judge", "function"] = "rules"
     function: str = ""
+    timeout_s: float = 600.0
     tolerance: float = 0.0
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
@@ -37,6 +40,8 @@ class RewardConfig:
         if (self.accuracy == "function") != bool(self.function):
             remedy = "leave it out" if self.function else "name yours as package.module:name"
             raise ValueError(f"accuracy = {self.accuracy!r}, function = {self.function!r}: {remedy}")
+        if not (self.timeout_s > 0 and math.isfinite(self.timeout_s)):
+            raise ValueError(f"timeout_s = {self.timeout_s}: must be a number of seconds above 0")
         if not 0 <= self.tolerance <= 1:
             raise ValueError(f"tolerance = {self.tolerance}: must be from 0 to 1")
         if self.uses_judge:
@@ -151,7 +156,7 @@ def extra_views(episode: Episode) -> float:
 
 def _build(config: RewardConfig, judge: Judge | None) -> RewardFn:
     if config.accuracy == "function":
-        return UserReward(config.function)
+        return UserReward(config.function, config.timeout_s)
     return Accuracy(config.accuracy, judge, config.tolerance)
 
 

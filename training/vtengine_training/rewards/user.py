@@ -3,17 +3,20 @@
     def reward(episode: Episode, example: Example) -> float    # or `async def`
 
 returns the accuracy, 0 to 1. Format and penalty are added as for every other reward. It runs on the event loop that
-also feeds the engine: what takes long should be `async`. Modules are found as `python -m` finds them: in the current
-folder, and on PYTHONPATH.
+also feeds the engine: what takes long should be `async`, and can then be given up on. Modules are found as `python -m`
+finds them: in the current folder, and on PYTHONPATH.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
+import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from typing import SupportsFloat
 
@@ -22,6 +25,7 @@ from vtengine.rollout.episode import Episode
 from vtengine_training.data.examples import Example
 from vtengine_training.rewards.base import RewardError, Score, format_reward
 
+log = logging.getLogger(__name__)
 Function = Callable[[Episode, Example], float | Awaitable[float]]
 
 
@@ -54,22 +58,37 @@ def load_function(path: str) -> Function:
 
 
 class UserReward:
-    """A user's function as a RewardFn."""
+    """A user's function as a RewardFn. timeout_s: of one call."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, timeout_s: float) -> None:
+        self.path, self.timeout_s = path, timeout_s
         self.function = load_function(path)
 
     async def score(self, episode: Episode, example: Example) -> Score:
-        """Raises RewardError, naming the function, when it raises or returns no reward."""
+        """Raises RewardError, naming the function, when it raises, returns no reward, or is still awaited after
+        timeout_s. A plain function cannot be left: from then on the log says what the run waits for."""
         where = f"reward function {self.path}"
+        limit = asyncio.timeout(self.timeout_s)
         try:
-            value = self.function(episode, example)
+            value = self._call(episode, example, where)
             if inspect.isawaitable(value):
-                value = await value
+                async with limit:
+                    value = await value
         except (Exception, SystemExit) as error:
+            if limit.expired():
+                raise RewardError(f"{where}: no result within reward.timeout_s = {self.timeout_s:g}") from None
             raise RewardError(f"{where}: raised {type(error).__name__}: {one_line(error)}") from error
         return Score(_number(value, where), format_reward(episode))
+
+    def _call(self, episode: Episode, example: Example, where: str) -> float | Awaitable[float]:
+        words = "%s: has not returned for %g s and holds up the run; make it async, or end it by itself"
+        late = threading.Timer(self.timeout_s, log.warning, (words, where, self.timeout_s))
+        late.daemon = True
+        late.start()
+        try:
+            return self.function(episode, example)
+        finally:
+            late.cancel()
 
 
 def _number(value: object, where: str) -> float:
