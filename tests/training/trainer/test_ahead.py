@@ -242,13 +242,18 @@ def test_an_interrupt_does_not_wait_for_the_learner(monkeypatch) -> None:
         may_end.set()
 
 
-def test_the_embedded_engine_has_a_copy(make_config) -> None:
-    one = Run(make_config(rollout={"ahead": True}), rewarder())
+def test_the_embedded_engine_has_a_copy_stored_for_reading(make_config, monkeypatch) -> None:
+    monkeypatch.setattr("vtengine.model.linear.onednn_is_better", lambda: False)
+    one = Run(make_config(steps=2, rollout={"ahead": True}), rewarder())
     learned = one.parts.learner.policy.model
     assert isinstance(one.parts.engine, EmbeddedEngine) and one.parts.engine.model is not learned
     own = {p.data_ptr() for p in one.parts.engine.model.parameters()}
     assert not own & {p.data_ptr() for p in learned.parameters()}
-    asyncio.run(one.close())
+    first = learned.layers[0].attn.qkv.weight.clone()
+    asyncio.run(train(one, lambda row: None))
+    copied = one.parts.engine.model.layers[0].attn.qkv.weight
+    assert copied.stride(0) == 1 and learned.layers[0].attn.qkv.weight.stride(1) == 1
+    assert torch.equal(copied, learned.layers[0].attn.qkv.weight) and not torch.equal(copied, first)
 
 
 def test_what_does_not_go_together(make_config) -> None:

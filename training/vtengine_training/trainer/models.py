@@ -125,6 +125,8 @@ def build_models(
         else:
             pieces = cut(frozen=True)
             reference = policy_of(pieces.model, train_vision=False, enter=pieces)
+    if generating is not None and policy.model is not generating:
+        generating.requires_grad_(False)  # a copy that is only written: the engine stores it as it is read fastest
     named = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
     if update.recompute:
         recompute_layers(policy.model, draws=bool(lora.dropout))
