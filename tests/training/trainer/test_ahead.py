@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,20 +194,44 @@ def test_a_failure_on_one_side_waits_for_the_other(make_config, monkeypatch) -> 
         learned.set()
         return found
 
-    async def refuses(step, keep_rows):
+    async def breaks(step, keep_rows):
         if step == 2:
-            raise ValueError("no example can be asked")
+            raise TypeError("a bug")
         return await collect(step, keep_rows)
 
     monkeypatch.setattr(other.parts.learner, "learn", learns)
-    monkeypatch.setattr(other.parts.collector, "collect", refuses)
-    with pytest.raises(ValueError, match="no example can be asked"):
+    monkeypatch.setattr(other.parts.collector, "collect", breaks)
+    with pytest.raises(TypeError, match="a bug"):
         asyncio.run(train(other, lambda row: None))
     assert learned.is_set()
 
 
+def test_a_refusal_ends_the_run_after_the_step_that_was_learned_meanwhile(make_config, tmp_path, monkeypatch) -> None:
+    """It counts and is saved where that is due; once the cause is gone the run goes on with the same draws."""
+    config = make_config(steps=3, rollout={"ahead": True, "concurrency": 1}, checkpoint={"every": 1})
+    expected = run_until(replace(config, output=str(tmp_path / "undisturbed"), steps=1), 1)
+    one, rows = Run(config, rewarder()), []
+    wave, draws = one.parts.collector._wave, {}
+
+    async def refuses(count, step, *rest):
+        draws[step] = one.parts.collector.sampler.drawn
+        found = await wave(count, step, *rest)
+        if step == 2:
+            raise ValueError("no example can be asked")
+        return found
+
+    monkeypatch.setattr(one.parts.collector, "_wave", refuses)
+    with pytest.raises(ValueError, match="no example can be asked"):
+        asyncio.run(train(one, rows.append))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected] and one.has_learned
+    again = Run(config, rewarder())
+    assert again.resume() and (again.step, again.parts.learner.version) == (1, one.parts.learner.version)
+    assert again.parts.collector.sampler.drawn == draws[2] and again.rollouts.waiting is None
+    asyncio.run(again.close())
+
+
 def test_of_two_failures_neither_is_lost(monkeypatch, caplog) -> None:
-    rollouts = Rollouts(None, 0)
+    rollouts = Rollouts(SimpleNamespace(sampler=SimpleNamespace(drawn=0)), 0)
 
     async def refuses(step):
         raise ValueError("no example can be asked")
@@ -221,7 +246,8 @@ def test_of_two_failures_neither_is_lost(monkeypatch, caplog) -> None:
 
 
 def test_an_interrupt_does_not_wait_for_the_learner(monkeypatch) -> None:
-    rollouts, begun, may_end = Rollouts(None, 0), threading.Event(), threading.Event()
+    collector = SimpleNamespace(sampler=SimpleNamespace(drawn=0))
+    rollouts, begun, may_end = Rollouts(collector, 0), threading.Event(), threading.Event()
     monkeypatch.setattr(rollouts, "_sample", lambda step: asyncio.sleep(60))
 
     def learns() -> bool:

@@ -38,26 +38,35 @@ class Rollouts:
     def __init__(self, collector: Collector, dump_every: int) -> None:
         self.collector, self.dump_every = collector, dump_every
         self.waiting: Sampled | None = None
+        self._refusal: ValueError | None = None
 
     async def take(self, step: int) -> Sampled:
         """Those of step `step`, now if they do not wait. Raises ValueError, see `Collector.collect`."""
+        if self._refusal is not None:
+            raise self._refusal
         found, self.waiting = self.waiting or await self._sample(step), None
         return found
 
     async def ahead(self, step: int, learn: Callable[[], T]) -> T:
         """learn(), in a thread, while step `step` is sampled; returns when both are done.
 
-        A fault of one does not end the other: other ranks may be at a meeting that this one still has to come to. An
+        A fault of one does not end the other: other ranks may be at a meeting that this one still has to come to. A
+        refusal, which all ranks have alike, is raised by the next `take`, so that what was learned meanwhile counts. An
         interrupt leaves the thread to itself.
         """
+        drawn = self.collector.sampler.drawn
         sampled, learned = await asyncio.gather(self._sample(step), in_daemon(learn), return_exceptions=True)
-        if isinstance(sampled, BaseException):
-            if isinstance(learned, BaseException):
-                log.error("the learner failed too: %s: %s", type(learned).__name__, learned)
-            raise sampled
         if isinstance(learned, BaseException):
+            if isinstance(sampled, BaseException):
+                log.error("the learner failed too: %s: %s", type(learned).__name__, learned)
+                raise sampled
             raise learned
-        self.waiting = sampled
+        if isinstance(sampled, ValueError):
+            self._refusal, self.collector.sampler.drawn = sampled, drawn
+        elif isinstance(sampled, BaseException):
+            raise sampled
+        else:
+            self.waiting = sampled
         return learned
 
     async def _sample(self, step: int) -> Sampled:
