@@ -48,12 +48,13 @@ def two_turn_rows() -> list[dict[str, Any]]:
     call = '<think>Too small.</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
     answer = "<think>A red ball.</think><answer>yes</answer>"
     low, high = (84, 56), (168, 112)
+    asking = turn(call, low, 0, "resize") | {"advantage": 0.5}
     fault = {"code": "image_not_found", "message": "no such file"}
     rejected = {"id": "gone", "status": "rejected", "error": fault, "expected": ["no"], "correct": False}
     return [
         episode("plain", "ball.png", turn(answer, low), correct=True, expected=["yes"]),
         episode(
-            "closer", "ball.png", turn(call, low, 0, "resize"), turn(answer, high, 32), visual_tokens=30, correct=False,
+            "closer", "ball.png", asking, turn(answer, high, 32), visual_tokens=30, correct=False,
             expected=["no"], reward=0.9, advantage=-0.25,
         ),
         episode("gone", "gone.png", turns=[], upscaled=False, answer=None, visual_tokens=0) | rejected,

@@ -44,6 +44,8 @@ def test_rows_turns_and_views_are_shown(
         True, True, False,
     ]  # fmt: skip
     assert "32 from cache, 40 prefilled" in closer and "advantage -0.250" in closer and "reward 0.900" in closer
+    first, second = closer.split('class="turn"')[1:]
+    assert "advantage +0.500" in first and "advantage" not in second
     assert ">wrong<" in closer and ">right<" in plain
     assert "image_not_found" in gone and "no such file" in gone
 

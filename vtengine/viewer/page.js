@@ -63,6 +63,10 @@
     return holder;
   }
 
+  function advantage(of) {
+    return Number.isFinite(of.advantage) ? node("span", "chip " + (of.advantage < 0 ? "bad" : "good"), "advantage " + signed(of.advantage)) : null;
+  }
+
   function turnNode(turn, index, longest) {
     if (!turn || typeof turn !== "object") return null;
     const images = items(turn.images).filter((image) => image && typeof image === "object");
@@ -73,6 +77,7 @@
       seen.length ? node("span", "", "image " + seen.join(", ")) : null,
       turn.finish && turn.finish !== "stop" ? node("span", "chip warn", text(turn.finish)) : null,
       turn.action ? node("span", "chip warn", "→ " + text(turn.action)) : null,
+      advantage(turn),
       node("span", "", seconds(turn.latency_s)));
     const body = segments(text(turn.text)).map(([kind, name, content]) =>
       node("div", "segment " + kind, name ? node("span", "tag", name) : null, content));
@@ -92,14 +97,17 @@
     return node("figure", view.shown ? "" : "unseen", image, caption);
   }
 
-  function verdict(row) {
-    if (row.correct === true) return node("span", "chip good", "right");
-    if (row.correct === false) return node("span", "chip bad", "wrong");
-    return null;
+  const isUnfinished = (row) => row.status === "rejected" || row.status === "failed";
+
+  function verdictOf(row) {
+    if (isUnfinished(row)) return "none";
+    return row.correct === true ? "right" : row.correct === false ? "wrong" : "none";
   }
 
+  const MARKS = { right: "good", wrong: "bad", none: "" };
+
   function topNode(row) {
-    const bad = row.status === "rejected" || row.status === "failed";
+    const bad = isUnfinished(row), mark = verdictOf(row);
     const full = whole(row.visual_tokens_full), spent = whole(row.visual_tokens);
     const figures = [];
     if (full) figures.push(number(spent) + " of " + number(full) + " visual tokens (" + Math.round((100 * spent) / full) + " %)");
@@ -107,10 +115,10 @@
     return node("div", "top", node("span", "number", "#" + row._number), node("span", "id", text(row.id)),
       row.sample ? node("span", "chip", "sample " + text(row.sample)) : null,
       node("span", "chip " + (bad ? "bad" : row.status === "answered" ? "good" : "warn"), text(row.status)),
-      verdict(row),
+      mark === "none" ? null : node("span", "chip " + MARKS[mark], mark),
       row.upscaled === true ? node("span", "chip warn", "asked for more pixels") : null,
       Number.isFinite(row.reward) ? node("span", "chip", "reward " + row.reward.toFixed(3)) : null,
-      Number.isFinite(row.advantage) ? node("span", "chip " + (row.advantage < 0 ? "bad" : "good"), "advantage " + signed(row.advantage)) : null,
+      advantage(row),
       node("span", "figures", figures.join(" · ")));
   }
 
@@ -122,8 +130,7 @@
     const longest = Math.max(1, ...turns.map((turn) => (turn ? whole(turn.prompt_tokens) + whole(turn.completion_tokens) : 0)));
     const facts = node("dl", "verdict");
     const fact = (name, value, className) => facts.append(node("div", "", node("dt", "", name), node("dd", className, value)));
-    const mark = row.correct === true ? "good" : row.correct === false ? "bad" : "";
-    if (turns.length) fact("Answer", row.answer === null || row.answer === undefined ? "none" : text(row.answer), mark);
+    if (turns.length) fact("Answer", row.answer === null || row.answer === undefined ? "none" : text(row.answer), MARKS[verdictOf(row)]);
     if (row.expected !== undefined && row.expected !== null) fact("Expected", items(row.expected).length ? row.expected.map(text).join(" or ") : text(row.expected), "");
     const error = row.error && typeof row.error === "object" ? node("div", "error", node("code", "", text(row.error.code)), text(row.error.message)) : null;
     const extra = Object.entries(row).filter(([key]) => !SHOWN.has(key));
@@ -132,7 +139,7 @@
       if (details.open && !details.querySelector("pre")) details.append(node("pre", "", JSON.stringify(Object.fromEntries(extra), null, 1)));
     });
     const views = items(row._views).map(figureNode);
-    const classes = [row.status === "rejected" || row.status === "failed" ? "bad" : "", { right: "right", wrong: "wrong", none: "" }[verdictOf(row)], views.length ? "" : "bare"];
+    const classes = [isUnfinished(row) ? "bad" : "", { right: "right", wrong: "wrong", none: "" }[verdictOf(row)], views.length ? "" : "bare"];
     return node("article", classes.filter(Boolean).join(" "), topNode(row), views.length ? node("div", "views", ...views) : null,
       node("div", "story", node("p", "question", text(row.question)), facts.childElementCount ? facts : null, error,
         ...turns.map((turn, index) => turnNode(turn, index, longest)), extra.length ? details : null));
@@ -147,7 +154,6 @@
     return row._text;
   }
 
-  const verdictOf = (row) => (row.correct === true ? "right" : row.correct === false ? "wrong" : "none");
   const ORDERS = {
     visual: (a, b) => whole(b.visual_tokens) - whole(a.visual_tokens),
     latency: (a, b) => (b.latency_s || 0) - (a.latency_s || 0),

@@ -219,6 +219,19 @@ def test_rows_for_the_viewer(collector) -> None:
     assert row["needs_high"] in (True, False)
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_rows_say_what_each_turn_is_credited_with(collector, own) -> None:
+    one = collector(loss={"turn_advantages": own})
+    found = collect(one, keep_rows=True)
+    rows = {(row["draw"], row["sample"]): row for row in found.rows}
+    for group in found.groups:
+        for number, trajectory in enumerate(group.trajectories):
+            row = rows[group.draw, number]
+            assert row["advantage"] == trajectory.advantage
+            credited = [turn["advantage"] for turn in row["turns"] if "advantage" in turn]
+            assert tuple(credited) == trajectory.turn_advantages and len(credited) == own * len(row["turns"])
+
+
 def test_concurrency_changes_nothing(collector) -> None:
     one, many = collector(LowBytes(), rollout={"concurrency": 1}), collector(LowBytes(), rollout={"concurrency": 8})
     for a, b in zip(collect(one).groups, collect(many).groups, strict=True):

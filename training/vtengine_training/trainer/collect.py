@@ -200,18 +200,18 @@ class Collector:
         example = self.dataset.examples[first.example]
         facts = [sample_facts(*one, example=example) for one in zip(episodes, scores, rewards, strict=True)]
         done.facts.append(facts)
-        if keep_rows:
-            done.rows += [
-                sample_row(episode, index, example, step, first.draw, fact, value)
-                for index, (episode, fact, value) in enumerate(zip(episodes, facts, values, strict=True))
-            ]
-        if not has_spread(rewards):
-            done.counts["zero_spread"] += 1
-            return None
         by_turn: list[tuple[float, ...]] = [()] * len(episodes)
         if self.loss.turn_advantages:
             parts = [TurnRewards(fact["accuracy"], fact["format"], fact["penalty"]) for fact in facts]
             by_turn = turn_advantages(parts, [len(episode.turns) for episode in episodes], kind)
+        if keep_rows:
+            done.rows += [
+                sample_row(episode, index, example, step, first.draw, facts[index], values[index], by_turn[index])
+                for index, episode in enumerate(episodes)
+            ]
+        if not has_spread(rewards):
+            done.counts["zero_spread"] += 1
+            return None
         made = [from_episode(*one) for one in zip(episodes, values, facts, by_turn, strict=True)]
         return Group(first.draw, first.example, step, tuple(made))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,20 @@ def sample_facts(episode: Episode, score: Score, reward: float, example: Example
 
 
 def sample_row(
-    episode: Episode, index: int, example: Example, step: int, draw: int, facts: Mapping[str, float], advantage: float
+    episode: Episode,
+    index: int,
+    example: Example,
+    step: int,
+    draw: int,
+    facts: Mapping[str, float],
+    advantage: float,
+    by_turn: Sequence[float] = (),
 ) -> Row:
-    """A record as `vtengine generate` writes them, with what training adds."""
+    """A record as `vtengine generate` writes them, with what training adds. by_turn: advantages, where each turn has
+    its own."""
     row = episode_row(episode, index)
+    if by_turn:
+        row["turns"] = [turn | {"advantage": own} for turn, own in zip(row["turns"], by_turn, strict=True)]
     own: dict[str, Any] = {"question": example.question, "image": example.image, "expected": list(example.answers)}
     own |= {"correct": facts["accuracy"] >= CORRECT_FROM, "step": step, "draw": draw, "advantage": advantage}
     own |= {name: facts[name] for name in ("reward", "accuracy", "format", "penalty")}
