@@ -10,7 +10,13 @@ from tests.engine.tiny import PAD, image
 from vtengine.engine.embedded.pages import PagePool
 from vtengine.engine.embedded.radix import RadixTree, page_keys, token_keys
 
-SIZE = 2
+SIZE = 3
+
+
+def cut(keys, num_tokens):
+    """The page keys of the first tokens."""
+    tokens = [token for key in keys for token in key][:num_tokens]
+    return tuple(tuple(tokens[i : i + SIZE]) for i in range(0, len(tokens), SIZE))
 
 
 class NaiveTree:
@@ -25,11 +31,15 @@ class NaiveTree:
             self.used[keys[:n]] = self.time
 
     def match(self, keys):
-        found = 0
-        while found < len(keys) and keys[: found + 1] in self.pages:
-            found += 1
-        self._touch(keys[:found])
-        return [self.pages[keys[:n]] for n in range(1, found + 1)]
+        """The longest known prefix, in page keys."""
+        num_tokens = sum(map(len, keys))
+        prefixes = [cut(keys, n) for n in range(num_tokens, 0, -1)]
+        found = next((p for p in prefixes if p in self.pages), ())
+        self._touch(found)
+        return found
+
+    def pages_of(self, keys):
+        return [self.pages[keys[:n]] for n in range(1, len(keys) + 1)]
 
     def insert(self, keys, pages):
         for n, page in enumerate(pages, 1):
@@ -53,45 +63,52 @@ class Machine:
         self.pool = PagePool(num_pages, SIZE)
         self.tree = RadixTree(self.pool)
         self.naive = NaiveTree()
-        self.held = []  # (keys, pages)
+        self.held = []  # (keys, pages, tokens known at the start)
+        self.taken = 0
 
     def keys(self):
-        """Few distinct pages, so that prefixes are shared often."""
-        return tuple((self.random.randrange(2), depth) for depth in range(self.random.randrange(1, 8)))
+        """Few distinct pages, so that prefixes are shared often; the last one may be short."""
+        tokens = [self.random.randrange(2) if n % SIZE == 0 else n for n in range(self.random.randrange(1, 24))]
+        return cut([tokens], len(tokens))
 
     def start(self):
         keys = self.keys()
-        matched = self.tree.match(keys)
-        assert matched == self.naive.match(keys)
-        self.tree.lock(matched)
-        needed = len(keys) - len(matched)
+        known, naive = self.tree.match(keys), self.naive.match(keys)
+        assert known == (self.naive.pages_of(naive), sum(map(len, naive)))
+        self.tree.lock(known.pages)
+        needed = len(keys) - len(known.pages)
         if self.pool.num_available < needed:
-            return self.tree.unlock(matched)
+            return self.tree.unlock(known.pages)
         missing = max(0, needed - self.pool.num_free)
-        in_use = {page for _, pages in self.held for page in pages} | set(matched)
+        in_use = {page for _, pages, _ in self.held for page in pages} | set(known.pages)
         assert self.tree.evict(missing) == missing
         self.naive.evict(missing, in_use)
-        self.held.append((keys, matched + self.pool.allocate(needed)))
+        if known.num_tokens % SIZE:
+            self.tree.take(known.pages[-1])
+            del self.naive.pages[naive]
+            self.taken += 1
+        self.held.append((keys, known.pages + self.pool.allocate(needed), known.num_tokens))
         return None
 
     def end(self):
         if self.held:
-            keys, pages = self.held.pop(self.random.randrange(len(self.held)))
-            computed = self.random.randrange(len(pages) + 1)  # less than all: it was cancelled
+            keys, pages, num_known = self.held.pop(self.random.randrange(len(self.held)))
+            num_computed = self.random.randint(num_known, sum(map(len, keys)))  # less than all: it was cancelled
+            computed = cut(keys, num_computed)
             known = set(self.naive.pages)
-            new = self.tree.insert(keys[:computed], pages[:computed])
-            self.naive.insert(keys[:computed], pages[:computed])
+            new = self.tree.insert(computed, pages[: len(computed)])
+            self.naive.insert(computed, pages[: len(computed)])
             assert new == len(set(self.naive.pages) - known)
             self.pool.release(pages)
 
     def evict(self):
         count = self.random.randrange(4)
-        in_use = {page for _, pages in self.held for page in pages}
+        in_use = {page for _, pages, _ in self.held for page in pages}
         self.tree.evict(count)
         self.naive.evict(count, in_use)
 
     def update_weights(self):
-        for _, pages in self.held:
+        for _, pages, _ in self.held:
             self.pool.release(pages)
         self.held.clear()
         self.tree.clear()
@@ -100,7 +117,7 @@ class Machine:
     def step(self):
         operations = (self.start, self.end, self.evict, self.update_weights)
         self.random.choices(operations, weights=(50, 40, 9, 1))[0]()
-        self.pool.check_integrity([pages for _, pages in self.held], self.tree.pages())
+        self.pool.check_integrity([pages for _, pages, _ in self.held], self.tree.pages())
         self.tree.check_integrity()
         assert sorted(self.tree.pages()) == sorted(self.naive.pages.values())
 
@@ -110,6 +127,7 @@ def test_random_operations_agree_with_the_naive_model(seed):
     machine = Machine(seed, num_pages=12 + 4 * seed)
     for _ in range(400):
         machine.step()
+    assert machine.taken > 5
 
 
 def test_pages_are_bounded_and_counted():
@@ -152,10 +170,26 @@ def test_least_recently_used_goes_first_and_locked_stays():
         tree.insert([(key,)], pages)
         pool.release(pages)
     tree.match([(0,)])
-    locked = tree.match([(1,)])
+    locked = tree.match([(1,)]).pages
     tree.lock(locked)
-    assert tree.evict(1) == 1 and tree.match([(2,)]) == []
-    assert tree.evict(5) == 1 and tree.match([(0,)]) == []
-    assert tree.match([(1,)]) == locked
+    assert tree.evict(1) == 1 and tree.match([(2,)]).pages == []
+    assert tree.evict(5) == 1 and tree.match([(0,)]).pages == []
+    assert tree.match([(1,)]).pages == locked
     tree.unlock(locked)
     assert tree.evict(1) == 1 and pool.num_free == 3
+
+
+def test_what_was_taken_out_is_forgotten():
+    """A tree that never evicts must not remember every conversation that it ever had."""
+    pool = PagePool(8, 4)
+    tree = RadixTree(pool)
+    for turn in range(500):
+        pages = pool.allocate(1)
+        tree.insert([(1, turn)], pages)
+        pool.release(pages)
+        known = tree.match([(1, turn, 7, 8)])
+        assert known == (pages, 2)
+        tree.lock(known.pages)
+        tree.take(pages[0])
+        pool.release(pages)
+    assert tree.num_pages == 0 and pool.num_free == 8 and len(tree._queue) < 100

@@ -56,7 +56,7 @@ class ToyEngine:
         if self.flight is not None and self.scheduler.must_preempt:
             self.land()
         rows = self.scheduler.schedule(admit)
-        assert sum(row.count for row in rows) <= self.scheduler.max_batch_tokens + len(self.scheduler.flushing)
+        assert sum(row.count for row in rows) <= self.scheduler.max_batch_tokens
         written = [self.slot(row.sequence, p) for row in rows for p in range(row.start, row.start + row.count)]
         assert len(written) == len(set(written)), "two rows write the same slot"
         for row in rows:
@@ -126,6 +126,10 @@ def test_random_traffic_in_a_tiny_pool(seed, overlap):
         action = rng.random()
         if action < 0.35 and len(live) < 12:
             shared = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, room // 2))]
+            if engine.done and rng.random() < 0.5:  # a next turn
+                earlier = rng.choice(engine.done[-4:]).tokens
+                shared = [*earlier, *shared][: max(len(earlier) + 1, room // 2)]
+            shared = shared[: room - 1]
             began_s = rng.choice((None, -1.0, 1.0))
             stops = rng.choice(((), (), (0,)))
             engine.submit(shared, rng.randrange(1, room - len(shared) + 2), began_s, stops)
@@ -162,26 +166,47 @@ def test_siblings_of_a_chunked_prompt_prefill_it_once_too():
     assert [s.cached_tokens for s in siblings] == [0, 20, 20, 20, 20]
 
 
-@pytest.mark.parametrize("length", range(5, 22))
-def test_second_turn_prefills_less_than_a_page_of_the_first(length):
-    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=16)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("length", range(1, 22))
+def test_a_second_turn_computes_nothing_again(length, overlap):
+    """The token sampled last was never computed, unless the step after it was on its way already."""
+    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=16, overlap=overlap)
     first = engine.submit([1] * length, 3)
     engine.run()
-    new = [2, 0, 2]
-    second = engine.submit([*first.tokens, *new], 2)
+    second = engine.submit([*first.tokens, 2, 0, 2], 2)
     engine.run()
-    assert second.cached_tokens == len(first.tokens) // 4 * 4
-    assert second.num_prompt - second.cached_tokens < len(new) + 4
+    assert second.cached_tokens == len(first.tokens) - 1
+    third = engine.submit([*second.tokens, 1], 2)
+    engine.run()
+    assert third.cached_tokens == len(second.tokens) - 1
 
 
-def test_second_turn_finds_the_last_page_even_in_the_step_that_computes_it():
-    engine = ToyEngine(num_pages=64, page_size=4)
-    first = engine.submit([1] * 6, 2)
-    while not engine.scheduler.flushing:
-        engine.step()
-    second = engine.submit([*first.tokens, 1, 1], 2)
+@pytest.mark.parametrize("together", [False, True])
+def test_of_several_that_go_on_from_a_turn_one_fills_up_its_last_page(together):
+    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=64)
+    first = engine.submit([1] * 8, 3)
     engine.run()
-    assert second.cached_tokens == 8
+    turns = []
+    for token in range(3):
+        turns.append(engine.submit([*first.tokens, token, token], 2))
+        if not together:
+            engine.run()
+    engine.run()
+    assert [turn.cached_tokens for turn in turns] == [10, 8, 8]
+    for turn in turns:
+        check_output(turn)
+
+
+def test_who_is_preempted_goes_on_where_it_was():
+    engine = ToyEngine(num_pages=64, page_size=4, max_batch_tokens=64)
+    sequence = engine.submit([1] * 6, 8)
+    engine.step(), engine.step()
+    engine.scheduler._preempt(sequence)
+    rows = engine.step()
+    assert [(row.start, row.count) for row in rows] == [(7, 1)]
+    assert engine.scheduler.counters["recomputed_tokens"] == 0
+    engine.run()
+    check_output(sequence)
 
 
 def test_preemption_takes_the_youngest_and_changes_nothing():

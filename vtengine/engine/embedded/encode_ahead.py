@@ -119,7 +119,7 @@ class EncodeAhead:
         """Images of a waiting sequence for which it needs features, by key and index."""
         if not sequence.spans:
             return []
-        known = len(self._scheduler.known_pages(sequence)) * self._scheduler.pool.page_size
+        known = self._scheduler.known(sequence).num_tokens
         wanted = [i for i, span in enumerate(sequence.spans) if span.end > known and i not in sequence.features]
         keys = [(self._encoder.key(sequence, index), index) for index in wanted]
         return [(key, index) for key, index in keys if key not in self._encoder.cache]

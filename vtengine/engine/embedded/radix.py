@@ -1,5 +1,8 @@
 """Which token prefixes have their KV in which pages: a radix tree with one page of tokens per edge.
 
+Full pages are read by whoever has the same prefix. A leaf may be unfilled: the last page of a sequence that has ended.
+Only one can fill it up, so the first that goes on from there takes it out of the tree; others compute its tokens anew.
+
 Keys are token ids, except that an image placeholder is replaced by a number made of the image's content hash, its grid
 and the placeholder's offset in the image: prompts that differ only in an image never share a page of it.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,15 +43,25 @@ def page_keys(keys: Sequence[int], page_size: int) -> list[PageKey]:
     return [tuple(keys[start : start + page_size]) for start in range(0, len(keys) - page_size + 1, page_size)]
 
 
+class Known(NamedTuple):
+    """A prefix in the tree: its pages, of which the last may be unfilled, and how many tokens it has."""
+
+    pages: list[int]
+    num_tokens: int
+
+
 class _Node:
-    """One page. `tick` is the time of the last use; `queued` says that the eviction queue knows the node."""
+    """One page. `tick` is the time of the last use; `queued` says that the eviction queue knows the node.
+
+    parent: None once the node is out of the tree.
+    """
 
     __slots__ = ("children", "key", "page", "parent", "queued", "tick")
 
     def __init__(self, key: PageKey, page: int, parent: _Node | None, tick: int) -> None:
         self.key = key
         self.page = page
-        self.parent = parent
+        self.parent: _Node | None = parent
         self.children: dict[PageKey, _Node] = {}
         self.tick = tick
         self.queued = False
@@ -66,21 +79,36 @@ class RadixTree:
         self._tick = 0
         self._queue: list[tuple[int, int, _Node]] = []
         self._num_queued = 0
+        self._unfilled: dict[int, _Node] = {}
         self.num_pages = 0
         self.num_evicted = 0
 
-    def match(self, keys: Sequence[PageKey]) -> list[int]:
-        """Pages of the longest known prefix of `keys`. `lock` them before anything is allocated."""
-        node, pages = self._root, []
+    def match(self, keys: Sequence[PageKey]) -> Known:
+        """The longest known prefix of `keys`, of which the last may be shorter than a page.
+
+        `lock` its pages before anything is allocated. An unfilled one must be taken out before it is written to.
+        """
+        node, pages, num_tokens = self._root, [], 0
         self._tick += 1
         for key in keys:
-            child = node.children.get(key)
+            child = node.children.get(key) or _longest_unfilled(node, key)
             if child is None:
                 break
             child.tick = self._tick
             pages.append(child.page)
+            num_tokens += len(child.key)
+            if len(child.key) < self._pool.page_size:
+                break
             node = child
-        return pages
+        return Known(pages, num_tokens)
+
+    def take(self, page: int) -> None:
+        """An unfilled page leaves the tree, for its one other holder to fill it up."""
+        assert self._pool.holders(page) == 2
+        self._detach(self._unfilled[page])
+        if len(self._queue) > 2 * self.num_pages + 64:  # those taken out stay there until they are looked at
+            self._queue = [entry for entry in self._queue if entry[2].parent is not None]
+            heapq.heapify(self._queue)
 
     def lock(self, pages: Sequence[int]) -> None:
         """The caller becomes a holder: the pages stay until `unlock`, even if the tree forgets them."""
@@ -92,7 +120,8 @@ class RadixTree:
     def insert(self, keys: Sequence[PageKey], pages: Sequence[int]) -> int:
         """Makes `pages` (held by the caller) known under `keys`; returns how many were new to the tree.
 
-        Where a key is known already the tree keeps its own page. The caller keeps its holds and releases them itself.
+        The last may be unfilled; its caller writes to it no more. Where a key is known already the tree keeps its own
+        page. The caller keeps its holds and releases them itself.
         """
         assert len(keys) == len(pages)
         node, known = self._root, self.num_pages
@@ -108,6 +137,8 @@ class RadixTree:
     def _add(self, parent: _Node, key: PageKey, page: int) -> _Node:
         self._pool.adopt(page)
         node = parent.children[key] = _Node(key, page, parent, self._tick)
+        if len(key) < self._pool.page_size:
+            self._unfilled[page] = node
         self.num_pages += 1
         self._enqueue(node)
         return node
@@ -123,24 +154,25 @@ class RadixTree:
         while freed < count and self._queue:
             tick, _, node = heapq.heappop(self._queue)
             node.queued = False
-            if node.children:
-                continue  # comes back when its last child goes
+            if node.children or node.parent is None:
+                continue  # comes back when its last child goes; or was taken out
             if tick < node.tick:
                 self._enqueue(node)
             elif self._pool.holders(node.page) > 1:
                 in_use.append(node)
             else:
-                self._remove(node)
+                self._detach(node)
                 freed += 1
         for node in in_use:
             self._enqueue(node)
         self.num_evicted += freed
         return freed
 
-    def _remove(self, node: _Node) -> None:
-        parent = node.parent
+    def _detach(self, node: _Node) -> None:
+        parent, node.parent = node.parent, None
         assert parent is not None
         del parent.children[node.key]
+        self._unfilled.pop(node.page, None)
         self._pool.disown(node.page)
         self.num_pages -= 1
         if not parent.children and parent is not self._root and not parent.queued:
@@ -152,6 +184,7 @@ class RadixTree:
             self._pool.disown(node.page)
         self._root.children.clear()
         self._queue.clear()
+        self._unfilled.clear()
         self.num_pages = 0
 
     def pages(self) -> list[int]:
@@ -170,8 +203,11 @@ class RadixTree:
         assert len(nodes) == self.num_pages
         queued = {id(node) for _, _, node in self._queue}
         assert len(queued) == len(self._queue), "a node is queued twice"
+        unfilled = {node.page: node for node in nodes if len(node.key) < self._pool.page_size}
+        assert unfilled == self._unfilled
+        for node in unfilled.values():
+            assert node.key and not node.children and self._pool.holders(node.page) == 1, "an unfilled page is in use"
         for node in nodes:
-            assert len(node.key) == self._pool.page_size
             parent = node.parent
             assert parent is not None
             assert parent is self._root or parent.tick >= node.tick, "used without the page before it"
@@ -179,3 +215,9 @@ class RadixTree:
             assert node.children or node.queued, "a leaf can never be evicted"
             holders = min(self._pool.holders(node.page), 2)
             assert parent is self._root or self._pool.holders(parent.page) >= holders, "held without the page before it"
+
+
+def _longest_unfilled(node: _Node, key: PageKey) -> _Node | None:
+    """The child with the most tokens of `key`, none of them others."""
+    lengths = range(len(key) - 1, 0, -1) if node.children else ()
+    return next((child for length in lengths if (child := node.children.get(key[:length]))), None)

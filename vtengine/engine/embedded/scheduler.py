@@ -2,9 +2,9 @@
 
 Each step has a token budget. Running sequences come first, oldest first: one token for each that decodes, then chunks
 of prompts. What is left of the budget admits waiting ones, oldest first, if their pages are there. A decoding sequence
-that needs a page when none is left preempts the youngest: its pages go (the full ones to the radix tree) and it waits
-again with all its tokens, so it continues where it was. Old is a sequence by its conversation: a second turn comes
-before the first turns of those that began later. None starves: a conversation's age never falls behind new ones.
+that needs a page when none is left preempts the youngest: its pages go to the radix tree and it waits again with all
+its tokens, so it continues where it was. Old is a sequence by its conversation: a second turn comes before the first
+turns of those that began later. None starves: a conversation's age never falls behind new ones.
 
 A pass may be scheduled while the one before it runs: the tokens that are being sampled count, only their ids are not
 known. A sequence may be found to have ended when one token too many of it is on its way: that one is nobody's, and the
@@ -12,8 +12,9 @@ pages are free at once, since passes run one after the other. Whoever ends knows
 the one sampled last can be unknown, and to continue later, as a preempted sequence does, it must be known as well:
 `must_preempt` says beforehand whether somebody will have to give way.
 
-The pages of a prompt are published to the tree when they are scheduled, not when they are computed: every layer writes
-its keys and values before it attends, so siblings admitted in the same step already read them.
+The full pages of a prompt are published to the tree when they are scheduled, not when they are computed: every layer
+writes its keys and values before it attends, so siblings admitted in the same step already read them. The last page of
+a sequence, unfilled, goes to the tree with its end: a next turn computes the token sampled last, and what is new.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from vtengine.engine.base import Finish
     from vtengine.engine.embedded.pages import PagePool
-    from vtengine.engine.embedded.radix import RadixTree
+    from vtengine.engine.embedded.radix import Known, RadixTree
     from vtengine.engine.embedded.sequence import Sequence
 
 
@@ -54,13 +55,12 @@ class Scheduler:
         self.resume = resume
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.flushing: list[Sequence] = []
         self.counters: Counter[str] = Counter()
         self._slots = list(range(max_running - 1, -1, -1))
 
     @property
     def idle(self) -> bool:
-        return not (self.waiting or self.running or self.flushing)
+        return not (self.waiting or self.running)
 
     @property
     def must_preempt(self) -> bool:
@@ -78,10 +78,7 @@ class Scheduler:
 
         admit False: nothing new begins. held False: no held sequence does.
         """
-        rows = [Row(sequence, sequence.num_computed, 1, False) for sequence in self.flushing]
-        for row in rows:
-            self._publish(row.sequence, len(row.sequence.tokens))
-        rows += self._decodes()
+        rows = self._decodes()
         budget = self.max_batch_tokens - len(rows)
         for sequence in self.running:
             if sequence.num_remaining > 1 and budget > 0:
@@ -102,31 +99,22 @@ class Scheduler:
         for row in rows:
             row.sequence.num_computed += row.count
             row.sequence.num_pending += row.samples
-        for sequence in self.flushing:
-            self._free_slot(sequence)
-            self._release(sequence)
-        self.flushing.clear()
 
     def finish(self, sequence: Sequence, finish: Finish) -> None:
-        """Takes a running or waiting sequence out; its full pages stay in the tree."""
+        """Takes a running or waiting sequence out; what was computed of it stays in the tree."""
         sequence.finish = finish
         sequence.features.clear()
         if sequence.slot < 0:
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
-        completes_page = sequence.num_computed < len(sequence.tokens) == len(sequence.pages) * self.pool.page_size
-        if self.resume and finish in ("stop", "length") and completes_page:
-            self.flushing.append(sequence)  # the last token, not fed back yet, is computed in the next step
-            return
         self._free_slot(sequence)
         self._release(sequence)
 
     def restart(self, without: Collection[Sequence]) -> None:
         """A pass came to nothing: takes sequences out; the others begin again, and nothing of it stays in the tree."""
         for sequence in list(self.running):
-            self._preempt(sequence)
-        self.launched([])
+            self._preempt(sequence, keep=False)  # its pages may be in the tree that were never computed
         self.tree.clear()
         for sequence in without:
             self.waiting.remove(sequence)
@@ -134,13 +122,12 @@ class Scheduler:
     def drop_all(self) -> list[Sequence]:
         """Forgets every sequence and the whole tree; returns the sequences that had not finished."""
         dropped = [*self.running, *self.waiting]
-        for sequence in [*self.running, *self.flushing]:
+        for sequence in self.running:
             self.pool.release(sequence.pages)
             sequence.pages.clear()
             self._free_slot(sequence)
         self.running.clear()
         self.waiting.clear()
-        self.flushing.clear()
         self.tree.clear()
         return dropped
 
@@ -173,13 +160,13 @@ class Scheduler:
             self.tree.evict(count - self.pool.num_free)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, keep: bool = True) -> None:
         assert not sequence.num_pending
         self.counters["preemptions"] += 1
         self.counters["recomputed_tokens"] += sequence.num_computed
         self.running.remove(sequence)
         self._free_slot(sequence)
-        self._release(sequence)
+        self._release(sequence, keep)
         insort(self.waiting, sequence, key=_rank)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Row:
@@ -190,15 +177,17 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Gives a waiting sequence the pages of all its tokens, known ones from the tree; False: they are not there."""
-        matched = self.known_pages(sequence)
-        self.tree.lock(matched)
-        needed = self.pool.pages_for(len(sequence.tokens)) - len(matched)
+        known = self.known(sequence)
+        self.tree.lock(known.pages)
+        needed = self.pool.pages_for(len(sequence.tokens)) - len(known.pages)
         if self.pool.num_available < needed + len(self.running) or not self._reserve(needed):
-            self.tree.unlock(matched)
+            self.tree.unlock(known.pages)
             return False
-        sequence.pages = matched + self.pool.allocate(needed)
-        sequence.num_shared = len(matched)
-        sequence.num_computed = len(matched) * self.pool.page_size
+        sequence.num_shared = known.num_tokens // self.pool.page_size
+        for unfilled in known.pages[sequence.num_shared :]:
+            self.tree.take(unfilled)
+        sequence.pages = known.pages + self.pool.allocate(needed)
+        sequence.num_computed = known.num_tokens
         if sequence.cached_tokens < 0:
             sequence.cached_tokens = sequence.num_computed
             self.counters["prompt_tokens"] += sequence.num_prompt
@@ -209,10 +198,10 @@ class Scheduler:
         insort(self.running, sequence, key=_rank)
         return True
 
-    def known_pages(self, sequence: Sequence) -> list[int]:
-        """Pages in the tree with the beginning of a waiting sequence; its last token is always computed."""
-        size = self.pool.page_size
-        return self.tree.match(sequence.page_keys((len(sequence.tokens) - 1) // size, size)) if self.resume else []
+    def known(self, sequence: Sequence) -> Known:
+        """What the tree has of the beginning of a waiting sequence; its last token is always computed."""
+        keys = sequence.page_keys(len(sequence.tokens) - 1, self.pool.page_size) if self.resume else ()
+        return self.tree.match(keys)
 
     def _free_slot(self, sequence: Sequence) -> None:
         self._slots.append(sequence.slot)
@@ -223,34 +212,35 @@ class Scheduler:
         count = end // self.pool.page_size
         if not self.resume or count <= sequence.num_shared:
             return
-        keys = sequence.page_keys(count, self.pool.page_size)
-        if len(self.tree.match(keys)) == sequence.num_shared:
+        keys = sequence.page_keys(count * self.pool.page_size, self.pool.page_size)
+        if self.tree.match(keys).num_tokens // self.pool.page_size == sequence.num_shared:
             self.tree.insert(keys, sequence.pages[:count])
             sequence.num_shared = count
 
-    def _release(self, sequence: Sequence) -> None:
-        """Gives all pages back; the full ones that were computed stay in the tree."""
-        if self.resume:
-            count = sequence.num_computed // self.pool.page_size
-            self.tree.insert(sequence.page_keys(count, self.pool.page_size), sequence.pages[:count])
+    def _release(self, sequence: Sequence, keep: bool = True) -> None:
+        """Gives all pages back. keep: what was computed stays in the tree."""
+        if self.resume and keep:
+            assert sequence.num_computed >= sequence.num_shared * self.pool.page_size
+            keys = sequence.page_keys(sequence.num_computed, self.pool.page_size)
+            self.tree.insert(keys, sequence.pages[: len(keys)])
         self.pool.release(sequence.pages)
         sequence.pages = []
         sequence.num_shared = sequence.num_computed = 0
 
     def check_integrity(self) -> None:
         """Asserts that pages, tree and sequences agree. Between steps only."""
-        held = [sequence.pages for sequence in (*self.running, *self.flushing)]
+        held = [sequence.pages for sequence in self.running]
         self.pool.check_integrity(held, self.tree.pages())
         self.tree.check_integrity()
         assert all(not s.pages and s.slot < 0 for s in self.waiting)
-        slots = [s.slot for s in (*self.running, *self.flushing)] + self._slots
+        slots = [s.slot for s in self.running] + self._slots
         assert sorted(slots) == list(range(len(slots)))
         for sequence in self.running:
             assert len(sequence.pages) * self.pool.page_size >= sequence.num_computed
             assert sequence.num_remaining >= 1
             if self.resume:
-                shared = sequence.page_keys(sequence.num_shared, self.pool.page_size)
-                assert self.tree.match(shared) == sequence.pages[: sequence.num_shared]
+                shared = sequence.page_keys(sequence.num_shared * self.pool.page_size, self.pool.page_size)
+                assert self.tree.match(shared).pages == sequence.pages[: sequence.num_shared]
 
 
 def _rank(sequence: Sequence) -> tuple[float, int]:

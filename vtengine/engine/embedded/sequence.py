@@ -88,12 +88,13 @@ class Sequence:
         """Tokens still to be computed before the next one can be sampled."""
         return len(self.tokens) + self.num_pending - self.num_computed
 
-    def page_keys(self, count: int, page_size: int) -> list[PageKey]:
-        """Keys of the first `count` pages; the tokens for them must be there."""
-        known = len(self._page_keys)
+    def page_keys(self, num_tokens: int, page_size: int) -> list[PageKey]:
+        """Keys of the pages with the first `num_tokens` tokens, which must be there; the last one may be short."""
+        count, known = num_tokens // page_size, len(self._page_keys)
         if count > known:
             self._page_keys += page_keys(self.keys[known * page_size : count * page_size], page_size)
-        return self._page_keys[:count]
+        rest = tuple(self.keys[count * page_size : num_tokens])
+        return [*self._page_keys[:count], rest] if rest else self._page_keys[:count]
 
     def append(self, token_id: int, logprob: float) -> None:
         """The first of the pending tokens is known."""
