@@ -14,6 +14,8 @@ from vtengine.vision.plan import MERGE, QWEN3_LIMITS, PixelLimits
 
 SHIPPED_NAMES = ("glance", "glance-sft")
 """The model taught when to look again, and the cold start that it came from."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""What may describe an image processor; the second one, where it does, counts for transformers 5."""
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ("*.json", "*.safetensors", "*.toml", "*.txt", "*.jinja")
 
@@ -70,7 +72,7 @@ def image_processor(folder: Path) -> ImageProcessor:
     """What the checkpoint's image processor states, as released or as transformers 5 writes it; for what it leaves out
     the values that its family was released with. Raises UsageError for pixels that we would not make."""
     config: dict[str, Any] = {}
-    for name in ("processor_config.json", "preprocessor_config.json"):  # the later one wins
+    for name in PROCESSOR_FILES:
         found = read_json(folder / name) if (folder / name).is_file() else {}
         config |= _part(found, "image_processor") or found
     family = _family(folder)

@@ -12,8 +12,8 @@ from vtengine_training.lora.config import LoraConfig
 from vtengine_training.lora.targets import find_targets
 from vtengine_training.trainer.batch import build_batch
 from vtengine_training.trainer.command import train
+from vtengine_training.trainer.export import export_whole
 from vtengine_training.trainer.loop import Run
-from vtengine_training.trainer.parts import export_whole
 
 from tests.tiny_model import QWEN3_VISION, byte_encoder, config_of, qwen3_text
 from tests.training.trainer.probe import collect, gradients, nearly_equal, plain, same

@@ -81,8 +81,8 @@ def run_grpo(arguments: argparse.Namespace) -> int:
 
 def _run(config: GrpoConfig, ranks: Ranks, say: Callable[[str], None]) -> Run:
     """Trains to the end, or to a signal; exports at the end."""
+    from vtengine_training.trainer.export import export_whole
     from vtengine_training.trainer.loop import Run
-    from vtengine_training.trainer.parts import export_whole
     from vtengine_training.trainer.step import TrainingDiverged
 
     output = Path(config.output)

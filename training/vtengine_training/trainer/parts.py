@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import torch
 
 from vtengine.cli.models import image_processor
 from vtengine.engine.base import Backend, SamplingParams
-from vtengine.model import VLModel, meta_model, save_model
+from vtengine.model import VLModel
 from vtengine.protocol.conversation import Limits
-from vtengine.protocol.profile import PROFILE_FILE, Profile, load_profile, own_profile, profile_file
+from vtengine.protocol.profile import Profile, load_profile, own_profile, profile_file
 from vtengine.rollout.group import Setting
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
@@ -20,7 +19,7 @@ from vtengine_training.data.examples import Dataset
 from vtengine_training.data.load import load_examples
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.eval.runner import model_folder
-from vtengine_training.lora.adapters import Adapters, save_adapter
+from vtengine_training.lora.adapters import Adapters
 from vtengine_training.rewards.rewarder import RewardConfig, Rewarder
 from vtengine_training.sync.base import Publisher
 from vtengine_training.trainer.collect import Collector
@@ -30,9 +29,6 @@ from vtengine_training.trainer.models import Models, build_models
 from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.rollout_engine import build_engine, episodes_at_a_time, pixels_dtype
 from vtengine_training.trainer.step import Learner
-
-COPIED = ("*.json", "*.txt", "*.jinja", "*.toml")
-NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,38 +130,3 @@ def pick_device(name: str) -> torch.device:
 def data_folder(config: GrpoConfig) -> Path:
     """Where generated questions and unpacked images go."""
     return Path(config.data.folder or Path(config.output) / "data")
-
-
-def export_model(model: VLModel, source: Path, folder: Path, profile: bytes = b"") -> None:
-    """A checkpoint folder as it was trained from: weights in the dtype it came in, tokenizer and processor copied.
-
-    profile: the file of the one that it was trained with, if that is not its own.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in COPIED:
-        for path in source.glob(pattern):
-            if path.name not in NOT_COPIED:
-                shutil.copyfile(path, folder / path.name)
-    if profile:
-        (folder / PROFILE_FILE).write_bytes(profile)
-    dtype = getattr(torch, model.config.dtype, model.dtype)
-    if dtype != model.dtype:
-        shipped = meta_model(model.config)
-        shipped.to(dtype).to_empty(device="cpu").load_state_dict(model.state_dict())
-        model = shipped
-    save_model(model, folder)
-
-
-def export_whole(parts: Parts, output: Path, ranks: Ranks) -> None:
-    """What a run ends with: output/model, and with adapters, which are in its weights, output/adapter. A meeting."""
-    adapters = parts.adapters
-    tensors = None if adapters is None else adapters.tensors()
-    model = parts.models.whole(ranks, parts.folder)
-
-    def write() -> None:
-        if adapters is not None and tensors is not None:
-            save_adapter(tensors, adapters, parts.folder, output / "adapter")
-        assert model is not None
-        export_model(model, parts.folder, output / "model", parts.profile)
-
-    ranks.from_first(write)  # the others wait for it: processes end their groups together

@@ -38,8 +38,8 @@ from vtengine_training.trainer.checkpoint import (
     write_checkpoint,
 )
 from vtengine_training.trainer.collect import Collected
+from vtengine_training.trainer.export import export_model
 from vtengine_training.trainer.optimizer_state import load_optimizer, save_optimizer
-from vtengine_training.trainer.parts import export_model
 from vtengine_training.trainer.rollouts import Sampled
 from vtengine_training.trainer.trajectory import Group, pack_groups, unpack_groups
 
@@ -136,7 +136,7 @@ def _write_own(run: Run, folder: Path, whole: VLModel | None, adapter: dict[str,
     if parts.adapters is not None and adapter is not None:
         save_adapter(adapter, parts.adapters, parts.folder, folder / "adapter")
     elif whole is not None:
-        export_model(whole, parts.folder, folder / "model", parts.profile)
+        export_model(whole, parts, folder / "model")
     state = {
         "step": run.step,
         "ranks": run.ranks.size,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -36,12 +37,12 @@ class ServedModel:
 
     @staticmethod
     def from_folder(folder: str | Path) -> ServedModel:
-        """Reads config.json and, where it is there, preprocessor_config.json. Raises ValueError."""
+        """Reads config.json and, where they are there, the files of the image processor. Raises ValueError."""
         folder = Path(folder)
         config = ModelConfig.from_json(folder / "config.json")
         if config.model_type != MODEL_TYPE:
             raise ValueError(f"model {folder}: is a {config.model_type}; SGLang serves Qwen2.5-VL here: use embedded")
-        low, high = _pixel_limits(folder / "preprocessor_config.json")
+        low, high = _pixel_limits(folder)
         ids = (config.text.vocab_size, config.image_token_id, config.video_token_id)
         decode = _decoder(folder / "tokenizer.json")
         return ServedModel(str(folder), *ids, low, high, config.vision.patch_dim, config, decode)
@@ -62,11 +63,14 @@ def _decoder(path: Path) -> Callable[[Sequence[int]], str] | None:
     return lambda token_ids: encoder.decode(list(token_ids), skip_special_tokens=False)
 
 
-def _pixel_limits(path: Path) -> tuple[int, int]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+def _pixel_limits(folder: Path) -> tuple[int, int]:
+    data: dict[str, Any] = {}
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):  # the later one wins
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+        data |= found.get("image_processor") or found
     size = data.get("size") or {}
     low = data.get("min_pixels") or size.get("shortest_edge") or DEFAULT_MIN_PIXELS
     high = data.get("max_pixels") or size.get("longest_edge") or DEFAULT_MAX_PIXELS
