@@ -50,15 +50,19 @@ def test_answers_come_in_order_and_a_bad_row_ends_nothing():
     rows[1]["image"] = (EXAMPLES / rows[1]["image"]).read_bytes()
     bad = {"id": "bad", "image": "no-such.png", "question": "?", "answer": ""}
     wrong = {"id": "wrong", "image": 7, "question": "?", "answer": ""}
+    null = {"id": "null", "image": {"bytes": None, "path": None}, "question": "?", "answer": ""}
+    text = {"id": "text", "image": None, "question": "What number is written?", "answer": ""}
     options = {"model": "glance", "image_root": str(EXAMPLES), "concurrency": 4, "max_new_tokens": 48}
-    answers = Dataset([rows[0], bad, rows[1], wrong, rows[2]]).map_batches(
+    answers = Dataset([rows[0], bad, rows[1], wrong, rows[2], null, text]).map_batches(
         AnswerBatches, fn_constructor_kwargs=options, batch_size=4
     )
-    assert [row["id"] for row in answers.rows] == [rows[0]["id"], "bad", rows[1]["id"], "wrong", rows[2]["id"]]
+    ids = [rows[0]["id"], "bad", rows[1]["id"], "wrong", rows[2]["id"], "null", "text"]
+    assert [row["id"] for row in answers.rows] == ids
     statuses = [row["status"] for row in answers.rows]
-    assert [statuses[k] for k in (1, 3)] == ["rejected"] * 2 and "rejected" not in statuses[::2]
-    assert "input_wrong_type" in answers.rows[3]["error"]
-    assert [row["expected"] for row in answers.rows[::2]] == [row["answer"] for row in rows]
+    assert [statuses[k] for k in (1, 3, 5)] == ["rejected"] * 3 and "rejected" not in statuses[::2]
+    assert all("input_wrong_type" in answers.rows[k]["error"] for k in (3, 5))
+    assert [row["expected"] for row in answers.rows[:5:2]] == [row["answer"] for row in rows]
+    assert answers.rows[6]["visual_tokens"] == answers.rows[6]["visual_tokens_full"] == 0
     for row in answers.rows:
         assert set(ANSWERS) <= set(row) and json.loads(row["row"])["status"] == row["status"]
         assert row["answer"] == json.loads(row["row"])["answer"]
@@ -168,12 +172,11 @@ def test_images_as_datasets_have_them():
     opened, cut = Image.open(path), Image.open(io.BytesIO(path.read_bytes()[:300]))
     turned = opened.convert("RGB").transpose(Image.Transpose.ROTATE_90)
     turned.getexif()[0x0112] = 6  # to be turned back
-    images = [opened, opened.convert("CMYK"), turned, {"bytes": path.read_bytes(), "path": None}, cut, None]
+    images = [opened, opened.convert("CMYK"), turned, {"bytes": path.read_bytes(), "path": None}, cut]
     images.append({"bytes": None, "path": "images/test-0-00001.png"})
     with AnswerBatches("glance", image_root=str(EXAMPLES), max_new_tokens=48) as stage:
         found = stage({"image": images, "question": ["What number is written?"] * len(images)})
-    assert found["answer"] == ["189"] * 4 + [None, None, "189"]
-    assert "image_corrupt" in found["error"][4] and "input_wrong_type" in found["error"][5]
+    assert found["answer"] == ["189"] * 4 + [None, "189"] and "image_corrupt" in found["error"][4]
 
 
 @pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")

@@ -37,8 +37,8 @@ class AnswerBatches:
     may be given several times takes a list.
     concurrency: episodes at a time, by default as in `vtengine generate`. image_root: relative paths start there, and
     none may leave it.
-    Columns in: `image` (a path, a data URL, the bytes of a file, a PIL image, or {"bytes", "path"} as datasets have
-    it), `question`, and `id` where there is one.
+    Columns in: `image` (a path, a data URL, the bytes of a file, a PIL image, {"bytes", "path"} as datasets have it, or
+    None for a question about text alone), `question`, and `id` where there is one.
     Columns out: those, and ANSWERS (`row`: the record of `vtengine generate`, as JSON); a column `answer` that came in
     is called `expected`. A bad row does not end a batch.
     Calls may come from several threads, and from where an event loop runs already, as in a notebook; not from a process
@@ -110,10 +110,10 @@ class AnswerBatches:
 
     async def _row(self, row_id: str | int, image: Any, text: Any) -> Row:
         try:
-            source = _source(image)
+            source = None if image is None else _source(image)
         except Exception as fault:  # Pillow's plugins raise anything at all for a bad file
             return rejected_row(row_id, 0, ErrorInfo("image_corrupt", f"the image cannot be read: {fault}"))
-        if not isinstance(source, str) or not isinstance(text, str):
+        if not isinstance(text, str) or (image is not None and not isinstance(source, str)):
             kinds = f"image is a {type(image).__name__}, question a {type(text).__name__}"
             error = ErrorInfo("input_wrong_type", f"{kinds}; give text, bytes or a PIL image")
             return rejected_row(row_id, 0, error)

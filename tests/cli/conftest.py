@@ -78,9 +78,9 @@ def qwen3_checkpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactor
 def scripted(model_folder: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """Flags of a run on scripted replies, each taking `delay_s`."""
 
-    def flags(delay_s: float = 0.0, scripts: list[list[str]] = SCRIPTS) -> list[str]:
+    def flags(delay_s: float = 0.0, scripts: list[list[str]] = SCRIPTS, text: str = "") -> list[str]:
         path = tmp_path / "replies.json"
-        path.write_text(json.dumps({"delay_s": delay_s, "scripts": scripts}))
+        path.write_text(json.dumps({"delay_s": delay_s, "scripts": scripts, "text": text}))
         return ["--model", str(model_folder), "--backend", f"scripted:{path}"]
 
     return flags

@@ -77,3 +77,18 @@ def test_no_answer_is_said(vtengine: Run, scripted: Run, questions: Run, tmp_pat
     questions(1)
     done = vtengine("ask", tmp_path / "p0.png", "What?", *scripted(0, [["just text"]]))
     assert done.status == 0 and "answer: none (malformed:" in done.out
+
+
+def test_without_an_image(vtengine: Run, scripted: Run) -> None:
+    done = vtengine("ask", "none", "2 + 2?", *scripted(text="<think>sum</think><answer>4</answer>"))
+    assert done.status == 0 and done.out.startswith("turn 1: ") and "answer: 4\n" in done.out
+    assert "image" not in done.out and "visual" not in done.out
+
+
+def test_a_file_that_is_called_none(
+    vtengine: Run, scripted: Run, questions: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions(1)
+    (tmp_path / "p0.png").rename(tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    assert "turn 1: image 56x56" in vtengine("ask", "./none", "What?", *scripted()).out

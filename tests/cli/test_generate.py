@@ -59,7 +59,9 @@ def test_rows_that_could_not_be_asked_are_neither_right_nor_wrong(
     vtengine: Run, scripted: Run, questions: Run, rows_of: Run, tmp_path: Path
 ) -> None:
     """An image that is not there, and a line that is no question. The accuracy leaves out the row with an answer."""
-    path = questions(4, {"image": "gone.png", "question": "?", "answer": "b"}, {"question": "?", "answer": "b"})
+    path = questions(
+        4, {"image": "gone.png", "question": "?", "answer": "b"}, {"image": "", "question": "?", "answer": "b"}
+    )
     replies = [["<think>a</think><answer>blue</answer>"]]
     done = vtengine("generate", path, "-o", tmp_path / "out.jsonl", *scripted(0, replies))
     assert done.status == 3
@@ -265,3 +267,28 @@ def test_the_page_shows_the_run(vtengine: Run, scripted: Run, questions: Run, tm
     done = vtengine("view", tmp_path / "out.jsonl", "-o", tmp_path / "out.html")
     assert done.status == 0 and "5 rows" in done.out
     assert (tmp_path / "out.html").read_text().count("data:image/webp;base64,") == 8
+
+
+def test_rows_without_an_image(vtengine: Run, scripted: Run, questions: Run, rows_of: Run, tmp_path: Path) -> None:
+    """They have one turn, and no share in figures about images; the page and a resumed run take them as they are."""
+    call = '<tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
+    flags = scripted(scripts=[[call, "<answer>blue</answer>"]], text="<think>b</think><answer>4</answer>")
+    text, null = {"id": "t", "question": "2 + 2?", "answer": 4, "k": 9}, {"id": "u", "image": None, "question": "?"}
+    mixed = questions(2, text, null)
+    done = vtengine("generate", mixed, "-o", tmp_path / "out.jsonl", *flags)
+    assert done.status == 0, done.err
+    *images, text, null = rows_of(tmp_path / "out.jsonl")
+    assert (text["answer"], text["correct"], text["k"], text["upscaled"]) == ("4", True, 9, False)
+    assert (text["visual_tokens"], text["visual_tokens_full"], len(text["turns"])) == (0, 0, 1)
+    assert text["turns"][0]["images"] == [] and "image_path" not in text and "image" not in text
+    assert null["status"] == "answered" and null["image"] is None
+    assert all(row["upscaled"] for row in images) and "100.0%  (2 asked for more pixels)" in done.out
+    assert vtengine("view", tmp_path / "out.jsonl", "-o", tmp_path / "out.html").status == 0
+    assert vtengine("generate", mixed, "-o", tmp_path / "out.jsonl", *flags, "--resume").status == 0
+    assert rows_of(tmp_path / "out.jsonl") == [*images, text, null]
+
+
+def test_a_run_without_any_image(vtengine: Run, scripted: Run, questions: Run, tmp_path: Path) -> None:
+    done = vtengine("generate", questions(0, {"question": "2 + 2?"}), "-o", tmp_path / "out.jsonl", *scripted(text="4"))
+    assert done.status == 0 and "1 malformed" in done.out
+    assert "upscale ratio" not in done.out and "always-high" not in done.out

@@ -48,8 +48,12 @@ def test_good_row_keeps_its_values(tmp_path: Path) -> None:
         (b'{"id": true, "image": "a.png", "question": "q"}', "id_wrong_type"),
         (b'{"id": 1.5, "image": "a.png", "question": "q"}', "id_wrong_type"),
         (b'{"id": "", "image": "a.png", "question": "q"}', "id_wrong_type"),
-        (b'{"question": "q"}', "image_missing"),
-        (b'{"image": null, "question": "q"}', "image_missing"),
+        (b'{"image": "", "question": "q"}', "image_missing"),
+        (b'{"image": " ", "question": "q"}', "image_missing"),
+        (b'{"images": ["a.png"], "question": "q"}', "image_missing"),
+        (b'{"image": null, "Image": "a.png", "question": "q"}', "image_missing"),
+        (b'{"imgae": "a.png", "question": "q"}', "image_missing"),
+        (b'{"picture": {"path": "a.png"}, "question": "q"}', "image_missing"),
         (b'{"image": 5, "question": "q"}', "image_wrong_type"),
         (b'{"image": ["a.png"], "question": "q"}', "image_wrong_type"),
         (b'{"image": "a.png"}', "question_missing"),
@@ -176,3 +180,11 @@ def test_any_object_is_accepted_or_rejected_with_a_code(tmp_path_factory: pytest
         assert isinstance(row.image, str) and row.question.strip()
     else:
         assert row.code
+
+
+@pytest.mark.parametrize(
+    "more", [b"", b', "image": null', b', "image": []', b', "images": []', b', "image_id": 7, "page": "3"']
+)
+def test_a_question_about_text_alone(tmp_path: Path, more: bytes) -> None:
+    (row,) = read(tmp_path, b'{"question": "q"' + more + b"}\n")
+    assert isinstance(row, InputRow) and row.image is None and row.question == "q"

@@ -136,3 +136,21 @@ def test_the_example_picture_and_hostile_text(serve: Serve, browser: Browser) ->
     assert "visual tokens" in text(browser)
     assert browser.evaluate("document.querySelector('.answer').textContent") == "<b>bold</b>"
     assert browser.evaluate("window.owned === undefined && document.querySelector('#out img') === null")
+
+
+def test_without_a_picture_and_after_one_was_removed(serve: Serve, browser: Browser) -> None:
+    server = serve(lambda _: "<think>2 and 2</think><answer>4</answer>", profile="vtengine")
+    said = list(browser.messages)
+    browser.open(server.url + "/")
+    browser.wait("model")
+    ask(browser, "2 + 2?")
+    browser.wait("document.getElementById('account')")
+    assert browser.evaluate("document.querySelector('.answer').textContent") == "4"
+    assert "visual tokens" not in text(browser) and browser.evaluate("document.querySelector('canvas')") is None
+    drop(browser, picture())
+    browser.evaluate("document.getElementById('remove').click()")
+    browser.wait("document.getElementById('preview').hidden")
+    ask(browser, "3 + 1?")
+    browser.wait("document.getElementById('account')")
+    assert [request.images for request in server.backend.requests] == [(), ()]  # type: ignore[attr-defined]
+    assert browser.messages == said

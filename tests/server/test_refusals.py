@@ -39,7 +39,6 @@ def error_of(server: Running, stream: bool = False, **options: Any) -> openai.AP
 
 
 BAD_MESSAGES = [
-    ([USER], "messages", "image_missing"),
     ([], "messages", "invalid_value"),
     ([*ask(), USER], "messages[1]", "message_order"),
     ([*ask(), SAID], "messages", "message_order"),

@@ -16,6 +16,8 @@ from vtengine.config import hinted
 
 RESOLUTIONS = ("adaptive", "low", "high")
 DTYPES = ("auto", "float32", "bfloat16")
+NO_IMAGE = "none"
+"""In place of a path; a file of that name is ./none."""
 
 _EXIT_STATUSES = """exit status:
   0 every row was processed; 3 some were rejected or failed (each has a row with its code); 2 bad usage;
@@ -30,6 +32,7 @@ _GENERATE = f"""examples:
 
 input, one JSON object per line:
   {{"image": "cat.jpg", "question": "What is it?"}}      also: "id", "answer" (to score); other keys are carried through
+  {{"question": "How much is 2 + 2?"}}                   about text alone: no "image", or null there; one turn, no view
 
 output, one JSON object per line and sample, in input order: id, sample, status, error, answer, upscaled, turns with
   their token account, visual_tokens, visual_tokens_full (what always-high costs), latency_s, logprob_sum, the carried
@@ -40,7 +43,8 @@ output, one JSON object per line and sample, in input order: id, sample, status,
 
 _ASK = """examples:
   vtengine ask receipt.png "What is the total?"
-  vtengine ask receipt.png "What is the total?" --resolution high --model ./Qwen2.5-VL-3B-Instruct"""
+  vtengine ask receipt.png "What is the total?" --resolution high --model ./Qwen2.5-VL-3B-Instruct
+  vtengine ask none "How many cents are in 12.50 euros?" --model ./Qwen2.5-VL-3B-Instruct"""
 
 _SERVE = """examples:
   vtengine serve                                            then open http://127.0.0.1:8000/
@@ -173,7 +177,7 @@ def _add_generate(parser: Parser) -> None:
 
 
 def _add_ask(parser: Parser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="path of an image")
+    parser.add_argument("image", metavar="IMAGE", help=f"path of an image; {NO_IMAGE} asks without one")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
     _add_engine(parser)
 

@@ -1,4 +1,4 @@
-"""`vtengine ask`: one question about one image; each turn is printed as it is written, then the token account."""
+"""`vtengine ask`: one question, about an image or none; each turn is printed as it is written, then the account."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtengine.cli.arguments import NO_IMAGE
 from vtengine.cli.errors import OK, ROWS_REJECTED, CliError, UsageError
 from vtengine.cli.session import open_session
 
@@ -44,8 +45,10 @@ async def _ask(arguments: argparse.Namespace) -> Episode:
         return await run_episode(question, *parts, on_event=_print_event)
 
 
-def _image(image: str) -> tuple[str, Path]:
+def _image(image: str) -> tuple[str | None, Path]:
     """(source, root): the user named this file, so its folder is the root."""
+    if image == NO_IMAGE:
+        return None, Path()
     if image.startswith("data:") or "://" in image:
         return image, Path()
     path = Path(image).resolve()
@@ -77,9 +80,8 @@ def _print_account(episode: Episode) -> None:
     prompt = sum(done.prompt_tokens for done in completions)
     cached = sum(done.cached_tokens for done in completions)
     written = sum(len(done.token_ids) for done in completions)
-    full = episode.visual_tokens_full
-    share = f" ({episode.visual_tokens / full:.0%})" if full else ""
-    _write(f"visual tokens: {episode.visual_tokens} of {full} always-high{share}\n")
+    if full := episode.visual_tokens_full:
+        _write(f"visual tokens: {episode.visual_tokens} of {full} always-high ({episode.visual_tokens / full:.0%})\n")
     _write(f"prompt tokens: {prompt}, {cached} of them from the cache; written: {written}; {episode.latency_s:.2f} s\n")
 
 

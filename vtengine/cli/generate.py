@@ -222,7 +222,7 @@ async def _row(task: _Task, setting: Setting, number: int, row: InputRow | Rejec
         return kept
     if isinstance(row, RejectedRow):
         return rejected_row(row.id, sample, ErrorInfo(row.code, row.message), row.carried)
-    image, root = _place_image(row.image, arguments)
+    image, root = _place_image(row.image, arguments) if row.image is not None else (None, arguments.input.parent)
     done = await run_sample(setting, Question(row.id, image, row.question, root, row.carried), sample)
     record = episode_row(done.episode, sample)
     if record["logprob_sum"] is not None:  # it is where it has no finite value
@@ -231,7 +231,7 @@ async def _row(task: _Task, setting: Setting, number: int, row: InputRow | Rejec
         record["expected"] = list(row.answers)
         if record["status"] not in UNFINISHED:
             record["correct"] = is_correct(record["answer"], row.answers)
-    if done.episode.image is not None and not _URL.match(row.image):
+    if row.image is not None and done.episode.image is not None and not _URL.match(row.image):
         path = os.path.abspath(arguments.input.parent / row.image)
         record["image_path"] = Path(os.path.relpath(path, os.path.abspath(arguments.output.parent))).as_posix()
     return record

@@ -1,5 +1,7 @@
 """Strict reading of IN.jsonl: every line becomes a question or a rejection with a code, never an exception.
 
+A row without `image`, or with null or an empty list there, is a question about text alone, unless another key looks as
+if it was meant: an image must not get lost by a slip. An empty string is a path that is missing.
 A file that gzip has packed is read as what is in it.
 Codes: line_not_utf8 · line_too_long · line_not_json · line_not_object · key_reserved · id_wrong_type · id_duplicate ·
 image_missing · image_wrong_type · question_missing · question_wrong_type · answer_wrong_type · text_not_unicode.
@@ -13,7 +15,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -25,17 +27,21 @@ RESERVED_KEYS = frozenset(
     | {"latency_s", "logprob_sum", "image_path"}
 )
 
+IMAGE_KEYS = ("image", "images", "img", "image_url", "image_file", "picture", "photo")
+"""What other people call it."""
+
 RowId = str | int
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class InputRow:
-    """One question. `answers`: accepted answers, empty when none was given. `line`: 1-based, in the input file."""
+    """One question. `answers`: accepted answers, empty when none was given. `line`: 1-based, in the input file.
+    `image`: None where the question is about text alone."""
 
     line: int
     id: RowId
-    image: str
+    image: str | None
     question: str
     answers: tuple[str, ...] = ()
     carried: dict[str, Any] = field(default_factory=dict)
@@ -162,12 +168,23 @@ def _check_record(number: int, row_id: RowId, record: dict[str, Any], carried: d
         raise _Reject("key_reserved", f"key {reserved[0]!r} is written by vtengine; rename it in the input")
     if record.get("id") is not None and not _is_id(record["id"]):
         raise _Reject("id_wrong_type", f"id must be a non-empty string or an integer, not {_kind(record['id'])}")
-    image = _text(record, "image")
+    image = _image(record)
     question = _text(record, "question")
     return InputRow(number, row_id, image, question, _answers(record.get("answer")), carried)
 
 
-def _text(record: dict[str, Any], key: str) -> str:
+def _image(record: Mapping[str, Any]) -> str | None:
+    """None where there is none. Raises _Reject where another key holds what may have been meant for it."""
+    if record.get("image") not in (None, []):
+        return _text(record, "image")
+    for key, value in record.items():
+        close = difflib.get_close_matches(key.lower(), IMAGE_KEYS, 1, 0.8)
+        if close and key != "image" and value and isinstance(value, str | list | dict):
+            raise _Reject("image_missing", f"key 'image' is missing or empty; the row has {key!r}")
+    return None
+
+
+def _text(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if value is None or value == "":
         near = difflib.get_close_matches(key, [name for name in record if name != key], 1)

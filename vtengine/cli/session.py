@@ -256,9 +256,10 @@ async def _check_server(backend: Backend, name: str) -> None:
 
 
 def _scripted(path: Path, tokenizer: Tokenizer) -> Backend:
-    """Replies from a JSON file: {"delay_s": 0, "scripts": [[reply of turn 1, reply of turn 2, ...], ...]}.
+    """Replies from a JSON file: {"delay_s": 0, "scripts": [[reply of turn 1, reply of turn 2, ...], ...], "text": ""}.
 
-    Which script an image gets depends on its pixels alone, so that a run can be repeated.
+    text: the reply to a question without an image. Which script an image gets depends on its pixels alone, so that a
+    run can be repeated.
     """
     from vtengine.engine.base import Request
     from vtengine.engine.scripted import ScriptedBackend
@@ -267,7 +268,7 @@ def _scripted(path: Path, tokenizer: Tokenizer) -> Backend:
 
     def reply(request: Request) -> str:
         if not request.images:
-            return ""
+            return str(script.get("text", ""))
         replies = script["scripts"][int(request.images[0].content_hash[:8], 16) % len(script["scripts"])]
         text: str = replies[min(len(request.images), len(replies)) - 1]
         return text

@@ -124,7 +124,8 @@ TRANSITIONS: Mapping[tuple[Situation, Event], Then | Status] = {
 class Conversation:
     """One episode's state. `turn`: replies so far. `views`: every view shown, in order. `replies`: what each one said.
 
-    places: for each image, the number of the question it stands with, the oldest being 0.
+    places: for each image, the number of the question it stands with, the oldest being 0. Without images there is one
+    turn, as for a direct prompt: there is nothing to ask for.
     Exactly one of `pending` (the next ask's parts) and `status` is set.
     """
 
@@ -159,10 +160,10 @@ class Conversation:
         view sizes; ValueError if it is missing then.
         """
         limits = limits or Limits()
-        assert places and list(places) == sorted(places) and places[-1] <= len(history), places
+        assert list(places) == sorted(places) and all(place <= len(history) for place in places), places
         views = tuple(limits.first_view(image) for image in range(len(places)))
         start = cls(question, profile, limits, geometry, views=views, history=history, places=places)
-        if not start.prompt.is_plain and not profile.knows_several:
+        if start.prompt.is_several and not profile.knows_several:
             message = f"the profile {profile.name} takes one image, with the first question; this has {len(places)}"
             return start._close("rejected", ErrorInfo("images_unsupported", message))
         budget = limits.visual_token_budget
@@ -175,8 +176,17 @@ class Conversation:
     @property
     def prompt(self) -> Prompt:
         """The words of its turns."""
-        adaptive = self.limits.is_adaptive
-        return Prompt(self.profile, self.geometry, self.question, self.history, self.places, adaptive)
+        return Prompt(self.profile, self.geometry, self.question, self.history, self.places, self.is_adaptive)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """The prompt offers the tools."""
+        return self.limits.is_adaptive and bool(self.places)
+
+    @property
+    def num_turns(self) -> int:
+        """Replies allowed."""
+        return self.limits.num_turns if self.places else 1
 
     @property
     def visual_tokens(self) -> int:
@@ -196,7 +206,7 @@ class Conversation:
         """The state after the model's reply (its text without the closing mark). Every bad reply is a status."""
         assert self.status is None, f"the conversation has ended: {self.status}"
         event, reply = self._classify(text, finish)
-        situation = Situation.OPEN if self.turn + 1 < self.limits.num_turns else Situation.LAST
+        situation = Situation.OPEN if self.turn + 1 < self.num_turns else Situation.LAST
         then = TRANSITIONS[situation, event]
         after = replace(self, turn=self.turn + 1, replies=(*self.replies, reply), pending=None)
         if isinstance(then, Then):
@@ -226,7 +236,7 @@ class Conversation:
             return Event.DENY, replace(reply, error=denial)
         if reply.error is None:
             return Event.ANSWER, reply
-        can_retry = reply.is_bad_call and self.limits.is_adaptive and self.profile.on_bad_call == "retry"
+        can_retry = reply.is_bad_call and self.is_adaptive and self.profile.on_bad_call == "retry"
         return (Event.RETRY if can_retry else Event.MALFORMED), reply
 
     def _checked(self, reply: Reply) -> Reply:
@@ -279,7 +289,7 @@ class Conversation:
     def _values(self) -> dict[str, str]:
         """What templates may state beside questions and images."""
         profile, budget = self.profile, self.limits.visual_token_budget
-        is_last = self.turn + 1 >= self.limits.num_turns
+        is_last = self.turn + 1 >= self.num_turns
         values = {"or_call": "" if is_last else profile["reply.or_call"], "budget_note": "", "budget_left": ""}
         if budget is not None:
             used = self.visual_tokens

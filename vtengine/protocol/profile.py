@@ -32,11 +32,13 @@ _AFTER_CALL = ("or_call", "budget_left")
 
 @dataclass(frozen=True)
 class Field:
-    """One string of the file: where it stands, which placeholders it must and may hold."""
+    """One string of the file: which placeholders it must and may hold, and what stands for it where it is left out:
+    `default`, or the string named by `same_as`."""
 
     required: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
     default: str | None = None
+    same_as: str = ""
 
 
 _SCHEMA: Mapping[str, Mapping[str, Field]] = {
@@ -52,6 +54,7 @@ _SCHEMA: Mapping[str, Mapping[str, Field]] = {
         "user": Field(("image", "question"), ("budget_note", *_SIZE)),
     },
     "direct": {"system": Field(), "user": Field(("image", "question"), _SIZE)},
+    "text": {"system": Field(same_as="direct.system"), "user": Field(("question",), default="{question}")},
     "response": {
         "resize": Field(("image",), (*_SIZE, *_AFTER_CALL)),
         "crop": Field(("image",), (*_SIZE, *_AFTER_CALL)),
@@ -209,7 +212,8 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
         table = _table(data, section)
         reject_unknown(f"{section}.", table, fields)
         for key, field in fields.items():
-            value = field.default if key not in table and field.default is not None else _string(table, key, section)
+            default = strings.get(field.same_as, field.default)
+            value = default if key not in table and default is not None else _string(table, key, section)
             _check_placeholders(f"{section}.{key}", value, field)
             strings[f"{section}.{key}"] = value
     tools = tuple(_parse_tool(tool, table) for tool, table in _table(data, "tools").items())

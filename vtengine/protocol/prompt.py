@@ -14,8 +14,8 @@ class Prompt:
     """The words of one conversation.
 
     questions: all of them, oldest first; history: those that were answered before. places: for each image, the number
-    of the question that it stands with. One image with the first question has the plain prompt; anything else has
-    that of the profile's section `several`, in which images are numbered.
+    of the question that it stands with. One image with the first question has the plain prompt, no image that of the
+    profile's section `text`; anything else has that of its section `several`, in which images are numbered.
     """
 
     profile: Profile
@@ -26,24 +26,24 @@ class Prompt:
     adaptive: bool
 
     @property
-    def is_plain(self) -> bool:
-        return self.places == (0,)
+    def is_several(self) -> bool:
+        return self.places not in ((), (0,))
 
     @property
     def offered(self) -> dict[str, tuple[str, ...]]:
         """The tools of the prompt, as parse_reply wants them."""
         if not self.adaptive:
             return {}
-        return self.profile.offered if self.is_plain else self.profile.offered_of_several
+        return self.profile.offered_of_several if self.is_several else self.profile.offered
 
     def opening(self, views: Sequence[View], values: Mapping[str, str]) -> tuple[Part, ...]:
         """Up to the mark that opens the model's first reply. views: one for each image; values: see `turn`."""
-        mode, profile = ("adaptive" if self.adaptive else "direct"), self.profile
+        mode, profile = ("text" if not self.places else "adaptive" if self.adaptive else "direct"), self.profile
         joiner = Text(profile["turn.joiner"])
-        system = fill(profile[f"{mode}.system"], {"tools": profile.tool_lines(not self.is_plain)})
+        system = fill(profile[f"{mode}.system"], {"tools": profile.tool_lines(self.is_several)})
         head = (Text(profile.open("system") + system + profile.close), joiner) if system else ()
         first = self.history[0].question if self.history else self.question
-        key = f"{mode}.user" if self.is_plain else "several.user" if self.adaptive else "several.direct"
+        key = f"{mode}.user" if not self.is_several else "several.user" if self.adaptive else "several.direct"
         user = self._fill(key, self._placed(views, 0), values, Text(first, trusted=False))
         opened = (Text(profile.open("user")), *user, Text(profile.close), joiner)
         return merged((*head, *opened, *self._later(views), Text(profile.open("assistant"))))
@@ -56,7 +56,7 @@ class Prompt:
         key: response.resize, response.crop, response.denied, response.bad_call; values: or_call, budget_left.
         """
         profile = self.profile
-        if key == "response.resize" and not self.is_plain:
+        if key == "response.resize" and self.is_several:
             key = "several.resize"
         before = Text(profile["turn.joiner_after_reply"] + profile.open("user"))
         content = self._fill(key, views, values, reason=reason)

@@ -77,7 +77,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Episode:
-    """How a question went. `image` is None when it could not be opened; then there are no turns.
+    """How a question went. `image` is None where the question has none, or it could not be opened (then there are no
+    turns).
 
     more_images: the others of the question, as far as they could be opened.
     """
@@ -203,7 +204,8 @@ class _Run:
             self.question.text.encode("utf-8")
             await self._open_images()
             geometry, question = ImageGeometry(tuple(self.images)), self.question
-            return Conversation.start(question.text, profile, self.limits, geometry, question.history, question.places)
+            places = question.places or (0,) * len(self.images)
+            return Conversation.start(question.text, profile, self.limits, geometry, question.history, places)
         except Exception as fault:
             ended = Conversation(self.question.text, profile, self.limits)
             return ended.failed(*_describe(fault, 0))

@@ -14,24 +14,25 @@ from vtengine.vision.plan import ViewPlan, plan_scale
 
 @dataclass(frozen=True)
 class Question:
-    """image: path under `root`, data: URL, or http(s) where allowed. `carried`: keys copied into the records.
+    """image: path under `root`, data: URL, or http(s) where allowed; None: the question is about text alone.
 
-    history: what was asked before, oldest first. more_images: those after the first, in order. places: for each image,
-    the number of the question that it stands with, the oldest being 0.
+    carried: keys copied into the records. history: what was asked before, oldest first. more_images: those after the
+    first, in order. places: for each image, the number of the question that it stands with, the oldest being 0; empty:
+    all stand with that one.
     """
 
     id: str | int
-    image: str
+    image: str | None
     text: str
     root: Path = Path(".")
     carried: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[Exchange, ...] = ()
     more_images: tuple[str, ...] = ()
-    places: tuple[int, ...] = (0,)
+    places: tuple[int, ...] = ()
 
     @property
     def images(self) -> tuple[str, ...]:
-        return (self.image, *self.more_images)
+        return () if self.image is None else (self.image, *self.more_images)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ async def run_choice(job: Job, index: int, visit: Visit, house: House, on_event:
     if episode.status in ("rejected", "failed") and not is_spent(episode):
         assert episode.error is not None
         opened = 0 if episode.image is None else 1 + len(episode.more_images)
-        image_param = job.image_params[min(opened, len(job.image_params) - 1)]
+        image_param = job.image_params[min(opened, len(job.image_params) - 1)] if job.image_params else None
         raise episode_error(episode.status, episode.error, image_param, house.limits.retry_after_s)
     return episode
 

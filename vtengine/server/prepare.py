@@ -47,8 +47,6 @@ class _Images:
 def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_id: str) -> Job:
     """Raises ApiError 400 naming the field that the protocol has no place for."""
     images, exchanges, question = _read_messages(chat, limits)
-    if not images.urls:
-        raise invalid("messages", "no image; add a part of type image_url to a user message", "image_missing")
     most = min(limits.max_choices, limits.max_running + limits.max_waiting)
     if chat.n is not None and chat.n > most:
         raise invalid("n", f"must be at most {most} here", value=chat.n)
@@ -61,7 +59,7 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
         sampling=sampling,
         question=Question(
             request_id,
-            images.urls[0],
+            images.urls[0] if images.urls else None,
             question,
             history=tuple(exchanges),
             more_images=tuple(images.urls[1:]),
@@ -81,7 +79,7 @@ def _limits(chat: ChatRequest, base: Limits, details: set[str | None]) -> Limits
 
     details: of all images; where they agree on low or high, they stand for the resolution.
     """
-    if chat.vtengine is None and details == {None}:
+    if chat.vtengine is None and details <= {None}:
         return base
     own = chat.vtengine or Extension()
     resolution: Resolution = base.resolution

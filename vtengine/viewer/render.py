@@ -147,7 +147,7 @@ def _tiles(totals: Totals) -> Iterator[tuple[str, str, str, float | None]]:
         yield (
             "Asked for more pixels",
             f"{totals.upscale_ratio:.1%}",
-            f"{totals.upscaled:,} of {totals.answered:,} rows",
+            f"{totals.upscaled:,} of {totals.looked:,} rows",
             (totals.upscale_ratio),
         )
     if totals.visual_ratio is not None:

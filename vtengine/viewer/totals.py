@@ -16,7 +16,8 @@ class Totals:
     """Sums over rows. `resumed_tokens` were in the cache when a later turn of their episode began.
 
     statuses: (status, rows); codes: (error code, rows) of the rejected and failed ones; both most frequent first.
-    unscored: of these, those with an accepted answer.
+    unscored: of these, those with an accepted answer. answered: rows with a reply; looked: of these, those that were
+    shown an image.
     """
 
     rows: int = 0
@@ -26,6 +27,7 @@ class Totals:
     correct: int = 0
     unscored: int = 0
     answered: int = 0
+    looked: int = 0
     upscaled: int = 0
     visual_tokens: int = 0
     visual_tokens_full: int = 0
@@ -49,8 +51,8 @@ class Totals:
 
     @property
     def upscale_ratio(self) -> float | None:
-        """Share of the rows with a reply in which the model asked for more pixels."""
-        return self.upscaled / self.answered if self.answered else None
+        """Share of the rows with an image and a reply in which the model asked for more pixels."""
+        return self.upscaled / self.looked if self.looked else None
 
     @property
     def visual_ratio(self) -> float | None:
@@ -91,6 +93,7 @@ class TotalsCounter:
         if not turns:
             return
         sums["answered"] += 1
+        sums["looked"] += any(_list(turn.get("images")) for turn in turns)
         sums["upscaled"] += row.get("upscaled") is True
         sums["visual_tokens"] += _count(row.get("visual_tokens"))
         sums["visual_tokens_full"] += _count(row.get("visual_tokens_full"))

@@ -98,6 +98,17 @@ def test_the_limit_of_new_tokens_is_kept(serve):
     assert len(completion.token_ids) == 3 and completion.finish == "length"
 
 
+def test_text_alone_is_answered_beside_an_image(serve):
+    async def both(backend):
+        picture = image(1)
+        asked = request("text", prompt(4, 30)), request("image", prompt(5, 9, [picture]), [picture])
+        return await asyncio.gather(*map(backend.generate, asked))
+
+    text, beside = serve(both)
+    assert text.images_encoded == () and text.prompt_tokens == 30 and text.token_ids
+    assert beside.images_encoded == (True,)
+
+
 def test_impossible_requests_are_rejected_with_a_code(serve):
     async def codes(backend):
         found = []

@@ -77,6 +77,8 @@ def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, imag
     for path, (row, root) in islice(rows, source.max_rows):
         if isinstance(row, RejectedRow):
             rejected[row.code] += 1
+        elif row.image is None:
+            rejected["image_missing"] += 1
         elif not row.answers:
             rejected["answer_missing"] += 1
         elif (name := _name(path, row, len(files))) in seen:
