@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -180,6 +180,7 @@ row_keys = st.sampled_from(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.dictionaries(row_keys, json_values), max_size=3))
+@example([{"image": "", "image_path": "\0"}])
 def test_any_rows_make_a_page(make_page: Callable[..., Path], rows: list[dict]) -> None:
     page = make_page([row | {"status": "answered"} for row in rows])
     assert len(rows_of(page)) == len(rows)

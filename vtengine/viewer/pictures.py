@@ -103,7 +103,10 @@ class PictureBook:
             return image, self._rows_folder
         if self._root is not None or not isinstance(recorded, str):
             return image, self._root or self._rows_folder
-        path = self._rows_folder.joinpath(recorded).resolve()
+        try:
+            path = self._rows_folder.joinpath(recorded).resolve()
+        except (OSError, ValueError):  # no path at all: reading it will say so
+            return recorded, self._rows_folder
         return str(path), path.parent
 
     def _view(
