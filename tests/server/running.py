@@ -52,16 +52,23 @@ def two_turns(request: Request) -> str:
 
 
 class WatchedScript(ScriptedBackend):
-    """Knows how many requests are in it, and how many of them were left before their end."""
+    """Knows how many requests are in it, and how many of them were left before their end.
+
+    released: none is answered before it is set; the test's thread may set it.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.active = 0
         self.abandoned = 0
+        self.released = threading.Event()
+        self.released.set()
 
     async def generate(self, request: Request, on_tokens: OnTokens | None = None) -> Completion:
         self.active += 1
         try:
+            while not self.released.is_set():
+                await asyncio.sleep(0.005)
             return await super().generate(request, on_tokens)
         except asyncio.CancelledError:
             self.abandoned += 1
@@ -131,7 +138,7 @@ def running(setting: Setting, limits: ServerLimits | None = None, keys: ApiKeys 
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     server, house = made[0]
     one = Running(address(listening), house, setting.backend, server, thread)
     try:
@@ -143,7 +150,7 @@ def running(setting: Setting, limits: ServerLimits | None = None, keys: ApiKeys 
         listening.close()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 15) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     give_up_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < give_up_s

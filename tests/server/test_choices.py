@@ -105,13 +105,14 @@ def test_seeds_of_choices(serve: Serve) -> None:
 
 
 def test_limits_count_choices(serve: Serve) -> None:
-    server = serve(delay_s=0.2, limits=ServerLimits(max_running=2, max_waiting=2))
+    server = serve(held=True, limits=ServerLimits(max_running=2, max_waiting=2))
     assert error_of(server, n=5).param == "n"
     first = send_chat(server, n=3)
     wait_for(lambda: server.house.gate.running_now == 2)
     assert server.house.gate.waiting == 1 and server.house.gate.inside == 1
     full = error_of(server, n=2)
     assert (full.status_code, full.code) == (429, "queue_full")
+    server.backend.released.set()  # type: ignore[attr-defined]
     assert b"a red ball" in read_all(first)
     assert len(create(server, n=4).choices) == 4
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.server.running import ANSWER, MODEL, Running, ask, wait_for
+from vtengine.server import connection as connection_module
 from vtengine.server.config import ServerLimits
 from vtengine.server.errors import ApiError
 from vtengine.server.schema import parse_chat
@@ -73,13 +74,14 @@ def test_silence_is_broken_by_comments(serve: Serve) -> None:
 
 
 def test_a_client_that_leaves_while_it_waits_frees_its_place(serve: Serve) -> None:
-    server = serve(delay_s=2, limits=ServerLimits(max_running=1, max_waiting=1))
+    server = serve(held=True, limits=ServerLimits(max_running=1, max_waiting=1))
     first = send_chat(server)
     wait_for(lambda: server.house.gate.running_now == 1)
     second = send_chat(server)
     wait_for(lambda: server.house.gate.waiting == 1)
     second.close()
     wait_for(lambda: server.house.gate.waiting == 0)
+    server.backend.released.set()  # type: ignore[attr-defined]
     assert b"a red ball" in read_all(first)
     assert len(server.backend.requests) == 2, "nothing was asked for the one that left"  # type: ignore[attr-defined]
 
@@ -94,7 +96,8 @@ def test_a_client_that_leaves_in_its_body(serve: Serve) -> None:
     assert server.house.gate.held_bytes == 0
 
 
-def test_a_body_that_never_ends_meets_the_deadline(serve: Serve) -> None:
+def test_a_body_that_never_ends_meets_the_deadline(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "DISCARD_S", 0.3)
     server = serve([ANSWER], limits=ServerLimits(request_timeout_s=0.3))
     connection = connect(server)
     connection.sendall(head(1000) + b"{")

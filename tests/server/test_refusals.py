@@ -15,6 +15,7 @@ import pytest
 
 from tests.server.running import ANSWER, MODEL, Running, ask, data_url, image_part, picture, wait_for
 from vtengine.engine.base import BackendFailed, RequestRejected
+from vtengine.server import connection as connection_module
 from vtengine.server.config import ServerLimits
 from vtengine.server.keys import ApiKeys
 
@@ -199,7 +200,7 @@ def test_body_limit(serve: Serve) -> None:
 
 
 def test_queue_is_bounded_and_says_when_to_come_back(serve: Serve) -> None:
-    server = serve(delay_s=1, limits=ServerLimits(max_running=1, max_waiting=1, retry_after_s=3))
+    server = serve(held=True, limits=ServerLimits(max_running=1, max_waiting=1, retry_after_s=3))
     threads = [
         threading.Thread(target=server.client().chat.completions.create, kwargs={"model": MODEL, "messages": ask()})
         for _ in range(2)
@@ -210,6 +211,7 @@ def test_queue_is_bounded_and_says_when_to_come_back(serve: Serve) -> None:
     error = error_of(server)
     assert (error.status_code, error.code, error.response.headers["retry-after"]) == (429, "queue_full", "3")
     assert isinstance(error, openai.RateLimitError)
+    server.backend.released.set()  # type: ignore[attr-defined]
     for thread in threads:
         thread.join(timeout=30)
     wait_for(lambda: server.house.gate.inside == 0)
@@ -223,8 +225,7 @@ def test_deadline(serve: Serve, stream: bool) -> None:
     with pytest.raises(openai.APIError) as caught:
         list(client.chat.completions.create(model=MODEL, messages=ask(), stream=stream))  # type: ignore[call-overload]
     assert caught.value.code == "deadline"
-    wait_for(lambda: server.backend.active == 0)  # type: ignore[attr-defined]
-    assert server.house.gate.inside == 0
+    wait_for(lambda: server.backend.active == 0 and server.house.gate.inside == 0)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -327,9 +328,10 @@ def test_logs_hold_the_id_and_nothing_of_the_contents(serve: Serve, caplog: pyte
         assert private not in text
 
 
-def test_memory_of_all_bodies_is_bounded(serve: Serve) -> None:
+def test_memory_of_all_bodies_is_bounded(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection_module, "DISCARD_S", 60)  # longer than `post` waits: its body is there, is refused
     limits = ServerLimits(max_body_bytes=4000, max_held_bytes=5000)
-    server = serve(delay_s=1, limits=limits)
+    server = serve(held=True, limits=limits)
     size = len(json.dumps({"model": MODEL, "messages": ask()}))
     assert 2500 > size > 500
     padded = json.dumps({"model": MODEL, "messages": ask("x" * (3500 - size))}).encode()
@@ -338,6 +340,7 @@ def test_memory_of_all_bodies_is_bounded(serve: Serve) -> None:
     wait_for(lambda: server.house.gate.running_now == 1)
     status, headers, reply = post(server, padded)
     assert (status, reply["error"]["code"]) == (429, "queue_full") and "retry-after" in headers
+    server.backend.released.set()  # type: ignore[attr-defined]
     thread.join()
-    assert server.house.gate.held_bytes == 0
+    wait_for(lambda: server.house.gate.held_bytes == 0)
     assert post(server, padded)[0] == 200

@@ -78,7 +78,7 @@ LONG = f"<answer>{'a' * 490}</answer>"
 
 def test_a_client_that_has_stopped_reading_counts_as_gone(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "STALL_S", 0.3)
-    server = serve(lambda _: LONG, limits=ServerLimits(request_timeout_s=3, max_choices=48, max_running=48), slow=0.002)
+    server = serve(lambda _: LONG, limits=ServerLimits(max_choices=48, max_running=48), slow=0.002)
     with ask_for_much(server, 1 << 10):
         wait_for(lambda: bool(server.server.server_state.tasks))
         wait_for(lambda: not server.server.server_state.tasks and not server.server.server_state.connections)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from vtengine.rollout.episode import Episode
 from vtengine.server.account import Json, account, account_of_choices, finish_reason, usage, whole_reply
@@ -32,9 +32,16 @@ class ChatExchange:
     """Once `run` is called the request's time limit counts."""
 
     def __init__(self, house: House, scope: Scope, receive: Receive, send: Send) -> None:
-        self.house, self.scope, self.receive, self.reply = house, scope, receive, Reply(send)
+        self.house, self.scope, self.reply = house, scope, Reply(send)
         self.request_id: str = scope["vtengine.request_id"]
         self.has_body = False
+        self._receive = receive
+
+    async def receive(self) -> Message:
+        """Notes when the body has ended: one that is refused at its last piece is told at once, not awaited further."""
+        message = await self._receive()
+        self.has_body = self.has_body or not message.get("more_body", False)
+        return message
 
     async def run(self) -> None:
         """Sends the reply, or why there is none. Faults do not leave it."""
@@ -78,7 +85,6 @@ class ChatExchange:
         house.keys.check(headers.get("authorization"))
         with house.gate.enter() as visit:
             body = await read_body(self.receive, headers, house.limits.max_body_bytes, visit.hold)
-            self.has_body = True
             chat = parse_chat(body) if len(body) < SMALL_BODY else await asyncio.to_thread(parse_chat, body)
             del body
             job = self._prepare(chat)
