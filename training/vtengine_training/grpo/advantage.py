@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-AdvantageKind = Literal["standardised", "centred", "leave-one-out"]
+AdvantageKind = Literal["standardised", "centred", "leave-one-out", "one"]
 EPSILON = 1e-6
 SPREAD = 1e-4
 """Groups whose rewards deviate less (sample standard deviation) teach nothing."""
@@ -70,11 +70,14 @@ def advantages(rewards: Sequence[float], kind: AdvantageKind = "standardised") -
     """One advantage per sibling.
 
     standardised: (R - mean) / (deviation + 1e-6), as GRPO. centred: R - mean, as Dr.GRPO. leave-one-out: R minus the
-    mean of the other siblings, as RLOO. A single sibling gets 0. Raises ValueError for a reward that is not finite.
+    mean of the other siblings, as RLOO. one: 1 for all, whatever the rewards. A single sibling gets 0, but for `one`.
+    Raises ValueError for a reward that is not finite.
     """
     if not all(math.isfinite(reward) for reward in rewards):
         raise ValueError(f"rewards = {list(rewards)}: must be finite")
     count = len(rewards)
+    if kind == "one":
+        return [1.0] * count
     if count < 2:
         return [0.0] * count
     mean = math.fsum(rewards) / count

@@ -9,7 +9,7 @@ from typing import Literal
 
 from vtengine_training.grpo.advantage import AdvantageKind
 
-Algorithm = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
+Algorithm = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "sft"]
 PolicyLoss = Literal["clip", "sequence-clip", "clipped-weight", "reinforce"]
 Aggregation = Literal["sequence-mean", "token-mean", "prompt-mean", "constant"]
 KlKind = Literal["k1", "k2", "k3"]
@@ -40,12 +40,14 @@ PRESETS: Mapping[Algorithm, Objective] = {
     "gspo": Objective("standardised", "sequence-clip", 3e-4, 4e-4, "sequence-mean"),
     "cispo": Objective("standardised", "clipped-weight", 1.0, 0.28, "token-mean"),
     "rloo": Objective("leave-one-out", "reinforce", 0.2, 0.2, "constant"),
+    "sft": Objective("one", "reinforce", 0.2, 0.2, "token-mean"),
 }
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """`algorithm` names a published combination; what else is given changes that part of it.
+    """`algorithm` names a published combination; what else is given changes that part of it. sft: replies are written
+    from the rows' answers instead of sampled, and the loss is minus the mean log-probability of their tokens.
 
     dual_clip: where the advantage is negative, a token's loss is at most dual_clip * |advantage|; of the clip policies.
     kl_coef > 0 needs the reference model (the one training began with). importance_cap: the truncated importance
@@ -82,6 +84,10 @@ class LossConfig:
         for ok, name, value, allowed in checks:
             if not ok:
                 raise ValueError(f"{name} = {value}: must be {allowed}")
+        if self.is_supervised:
+            self._check_supervised()
+        elif self.advantage == "one":
+            raise ValueError('advantage = "one": rewards would not count; it belongs to algorithm = "sft"')
         if self.dual_clip is not None and self.objective.policy not in ("clip", "sequence-clip"):
             raise ValueError(
                 f"dual_clip = {self.dual_clip}: bounds a clipped loss, and policy = {self.objective.policy!r} has none"
@@ -91,6 +97,19 @@ class LossConfig:
                 f"importance_cap = {self.importance_cap}: corrects recomputed log-probabilities; "
                 'set old_logprobs = "recompute", or leave it out (ratios to the rollout correct themselves)'
             )
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether replies are written instead of sampled: no reward, no ratio."""
+        return self.algorithm == "sft"
+
+    def _check_supervised(self) -> None:
+        given = ("advantage", "policy", "clip_low", "clip_high", "dual_clip", "importance_cap")
+        unfit = [name for name in given if getattr(self, name) is not None]
+        unfit += ["turn_advantages"] if self.turn_advantages else []
+        unfit += ["old_logprobs"] if self.old_logprobs != "rollout" else []
+        if unfit:
+            raise ValueError(f'{", ".join(unfit)}: algorithm = "sft" samples nothing; leave out')
 
     @property
     def objective(self) -> Objective:

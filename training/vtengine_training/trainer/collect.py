@@ -20,9 +20,10 @@ from vtengine_training.data.examples import Dataset, Example
 from vtengine_training.data.sampler import Sampler
 from vtengine_training.grpo.advantage import TurnRewards, advantages, has_spread, turn_advantages
 from vtengine_training.grpo.config import LossConfig
-from vtengine_training.rewards.base import Score
+from vtengine_training.rewards.base import Score, format_reward
 from vtengine_training.rewards.rewarder import Rewarder
 from vtengine_training.trainer.config import RolloutConfig
+from vtengine_training.trainer.lessons import lessons, taught
 from vtengine_training.trainer.ranks import Ranks
 from vtengine_training.trainer.samples import sample_facts, sample_row
 from vtengine_training.trainer.trajectory import Group, from_episode
@@ -127,7 +128,7 @@ class Collector:
         for _ in range(count):
             draw, example = self.sampler.draw()
             if self.ranks.owns(draw):
-                jobs += [self._job(draw, example, index) for index in range(self.config.n)]
+                jobs += [self._job(draw, example, index) for index in range(self._num_siblings(example))]
         groups: list[Group] = []
         siblings: list[Sample] = []
         fault: str | None = None
@@ -140,7 +141,7 @@ class Collector:
                         break
                     await sample.verdict
                     siblings.append(sample)
-                    if len(siblings) == self.config.n:
+                    if len(siblings) == self._num_siblings(sample.example):
                         group = self._group(siblings, step, done, keep_rows)
                         groups += [] if group is None else [group]
                         siblings = []
@@ -155,6 +156,12 @@ class Collector:
                 self.sampler.quarantine(example, reason)
         return groups
 
+    def _num_siblings(self, example: int) -> int:
+        return len(self._lessons(example)) if self.loss.is_supervised else self.config.n
+
+    def _lessons(self, example: int) -> list[tuple[str, ...]]:
+        return lessons(self.dataset.examples[example], self.setting.profile, self.setting.limits)
+
     def _job(self, draw: int, example: int, index: int) -> Callable[[], Awaitable[Sample]]:
         """Plays one episode. Its place in the engine is free while a judge thinks about it."""
 
@@ -162,6 +169,8 @@ class Collector:
             one = self.dataset.examples[example]
             sampling = replace(self.setting.sampling, seed=derive_seed(self.seed, "draw", draw))
             setting = replace(self.setting, sampling=sampling)
+            if self.loss.is_supervised:
+                setting = taught(setting, self._lessons(example)[index])
             question = Question(one.id, one.image, one.question, one.root, one.fields)
             episode = (await run_sample(setting, question, index)).episode
             verdict = asyncio.create_task(self._score(episode, one))
@@ -173,6 +182,8 @@ class Collector:
     async def _score(self, episode: Episode, example: Example) -> Score | None:
         if not episode.turns:
             return None
+        if self.loss.is_supervised:
+            return Score(1.0 if episode.status == "answered" else None, format_reward(episode))
         try:
             return await self.rewarder.score(episode, example)
         except Exception as error:
@@ -209,7 +220,7 @@ class Collector:
                 sample_row(episode, index, example, step, first.draw, facts[index], values[index], by_turn[index])
                 for index, episode in enumerate(episodes)
             ]
-        if not has_spread(rewards):
+        if not (self.loss.is_supervised or has_spread(rewards)):
             done.counts["zero_spread"] += 1
             return None
         made = [from_episode(*one) for one in zip(episodes, values, facts, by_turn, strict=True)]

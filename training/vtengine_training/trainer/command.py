@@ -32,7 +32,7 @@ LESS_MEMORY = (
     "--dry-run adds it up"
 )
 NOTE = (
-    *("reward/mean", "reward/accuracy", "upscale/ratio", "kl", "entropy", "grad_norm"),
+    *("reward/mean", "reward/accuracy", "upscale/ratio", "loss", "kl", "entropy", "grad_norm"),
     *("val/reward/accuracy", "val/upscale/ratio"),
 )
 
@@ -129,17 +129,22 @@ def plan(config: GrpoConfig) -> list[str]:
     Reads only the model's config.json, where it is there, and the reward function's module.
     """
     rollout, loss, objective = config.rollout, config.loss, config.loss.objective
+    step = f"each of {config.steps} steps: {rollout.prompts} prompts"
+    kept = f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, in {config.output}"
+    if loss.is_supervised:
+        replies = f"{step}, their replies written from their rows; {config.updates_per_step} updates"
+        return ["", "Plan", replies, f"loss: sft; KL {loss.kl_coef:g} ({loss.kl})", kept, *_estimate(config)]
     lines = [
         "",
         "Plan",
-        f"each of {config.steps} steps: {rollout.prompts} prompts x {rollout.n} samples, at most "
+        f"{step} x {rollout.n} samples, at most "
         f"{math.ceil(rollout.prompts * rollout.max_refill)} prompts drawn; {config.updates_per_step} updates",
         f"loss: {loss.algorithm}: advantage {objective.advantage}, policy {objective.policy}, clip "
         f"[{1 - objective.clip_low:g}, {1 + objective.clip_high:g}], {objective.aggregation}; "
         f"KL {loss.kl_coef:g} ({loss.kl}), entropy {loss.entropy_coef:g}",
         f"old log-probabilities: {loss.old_logprobs}; importance cap: {loss.importance_cap or 'off'}",
         f"penalty: {_penalty(config.reward.penalty)}",
-        f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, in {config.output}",
+        kept,
     ]
     return lines + _estimate(config)
 

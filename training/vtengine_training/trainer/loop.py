@@ -36,6 +36,8 @@ REMEDIES = {
     "reward_failed": "there was no verdict on their answers: see the words of judge or reward function",
 }
 """Where nothing is learned, by what became of most groups."""
+OF_SAMPLED = ("staleness/", "mismatch/", "reward/", "samples/", "clip_frac", "approx_kl")
+"""Metrics that say nothing of replies that were written instead of sampled."""
 
 
 class Run:
@@ -120,7 +122,10 @@ class Run:
             "memory/peak_gib": max(self.ranks.gather(peak_memory_gib(parts.model.device))),
         }
         self.seconds_saving = 0.0
-        return figures | self._speed(figures)
+        figures |= self._speed(figures)
+        if self.config.loss.is_supervised:
+            figures = {name: value for name, value in figures.items() if not name.startswith(OF_SAMPLED)}
+        return figures
 
     def _learn(self, collected: Collected) -> Figures:
         began, rate = time.perf_counter(), self.rate(self.step)
