@@ -28,7 +28,7 @@ from vtengine.cli.output import OutputFile, check_free, check_settings, kept_pat
 from vtengine.cli.progress import Progress
 from vtengine.cli.resume import KeptRows, Place, find_rows
 from vtengine.cli.scoring import is_correct
-from vtengine.cli.session import check_backend, default_concurrency, open_session, sampling_settings
+from vtengine.cli.session import check_flags, default_concurrency, open_session, sampling_settings
 from vtengine.cli.summary import print_summary
 from vtengine.viewer.totals import UNFINISHED, TotalsCounter
 
@@ -44,7 +44,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=//)|data:", re.IGNORECASE)
 def run(arguments: argparse.Namespace) -> int:
     """The whole command. Raises CliError for what ends it early."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-    check_backend(arguments)
+    check_flags(arguments)
     task = _Task.prepare(arguments)
     if arguments.n > 1 and arguments.temperature == 0 and not arguments.quiet:
         print(f"--n {arguments.n}: greedy samples are all the same; --temperature 1 makes them differ", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtengine.cli.errors import OK, CliError, UsageError, one_line, reason
-from vtengine.cli.session import CONCURRENCY, check_backend, default_concurrency, open_session
+from vtengine.cli.session import CONCURRENCY, check_flags, default_concurrency, open_session
 
 if TYPE_CHECKING:
     from vtengine.server.config import ServerLimits
@@ -28,7 +28,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 def run(arguments: argparse.Namespace) -> int:
     """Serves until a signal; status 0 after a clean stop."""
-    check_backend(arguments)
+    check_flags(arguments)
     if arguments.port > MAX_PORT:
         raise UsageError(f"--port {arguments.port}: must be at most {MAX_PORT}")
     try:

@@ -60,7 +60,7 @@ async def open_session(
 
     decode_limits: of one image, where the defaults are not wanted. max_chunks_per_s: of all streams together.
     """
-    check_backend(arguments)
+    check_flags(arguments)
     try:
         with _interruptible():
             folder = find_model(arguments.model)
@@ -91,9 +91,11 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def check_backend(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for a backend that is not there, and for settings that it cannot take."""
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for a backend that is not there, and for flags that do not go together."""
     name = arguments.backend
+    if arguments.allow_private_hosts and not arguments.allow_http:
+        raise UsageError("--allow-private-hosts: lets no image in without --allow-http; give both, or leave it out")
     if arguments.engine_arg and name != "sglang":
         raise UsageError(f"--engine-arg {arguments.engine_arg[0]}: is for --backend sglang, the backend is {name}")
     read_engine_args(arguments.engine_arg)
