@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -207,6 +208,7 @@ def test_the_shipped_model(process: Callable[..., Process]) -> None:
     client = server.client()
     for url in urls:
         options: dict[str, Any] = {"model": "glance", "messages": ask("What colour is the shape?", url)}
+        options["logprobs"] = True
         whole = client.chat.completions.create(**options)
         turns = whole.vtengine["turns"]  # type: ignore[attr-defined]
         for before, turn in itertools.pairwise(turns):
@@ -214,7 +216,10 @@ def test_the_shipped_model(process: Callable[..., Process]) -> None:
             assert turn["cached_tokens"] >= reusable - 17, "all but at most one page"
         chunks = list(client.chat.completions.create(**options, stream=True))
         content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        assert content == whole.choices[0].message.content
+        assert content == whole.choices[0].message.content != ""
+        tokens = whole.choices[0].logprobs.content  # type: ignore[union-attr]
+        assert content in "".join(token.token for token in tokens or ()) and chunks[-2].choices[0].logprobs is not None
+        assert all(math.exp(token.logprob) > 0.01 for token in tokens or ()), "greedy"
         texts = [chunk for chunk in chunks if chunk.choices[0].delta.model_dump(exclude_none=True).keys() - {"role"}]
         assert len(texts) <= sum(turn["completion_tokens"] for turn in turns) / 2
         sampled = [client.chat.completions.create(**options, temperature=1, seed=5) for _ in range(2)]

@@ -23,6 +23,16 @@ CONFIG_IDS = {
 }
 
 
+def _byte_alphabet() -> dict[str, int]:
+    """The letter by which a byte-level vocabulary writes each byte: itself where it can be printed, else one beyond."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + k): byte for k, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
 class Tokenizer:
     """A `tokenizer.json` with the special tokens of Qwen2.5, which are Qwen3's too.
 
@@ -102,6 +112,15 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ids, special tokens spelled out; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         return self._encoder.decode(list(token_ids), skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character; unknown ids have none. `decode` reads
+        those of all its ids, joined."""
+        token = self._encoder.id_to_token(token_id) or ""
+        try:
+            return bytes(_BYTES[letter] for letter in token)
+        except KeyError:  # not of the byte-level alphabet: it stands for itself
+            return token.encode("utf-8")
 
     def _plain(self, text: str) -> list[int]:
         if not text:

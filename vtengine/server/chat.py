@@ -16,6 +16,7 @@ from vtengine.server.choices import run_choice, together
 from vtengine.server.connection import ClientGone, Reply, discard_body, read_body, while_connected
 from vtengine.server.errors import BROKEN, ApiError
 from vtengine.server.house import House
+from vtengine.server.logprobs import content_logprobs
 from vtengine.server.prepare import Job, prepare
 from vtengine.server.schema import ChatRequest, parse_chat
 from vtengine.server.splitter import StopCutter
@@ -111,17 +112,18 @@ class ChatExchange:
             "object": "chat.completion",
             "created": int(time.time()),
             "model": self.house.model,
-            "choices": [_choice(episode, index, job) for index, episode in enumerate(episodes)],
+            "choices": [self._choice(episode, index, job) for index, episode in enumerate(episodes)],
             "usage": usage(episodes),
             "vtengine": account_of_choices(episodes, job.limits),
         }
 
-
-def _choice(episode: Episode, index: int, job: Job) -> Json:
-    reasoning, content = whole_reply(episode)
-    if job.stops:
-        cutter = StopCutter(job.stops)
-        content = cutter.push(content) + cutter.flush()
-    message = {"role": "assistant", "content": content, "reasoning_content": reasoning or None, "refusal": None}
-    choice = {"index": index, "message": message, "finish_reason": finish_reason(episode), "logprobs": None}
-    return choice if job.num_choices == 1 else {**choice, "vtengine": account(episode, job.limits)}
+    def _choice(self, episode: Episode, index: int, job: Job) -> Json:
+        reasoning, content = whole_reply(episode)
+        if job.stops:
+            cutter = StopCutter(job.stops)
+            content = cutter.push(content) + cutter.flush()
+        message = {"role": "assistant", "content": content, "reasoning_content": reasoning or None, "refusal": None}
+        choice = {"index": index, "message": message, "finish_reason": finish_reason(episode), "logprobs": None}
+        if job.with_logprobs:
+            choice["logprobs"] = content_logprobs(episode, self.house.setting.tokenizer, len(content))
+        return choice if job.num_choices == 1 else {**choice, "vtengine": account(episode, job.limits)}

@@ -30,6 +30,7 @@ class Job:
     max_tokens: int | None
     stops: tuple[str, ...]
     streams: bool
+    with_logprobs: bool
     with_usage: bool
 
 
@@ -70,6 +71,7 @@ def prepare(chat: ChatRequest, setting: Setting, limits: ServerLimits, request_i
         max_tokens=min(asked, default=None),
         stops=tuple(chat.stop or ()),
         streams=bool(chat.stream),
+        with_logprobs=bool(chat.logprobs),
         with_usage=bool(chat.stream_options and chat.stream_options.include_usage),
     )
 

@@ -21,8 +21,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -129,7 +127,16 @@ class ChatRequest(BaseModel):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: Annotated[list[str], Field(fail_fast=True), BeforeValidator(_as_list)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
     vtengine: Extension | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _sampled_only(cls, value: int | None) -> int | None:
+        if value:
+            raise ValueError("must be 0 or left out: engines give the logprob of the sampled token alone")
+        return value
 
     @field_validator("stop")
     @classmethod

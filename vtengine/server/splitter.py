@@ -17,7 +17,8 @@ class Piece(NamedTuple):
 class ReplySplitter:
     """Of one reply: the text of the first <answer> is content, without the white space around it; all else, the call
     with its tags included, is reasoning. Tags of thought and answer are dropped. However the text is cut into pieces,
-    the joined result is the same; for a reply that answers, the content is its answer.
+    the joined result is the same; for a reply that answers, the content is its answer. places: where in the reply each
+    character of the content stands.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,9 @@ class ReplySplitter:
         self._in_think = self._thought = False
         self._in_answer = self._answered = False
         self._blank = ""  # white space of the answer that may turn out to be its end
+        self._blank_places: list[int] = []
+        self._read = 0  # characters
+        self.places: list[int] = []
         self._wrote = False
 
     def push(self, text: str) -> list[Piece]:
@@ -35,6 +39,7 @@ class ReplySplitter:
             place, tag = found
             self._emit(pieces, self._pending[:place])
             self._pending = self._pending[place + len(tag) :]
+            self._read += len(tag)
             self._turn(tag)
         held = self._held()
         self._emit(pieces, self._pending[: len(self._pending) - held])
@@ -80,19 +85,22 @@ class ReplySplitter:
         elif tag == ANSWER[0]:
             self._in_answer = True
         else:
-            self._in_answer, self._answered, self._blank = False, True, ""
+            self._in_answer, self._answered, self._blank, self._blank_places = False, True, "", []
 
     def _emit(self, pieces: list[Piece], text: str) -> None:
         if not text:
             return
+        start, self._read = self._read, self._read + len(text)
         if self._in_think or not self._in_answer:
             pieces.append(Piece("reasoning_content", text))
             return
+        places = [*self._blank_places, *range(start, self._read)]
         text = self._blank + text
         if not self._wrote:
             text = text.lstrip()
-        kept = text.rstrip()
-        self._blank = text[len(kept) :]
+        kept, places = text.rstrip(), places[len(places) - len(text) :]
+        self._blank, self._blank_places = text[len(kept) :], places[len(kept) :]
+        self.places += places[: len(kept)]
         if kept:
             self._wrote = True
             pieces.append(Piece("content", kept))
@@ -137,6 +145,14 @@ def split_reply(text: str) -> tuple[str, str]:
     pieces = [*splitter.push(text), *splitter.flush()]
     reasoning = "".join(piece.text for piece in pieces if piece.channel == "reasoning_content")
     return reasoning, "".join(piece.text for piece in pieces if piece.channel == "content")
+
+
+def content_places(text: str) -> list[int]:
+    """Where in a whole reply each character of its content stands."""
+    splitter = ReplySplitter()
+    splitter.push(text)
+    splitter.flush()
+    return splitter.places
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:

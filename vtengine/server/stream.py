@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 from vtengine.rollout.episode import Asked, Episode, Event, Replied, TextDelta
+from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.server.account import (
     TURN_BREAK,
     Json,
@@ -22,6 +23,7 @@ from vtengine.server.bell import Bell
 from vtengine.server.choices import run_choice, together
 from vtengine.server.connection import Reply
 from vtengine.server.house import House
+from vtengine.server.logprobs import content_logprobs
 from vtengine.server.prepare import Job
 from vtengine.server.splitter import ReplySplitter, StopCutter
 
@@ -38,7 +40,7 @@ class Stream:
             "created": int(time.time()),
             "model": house.model,
         }
-        self.choices = [_Choice(job) for _ in range(job.num_choices)]
+        self.choices = [_Choice(job, house.setting.tokenizer) for _ in range(job.num_choices)]
         self.episodes: list[Episode] = []
         self.bell = Bell(house.limits.keep_alive_s)
 
@@ -68,8 +70,8 @@ class Stream:
     def _tell(self, index: int, word: Event | Episode) -> None:
         """Keeps it for the writer."""
         chunks = self.choices[index].read(word)
-        for delta, extension, finish in chunks:
-            choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": None}
+        for delta, extension, finish, logprobs in chunks:
+            choice = {"index": index, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
             chunk = {**self.frame, "choices": [choice]}
             if self.job.with_usage:
                 chunk["usage"] = None
@@ -88,18 +90,19 @@ class Stream:
             self.bell.ring_soon()
 
 
-Chunk = tuple[Json, Json | None, str | None]
-"""delta, extension, finish_reason"""
+Chunk = tuple[Json, Json | None, str | None, Json | None]
+"""delta, extension, finish_reason, logprobs"""
 
 
 class _Choice:
     """One episode's events as chunks."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self.job, self.tokenizer = job, tokenizer
         self.splitter = ReplySplitter()
         self.cutter = StopCutter(job.stops)
         self.chunks: list[Chunk] = []
+        self.num_chars = 0  # of content
         self.has_content = self.has_reasoning = False
         self.breaks = False  # a turn has begun whose reasoning is to be set off from that before it
 
@@ -145,7 +148,12 @@ class _Choice:
             self._text("content", plain)
         if rest := self.cutter.flush():
             self._add({"content": rest})
+        if self.job.with_logprobs:
+            self._add({}, logprobs=content_logprobs(episode, self.tokenizer, self.num_chars))
         self._add({}, account(episode, self.job.limits), finish_reason(episode))
 
-    def _add(self, delta: Json, extension: Json | None = None, finish: str | None = None) -> None:
-        self.chunks.append((delta, extension, finish))
+    def _add(
+        self, delta: Json, extension: Json | None = None, finish: str | None = None, logprobs: Json | None = None
+    ) -> None:
+        self.num_chars += len(delta.get("content", ""))
+        self.chunks.append((delta, extension, finish, logprobs))
