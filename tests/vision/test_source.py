@@ -271,7 +271,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def serve_drip(self) -> None:
         self._answer(200, b"", [("Connection", "close")])
-        for _ in range(100):
+        for _ in range(400):
             try:
                 self.wfile.write(b"x")
                 self.wfile.flush()
@@ -280,7 +280,7 @@ class Answers(BaseHTTPRequestHandler):
             time.sleep(0.05)
 
     def serve_silent(self) -> None:
-        time.sleep(1.0)
+        time.sleep(20)
 
     def _answer(self, status: int, body: bytes, headers: list[tuple[str, str]]) -> None:
         self.send_response(status)
@@ -333,7 +333,7 @@ def test_http_time_limit_is_of_the_whole_fetch(server: str, root: Path, path: st
     with pytest.raises(ImageError, match="timed out") as caught:
         read_image_source(f"{server}/{path}", root, limits)
     assert caught.value.code == "image_unreachable"
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 10  # either answer takes 20 s
 
 
 def test_http_of_a_closed_port(root: Path) -> None:

@@ -116,7 +116,7 @@ def test_closing_does_not_wait_for_a_model_to_load():
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         run(process("loading", seconds=60), lambda engine: asyncio.wait_for(engine.check(), 0.1))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 40
 
 
 def test_another_event_loop_is_refused():

@@ -28,6 +28,8 @@ def schedulers(count, *faults):
         theirs.close()
         here.append(ours)
     try:
+        for connection in here:  # the first of them waits for torch's import, which is no part of a broadcast
+            connection.recv()
         yield here
     finally:
         for process in processes:
@@ -36,8 +38,9 @@ def schedulers(count, *faults):
 
 
 def serve(connection, fault):
-    """Until the other side hangs up. A fault strikes when the call has come, before anything is done."""
+    """Says that it is there, then answers. A fault strikes when the call has come, before anything is done."""
     groups, counts = {}, dict.fromkeys(fault, 0)
+    connection.send("there")
     while True:
         try:
             call, body = connection.recv()

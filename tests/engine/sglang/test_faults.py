@@ -139,19 +139,21 @@ def test_a_silent_server_runs_into_the_deadline_and_is_told():
     server = fake(always={"silent"})
 
     async def ask(backend, _):
-        with pytest.raises(BackendFailed, match=r"not done after 0\.3 s"):
+        await backend.check()
+        with pytest.raises(BackendFailed, match=r"not done after 0\.8 s"):
             await backend.generate(ASK)
-        await asyncio.sleep(0.2)
+        while not server.aborted:
+            await asyncio.sleep(0.01)
 
-    serve(ask, server, deadline_s=0.3)
+    serve(ask, server, deadline_s=0.8)
     assert server.aborted == [server.requests[0]["rid"]]
 
 
 @pytest.mark.parametrize("faults", [{"frozen"}, {"silent", "sick"}])
 def test_a_frozen_server_is_lost_after_the_limit(faults):
     began_s = time.monotonic()
-    assert "no answer in time" in str(failure(BackendFailed, always=faults, read_s=0.3, attempts=1))
-    assert 0.3 <= time.monotonic() - began_s < 5
+    assert "no answer in time" in str(failure(BackendFailed, always=faults, read_s=1.0, attempts=1))
+    assert 1.0 <= time.monotonic() - began_s < 15
 
 
 def test_a_server_that_generates_for_longer_than_the_limit_is_waited_for():
@@ -163,15 +165,15 @@ def test_a_server_that_generates_for_longer_than_the_limit_is_waited_for():
         return await asyncio.gather(*(backend.generate(one) for one in asks))
 
     server, began_s = fake(always={"slow"}), time.monotonic()
-    done = serve(ask, server, read_s=0.6, attempts=1)
+    done = serve(ask, server, read_s=1.2, attempts=1)
     assert [len(completion.token_ids) for completion in done] == [41] * 8
-    assert 1 <= server.health_checks <= (time.monotonic() - began_s) / 0.2 + 1  # not for each request
+    assert 1 <= server.health_checks <= (time.monotonic() - began_s) / 0.4 + 1  # not for each request
 
 
 def test_a_healthy_server_that_does_not_answer_runs_into_the_deadline():
     server = fake(always={"silent"})
-    with pytest.raises(BackendFailed, match=r"not done after 1 s"):
-        serve(lambda backend, _: backend.generate(ASK), server, read_s=0.3, deadline_s=1)
+    with pytest.raises(BackendFailed, match=r"not done after 2 s"):
+        serve(lambda backend, _: backend.generate(ASK), server, read_s=0.9, deadline_s=2)
     assert len(server.requests) == 1
 
 
@@ -224,7 +226,8 @@ def test_cancelling_tells_the_server():
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0.2)
+        while not server.aborted:
+            await asyncio.sleep(0.01)
         return server.requests[0]["rid"], server.aborted
 
     rid, aborted = serve(cancel, fake("slow"))

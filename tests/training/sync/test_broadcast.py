@@ -105,7 +105,7 @@ def test_both_sides_end_the_group_at_the_same_time(fault, monkeypatch) -> None:
         await leave(self, name)
 
     def closing(self):
-        assert told.wait(5), "the servers were not asked to leave"
+        assert told.wait(60), "the servers were not asked to leave"
         close(self)
 
     monkeypatch.setattr(Update, "leave", leaving)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import numpy as np
@@ -101,11 +102,18 @@ def run(make_config):
         asyncio.run(one.close())
 
 
+def unasked_port() -> int:
+    """A free one that the system gives to nobody who asks for any: the first rank takes it seconds later."""
+    while True:
+        port = SystemRandom().randrange(15_000, 32_000)  # below those of Linux; `random` has one seed in all tests
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def launch(folder: Path, *arguments: str, size: int = 2, **pipes: int) -> list[subprocess.Popen[str]]:
     """Python with these arguments in `size` processes, as torchrun would start them; what they say: rank-N.err."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = unasked_port()
     paths = (REPO, REPO / "kernels", REPO / "training", Path(__file__).parent)
     common = {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
     common |= {"PYTHONFAULTHANDLER": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

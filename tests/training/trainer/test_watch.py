@@ -25,7 +25,7 @@ WORKER = str(Path(__file__).with_name("watch_worker.py"))
     ids=["killed", "first one killed", "failed", "first one ends first", "first one ends last"],
 )
 def test_how_ranks_end(start_ranks, tmp_path, doing, statuses) -> None:
-    ranks = start_ranks(WORKER, *doing, size=3)
+    ranks = start_ranks(WORKER, str(tmp_path), *doing, size=3)
     assert [process.wait(timeout=120) for process in ranks] == statuses
     said = [(tmp_path / f"rank-{rank}.err").read_text() for rank in range(3)]
     for status, words in zip(statuses, said, strict=True):
