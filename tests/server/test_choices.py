@@ -160,6 +160,6 @@ def test_the_embedded_engine_computes_the_prompt_of_siblings_once(tokenizer: Tok
         reply = create(server, n=4, temperature=1.0, seed=3, max_tokens=8)
         turns = [choice.vtengine["turns"][0] for choice in reply.choices]
         cached = sorted(turn["cached_tokens"] for turn in turns)
-        assert cached[0] < cached[1] == cached[3] and turns[0]["prompt_tokens"] - cached[1] <= backend.config.page_size
+        assert cached[0] < cached[1] == cached[3] and turns[0]["prompt_tokens"] - cached[1] <= backend.pool.page_size
         assert sum(turn["views"][0]["encoded"] for turn in turns) == 1
     asyncio.run(backend.close())

@@ -253,7 +253,7 @@ def test_the_engine_has_them_captured_where_they_are_replayed_or_has_none(cuda, 
         DecodeGraphs, "capture", lambda self: threads.append(threading.current_thread()) or capture(self)
     )
     for cuda_graphs in (True, False):
-        engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4, cuda_graphs=cuda_graphs))
+        engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=16, cuda_graphs=cuda_graphs))
         assert (engine.runner.captures is not None) is cuda_graphs and threads == [engine.worker.thread] * cuda_graphs
         assert bool(cuda.captures) is cuda_graphs
         asyncio.run(engine.close())
@@ -267,7 +267,7 @@ def test_nobody_waits_for_an_engine_that_loses_its_device_in_the_captures(monkey
         raise RuntimeError("the device is lost")
 
     monkeypatch.setattr(Runner, "warm_up", lost)
-    engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=4))
+    engine = EmbeddedEngine(tiny_model(), Letters(), EngineConfig(num_pages=16))
     engine.worker.thread.join(30)
     with pytest.raises(BackendFailed, match="closed"):
         asyncio.run(engine.generate(request("a", prompt(1, 9))))

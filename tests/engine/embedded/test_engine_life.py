@@ -322,18 +322,18 @@ def test_a_gpu_gets_larger_passes_and_a_larger_cache_of_features():
 
 def test_the_pool_takes_what_is_asked_for_or_what_the_device_has():
     page_bytes, gib = 100_000, 1 << 30
-    assert EngineConfig(num_pages=7, kv_bytes=1).pages_that_fit(page_bytes, gib) == 7
-    assert EngineConfig(kv_bytes=250_000).pages_that_fit(page_bytes, gib) == 2
-    assert EngineConfig().pages_that_fit(page_bytes, 80 * gib) == 48 * gib // page_bytes
-    assert EngineConfig(max_running=8).pages_that_fit(page_bytes) == 32_768 // 16
-    assert EngineConfig(max_running=128, max_batch_tokens=128).pages_that_fit(page_bytes) == 128 * 1024 // 16
-    assert EngineConfig().pages_that_fit(10 * page_bytes) == gib // page_bytes // 10
+    assert EngineConfig(num_pages=7, kv_bytes=1).pages_that_fit(16, page_bytes, gib) == 7
+    assert EngineConfig(kv_bytes=250_000).pages_that_fit(16, page_bytes, gib) == 2
+    assert EngineConfig().pages_that_fit(16, page_bytes, 80 * gib) == 48 * gib // page_bytes
+    assert EngineConfig(max_running=8).pages_that_fit(16, page_bytes) == 32_768 // 16
+    assert EngineConfig(max_running=128, max_batch_tokens=128).pages_that_fit(16, page_bytes) == 128 * 1024 // 16
+    assert EngineConfig().pages_that_fit(16, 10 * page_bytes) == gib // page_bytes // 10
     for config, free in ((EngineConfig(kv_bytes=99_999), None), (EngineConfig(), 160_000)):
         with pytest.raises(ValueError, match=r"engine.kv_bytes = 9\d*: keys and values of 1 tokens take 100000 bytes"):
-            config.pages_that_fit(page_bytes, free)
-    assert EngineConfig(kv_bytes=3 * page_bytes, least_tokens=48).pages_that_fit(page_bytes) == 3
+            config.pages_that_fit(16, page_bytes, free)
+    assert EngineConfig(kv_bytes=3 * page_bytes, least_tokens=48).pages_that_fit(16, page_bytes) == 3
     with pytest.raises(PoolTooSmall) as caught:
-        EngineConfig(kv_bytes=3 * page_bytes, least_tokens=49).pages_that_fit(page_bytes)
+        EngineConfig(kv_bytes=3 * page_bytes, least_tokens=49).pages_that_fit(16, page_bytes)
     assert caught.value.needed_bytes == 4 * page_bytes
 
 

@@ -38,7 +38,7 @@ def test_siblings_share_prompt_and_view(run) -> None:
     turns = [episode.turns[0].completion for episode in seen.episodes]
     assert sum(sum(turn.images_encoded) for turn in turns) == len(pictures)
     prompts = {episode.question.id: episode.turns[0].completion.prompt_tokens for episode in seen.episodes}
-    pages = (len(turns) - len(prompts)) * one.parts.engine.config.page_size
+    pages = (len(turns) - len(prompts)) * one.parts.engine.pool.page_size
     assert sum(turn.prefill_tokens for turn in turns) <= sum(prompts.values()) + pages
 
 

@@ -10,6 +10,8 @@ FREE_SHARE = 0.6
 MIN_KV_TOKENS = 32_768
 TOKENS_PER_SEQUENCE = 1024
 """A guess; where it is too low, sequences wait for pages."""
+PAGE_SIZE, GPU_PAGE_SIZE = 4, 16
+"""Siblings compute a prompt's last, unfilled page each for itself: on a CPU small pages are the faster ones for it."""
 BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 """Products of a GPU are at their peak from about 500 tokens on; more make passes of prompts fewer."""
 VISION_CACHE_BYTES, GPU_VISION_CACHE_BYTES = GIB // 4, GIB
@@ -28,9 +30,9 @@ class PoolTooSmall(ValueError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """num_pages: pages of the KV pool; None: as many as fit kv_bytes. kv_bytes None: on a GPU FREE_SHARE of what is
-    free when the engine starts, in main memory what max_running sequences need, up to 1 GiB. least_tokens: of the
-    shortest request there will be, which the pool has to hold.
+    """page_size: tokens of a page; None: 4 on a CPU, 16 on a GPU. num_pages: pages of the KV pool; None: as many as fit
+    kv_bytes. kv_bytes None: on a GPU FREE_SHARE of what is free when the engine starts, in main memory what max_running
+    sequences need, up to 1 GiB. least_tokens: of the shortest request there will be, which the pool has to hold.
 
     max_batch_tokens: tokens per forward pass; longer prompts are prefilled in chunks. vision_cache_bytes: of features
     that are kept when no request holds them. None: more on a GPU than elsewhere. max_running: sequences that hold
@@ -45,7 +47,7 @@ class EngineConfig:
     together; where tokens come faster, several share one (the first and the last never wait); None: no limit.
     """
 
-    page_size: int = 16
+    page_size: int | None = None
     num_pages: int | None = None
     kv_bytes: int | None = None
     least_tokens: int = 1
@@ -63,7 +65,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         checks = (
-            (self.page_size >= 1, "page_size", self.page_size, ">= 1"),
+            (self.page_size is None or self.page_size >= 1, "page_size", self.page_size, ">= 1, or None"),
             (self.num_pages is None or self.num_pages >= 1, "num_pages", self.num_pages, ">= 1, or None"),
             (self.kv_bytes is None or self.kv_bytes >= 1, "kv_bytes", self.kv_bytes, ">= 1, or None"),
             (self.least_tokens >= 1, "least_tokens", self.least_tokens, ">= 1"),
@@ -92,6 +94,9 @@ class EngineConfig:
             if not ok:
                 raise ValueError(f"engine.{name} = {value}: must be {allowed}")
 
+    def tokens_per_page(self, on_gpu: bool) -> int:
+        return self.page_size or (GPU_PAGE_SIZE if on_gpu else PAGE_SIZE)
+
     def batch_tokens(self, on_gpu: bool) -> int:
         tokens = GPU_BATCH_TOKENS if on_gpu else BATCH_TOKENS
         return self.max_batch_tokens or max(tokens, self.max_running)
@@ -104,10 +109,10 @@ class EngineConfig:
             return self.vision_cache_bytes
         return GPU_VISION_CACHE_BYTES if on_gpu else VISION_CACHE_BYTES
 
-    def pages_that_fit(self, page_bytes: int, free_bytes: int | None = None) -> int:
-        """Pages of the pool, for pages of this many bytes (keys and values of all layers). free_bytes: of a GPU.
+    def pages_that_fit(self, page_size: int, page_bytes: int, free_bytes: int | None = None) -> int:
+        """Pages of the pool, for pages of this many tokens and bytes (keys and values of all layers).
 
-        Raises PoolTooSmall.
+        free_bytes: of a GPU. Raises PoolTooSmall.
         """
         if self.num_pages is not None:
             return self.num_pages
@@ -116,8 +121,8 @@ class EngineConfig:
             kv_bytes = int(FREE_SHARE * free_bytes)
         elif kv_bytes is None:
             tokens = max(MIN_KV_TOKENS, self.max_running * TOKENS_PER_SEQUENCE)
-            kv_bytes = min(GIB, -(-tokens // self.page_size) * page_bytes)
-        needed_bytes = -(-self.least_tokens // self.page_size) * page_bytes
+            kv_bytes = min(GIB, -(-tokens // page_size) * page_bytes)
+        needed_bytes = -(-self.least_tokens // page_size) * page_bytes
         if kv_bytes < needed_bytes:
             raise PoolTooSmall(kv_bytes, needed_bytes, self.least_tokens)
         return kv_bytes // page_bytes

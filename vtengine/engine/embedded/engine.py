@@ -53,12 +53,13 @@ class EmbeddedEngine:
             store_by_column(self.model)
             store_aligned(self.model)
         text, dtype, on_gpu = model.config.text, model.dtype, self.model.device.type == "cuda"
-        page_bytes = 2 * text.num_layers * config.page_size * text.num_kv_heads * text.head_dim * dtype.itemsize
-        num_pages = config.pages_that_fit(page_bytes, _free_bytes(self.model.device))
+        page_size = config.tokens_per_page(on_gpu)
+        page_bytes = 2 * text.num_layers * page_size * text.num_kv_heads * text.head_dim * dtype.itemsize
+        num_pages = config.pages_that_fit(page_size, page_bytes, _free_bytes(self.model.device))
         cache = KVCache(
-            text.num_layers, num_pages, config.page_size, text.num_kv_heads, text.head_dim, dtype, self.model.device
+            text.num_layers, num_pages, page_size, text.num_kv_heads, text.head_dim, dtype, self.model.device
         )
-        self.pool = PagePool(num_pages, config.page_size)
+        self.pool = PagePool(num_pages, page_size)
         self.tree = RadixTree(self.pool)
         self.vision = VisionCache(config.vision_bytes(on_gpu))
         self.scheduler = Scheduler(
