@@ -325,34 +325,6 @@ def test_a_cancelled_episode_leaves_the_others_alone(root: Path, monkeypatch: py
     assert run(main)[1]["images_decoded"] == 1
 
 
-def test_a_host_that_does_not_answer_holds_up_nobody_else(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.Event()
-    real = pipeline_module.read_image_source
-
-    def read(source: str, *rest: Any) -> bytes:
-        if source.startswith("http"):
-            assert gate.wait(30)
-            raise ImageError("image_unreachable", "timed out")
-        return real(source, *rest)
-
-    monkeypatch.setattr(pipeline_module, "read_image_source", read)
-    url = "data:image/png;base64," + base64.b64encode((root / "noise.png").read_bytes()).decode()
-
-    async def main(pipe: ImagePipeline) -> None:
-        silent = [asyncio.create_task(pipe.open(f"http://silent/{k}.png", root)) for k in range(8)]
-        try:
-            async with asyncio.timeout(10):
-                for source in ("photo.png", url):
-                    image = await pipe.open(source, root)
-                    await pipe.view(image, image.low)
-        finally:
-            gate.set()
-        faults = await asyncio.gather(*silent, return_exceptions=True)
-        assert {getattr(fault, "code", fault) for fault in faults} == {"image_unreachable"}
-
-    run(main, num_workers=2)
-
-
 def test_one_pipeline_serves_several_event_loops(root: Path) -> None:
     with ImagePipeline(LIMITS, num_workers=2) as pipe:
 

@@ -8,9 +8,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+Submit = Callable[[Callable[[], None]], object]
 
 
 @dataclass(eq=False)
@@ -46,18 +48,24 @@ class OnceCache:
         self.misses = 0
         self.evictions = 0
 
-    async def get(self, key: Hashable, compute: Callable[[], Any], size: Callable[[Any], int]) -> Any:
-        """The value of `key`: kept, on its way, or `compute()`d now. `size` gives its bytes; 0 = do not keep it."""
-        return (await self.get_all((key,), lambda _: (compute(),), size))[0]
+    async def get(
+        self, key: Hashable, compute: Callable[[], Any], size: Callable[[Any], int], submit: Submit | None = None
+    ) -> Any:
+        """The value of `key`: kept, on its way, or `compute()`d now. `size` gives its bytes; 0 = do not keep it.
+
+        submit: runs the job elsewhere than in the worker threads; `close` does not wait for it.
+        """
+        return (await self.get_all((key,), lambda _: (compute(),), size, submit))[0]
 
     async def get_all(
         self,
         keys: Sequence[K],
         compute: Callable[[tuple[K, ...]], Sequence[Any]],
         size: Callable[[Any], int],
+        submit: Submit | None = None,
     ) -> list[Any]:
         """The values of `keys`, in order. Those neither kept nor on their way are computed by one call, together."""
-        found, joined = self._claim(keys, compute, size)
+        found, joined = self._claim(keys, compute, size, submit or self._workers.submit)
         try:
             for entry in joined.values():
                 await _done(entry.future)
@@ -84,7 +92,11 @@ class OnceCache:
             self.used_bytes = 0
 
     def _claim(
-        self, keys: Sequence[Hashable], compute: Callable[..., Sequence[Any]], size: Callable[[Any], int]
+        self,
+        keys: Sequence[Hashable],
+        compute: Callable[..., Sequence[Any]],
+        size: Callable[[Any], int],
+        submit: Submit,
     ) -> tuple[dict[Hashable, Any], dict[Hashable, _Pending]]:
         """The values at hand, and entries to wait for with this caller counted in; starts a job for the new ones."""
         found: dict[Hashable, Any] = {}
@@ -105,7 +117,7 @@ class OnceCache:
                 joined[key] = self._pending[key]
                 joined[key].waiters += 1
             if new:
-                self._workers.submit(self._run, new, compute, size)
+                submit(partial(self._run, new, compute, size))
         return found, joined
 
     def _recall(self, key: Hashable) -> Any:

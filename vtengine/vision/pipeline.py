@@ -16,6 +16,7 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ import torch
 from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD, Step, Target, patchify
 
 from vtengine.vision.decode import DecodeLimits, decode_image
+from vtengine.vision.fetches import Fetches
 from vtengine.vision.image_input import ImageInput
 from vtengine.vision.once import OnceCache
 from vtengine.vision.plan import (
@@ -40,12 +42,12 @@ from vtengine.vision.plan import (
     plan_low,
     plan_low_half_first,
 )
-from vtengine.vision.source import SourceLimits, is_data_url, read_image_source
+from vtengine.vision.source import SourceLimits, fetched_from, is_data_url, read_image_source
 
 Filter = Literal["bicubic", "lanczos"]
 Layout = Literal["full", "compact"]
 READERS = 32
-"""Threads that wait for disks and networks: fewer silent servers than these hold up no image but their own."""
+"""Threads that wait for disks."""
 _RECIPE = "vtengine-view-1"  # part of every content hash; change it when the same plan gives other values
 
 
@@ -127,6 +129,7 @@ class ImagePipeline:
             num_workers = min(8, os.cpu_count() or 1)
         self._cache = OnceCache(num_workers, cache_bytes, "pipeline")
         self._reads = OnceCache(READERS, 0, "pipeline")
+        self._fetches = Fetches()
         self._counts = {"files_read": 0, "images_decoded": 0, "views_patchified": 0}
         self._counting = threading.Lock()
 
@@ -136,7 +139,9 @@ class ImagePipeline:
         A path is read at every call, so a changed file is seen; equal bytes are decoded once, whatever their source.
         """
         workers = self._cache if is_data_url(source) else self._reads  # base64 waits for nobody
-        read = await workers.get(("read", source, str(root)), lambda: self._read(source, root), lambda _: 0)
+        host = fetched_from(source)
+        submit = None if host is None else partial(self._fetches.submit, host)
+        read = await workers.get(("read", source, str(root)), lambda: self._read(source, root), lambda _: 0, submit)
         encoded, file_hash = read
         pixels = await self._pixels(encoded, file_hash)
         height, width, _ = pixels.values.shape
@@ -174,7 +179,8 @@ class ImagePipeline:
         }
 
     def close(self) -> None:
-        """Finishes the work accepted, then refuses more. Blocks until the workers have ended."""
+        """Finishes the work accepted, then refuses more. Blocks until the workers have ended. Fetches that still run
+        are left to themselves."""
         self._reads.close()
         self._cache.close()
 

@@ -47,6 +47,14 @@ def is_url(source: str) -> bool:
     return _SCHEME.match(source) is not None or is_data_url(source)
 
 
+def fetched_from(source: str) -> str | None:
+    """Host and port of an http(s) URL, as far as it names them; None for what comes over no network."""
+    scheme = _SCHEME.match(source)
+    if scheme is None or scheme[0].lower() not in ("http:", "https:"):
+        return None
+    return re.split(r"[/?#]", source[scheme.end() + 2 :], maxsplit=1)[0].rpartition("@")[2].lower()
+
+
 def read_image_source(source: str, root: Path, limits: SourceLimits | None = None) -> bytes:
     """The encoded image, at least one byte. Relative paths start at `root`; nothing outside it is read, symlinks
     included. Blocks; raises ImageError for anything wrong with the source.
