@@ -156,7 +156,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, ...]]] = {
     "sft": (
         _sft,
-        "supervised cold start on generated pictures: from random weights to a model that keeps to the protocol",
+        "supervised cold start on generated pictures, from random weights; on your own: grpo, loss.algorithm = sft",
         ("configs/glance_sft.toml", "configs/glance_sft.toml --set output=runs/mine --dry-run"),
     ),
     "grpo": (
@@ -166,6 +166,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], str, tuple[str, .
             "configs/glance_grpo.toml --dry-run      # the resolved file, the plan, memory and cost",
             "configs/glance_grpo.toml                # again: continues where it stopped",
             "my.toml --set rollout.n=16 --set loss.algorithm=dapo --set data.files='[\"train.parquet\"]'",
+            "my.toml --set loss.algorithm=sft --set output=runs/cold      # a cold start from the rows' own answers",
             'my.toml --set lora.rank=16 --set \'loggers=["console", "tensorboard"]\'',
         ),
     ),

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 Figures = dict[str, float]
 Report = Callable[[Figures], None]
 REMEDIES = {
-    "zero_spread": "raise rollout.n, rollout.temperature or rollout.max_refill, or look at the reward",
+    "zero_spread": "raise rollout.n, rollout.temperature or rollout.max_refill, or look at the reward; a model that "
+    "does not keep to the format (status/answered) needs a cold start first: loss.algorithm = sft",
     "failed": "the engine could not play them: see its words, and what --dry-run says of memory",
     "reward_failed": "there was no verdict on their answers: see the words of judge or reward function",
 }
