@@ -21,7 +21,7 @@ from vtengine.engine.base import BackendFailed, Completion, OnTokens, Request
 from vtengine.engine.scripted import ScriptedBackend
 
 Run = Callable[..., Any]
-SLOW = 0.05  # seconds per scripted reply
+SLOW = 0.25  # seconds per scripted reply
 
 
 @pytest.fixture
@@ -63,9 +63,11 @@ def test_a_second_run_to_the_same_file_is_refused(
 ) -> None:
     questions(40)
     out = tmp_path / "out.jsonl"
-    running = process(*arguments(tmp_path, out, scripted(SLOW)))
+    running = process(*arguments(tmp_path, out, scripted(0.1)))
     running.wait_for_rows(out, 2)
+    running.popen.send_signal(signal.SIGSTOP)  # it shall not be done before the second has begun
     second = vtengine(*arguments(tmp_path, out, scripted(), *flags))
+    running.popen.send_signal(signal.SIGCONT)
     assert second.status == 2 and second.err.count("\n") == 1 and "another run is writing it" in second.err
     assert running.finish().status == 0 and len(rows_of(out)) == 40 and not list(tmp_path.glob("out.jsonl.*"))
 
@@ -163,11 +165,11 @@ def test_an_unfinished_output_goes_on_under_its_new_name(
     running.popen.kill()
     running.finish()
     begun = out.read_bytes()
-    done = vtengine(*arguments(tmp_path, out, scripted(SLOW), "--seed", "5"))
+    done = vtengine(*arguments(tmp_path, out, scripted(), "--seed", "5"))
     assert "of a run that was not finished" in done.err and kept.read_bytes() == begun
-    refused = vtengine(*arguments(tmp_path, kept, scripted(SLOW), "--resume", "--seed", "5"))
+    refused = vtengine(*arguments(tmp_path, kept, scripted(), "--resume", "--seed", "5"))
     assert refused.status == 2 and "seed was 0, is 5" in refused.err
-    assert vtengine(*arguments(tmp_path, kept, scripted(SLOW), "--resume")).status == 3
+    assert vtengine(*arguments(tmp_path, kept, scripted(), "--resume")).status == 3
     assert without_times(kept) == without_times(uninterrupted)
 
 

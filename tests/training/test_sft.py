@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,11 +68,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert final[0] | {"seconds": 0} == final[1] | {"seconds": 0}
 
 
-def sft_process(config: Path) -> subprocess.Popen[str]:
+def sft_process(config: Path, program: Sequence[str] = ("-m", "vtengine_training.cli")) -> subprocess.Popen[str]:
     """The command, in a process group of its own."""
     repo = CONFIGS.parent
     environment = os.environ | {"PYTHONPATH": f"{repo}:{repo / 'kernels'}:{repo / 'training'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vtengine_training.cli", "sft", str(config)]
+    command = [sys.executable, *program, "sft", str(config)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -99,17 +100,34 @@ def test_a_signal_finishes_the_step_saves_and_has_its_own_status(tmp_path: Path,
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+KILLED_AFTER_STEP_5 = """
+import os, signal
+from vtengine_training import cli
+from vtengine_training.loggers.jsonl import JsonLines
+log = JsonLines.log
+
+def log_until_5(self, row):
+    log(self, row)
+    if row["step"] == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+JsonLines.log = log_until_5
+cli.program()
+"""
+"""From outside one would often be late: step 6 and its save take less than a moment."""
+
+
 def test_kill_9_leaves_no_row_twice_and_none_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Killed between two saves, in the step after a validation: the rows of lost steps are those of the second run."""
     phases = (PhaseConfig("talk", steps=7, scenes=2, questions=2, warmup=1),)
     config = small(tmp_path / "cut", phases=phases, save_every=3, eval_every=2, data=DataConfig(workers=0))
     (tmp_path / "run.toml").write_text(to_toml(config))
-    process = sft_process(tmp_path / "run.toml")
-    metrics, deadline = tmp_path / "cut" / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.is_file() and '"step": 5' in metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    process, metrics = (
+        sft_process(tmp_path / "run.toml", ("-c", KILLED_AFTER_STEP_5)),
+        tmp_path / "cut" / "metrics.jsonl",
+    )
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == -signal.SIGKILL, said
     assert json.loads((tmp_path / "cut" / "resume.json").read_text())["step"] == 3
     assert main(["sft", str(tmp_path / "run.toml")]) == 0
     assert "going on from step 3" in capsys.readouterr().err
