@@ -30,12 +30,12 @@ def test_cancel_by_id_returns_what_there_is_and_keeps_its_pages():
                 engine.cancel("c")
                 engine.cancel("unknown")
 
-        cancelled = await engine.generate(request("c", ids, max_new_tokens=1000), on_tokens)
+        cancelled = await engine.generate(request("c", ids, max_new_tokens=8000), on_tokens)
         assert sum(map(tuple, chunks), ()) == cancelled.token_ids
         return cancelled, await engine.generate(request("again", ids))
 
-    cancelled, again = run(cancel_midway)
-    assert cancelled.finish == "cancelled" and 5 <= len(cancelled.token_ids) < 1000
+    cancelled, again = run(cancel_midway, num_pages=3000)
+    assert cancelled.finish == "cancelled" and 5 <= len(cancelled.token_ids) < 8000
     assert again.cached_tokens == 16
     assert cancelled.token_ids[:5] == again.token_ids[:5]
 
@@ -286,8 +286,8 @@ def test_nobody_waits_for_an_engine_whose_device_is_lost():
 
 def test_closing_fails_what_is_left_and_refuses_more():
     async def close_midway():
-        engine = EmbeddedEngine(MODEL, Letters(), EngineConfig(page_size=4, num_pages=300))
-        task = asyncio.create_task(engine.generate(request("a", prompt(1, 9), max_new_tokens=1000)))
+        engine = EmbeddedEngine(MODEL, Letters(), EngineConfig(page_size=4, num_pages=3000))
+        task = asyncio.create_task(engine.generate(request("a", prompt(1, 9), max_new_tokens=8000)))
         await asyncio.sleep(0.01)
         await engine.close()
         errors = await asyncio.gather(task, return_exceptions=True)

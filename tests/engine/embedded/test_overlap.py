@@ -234,8 +234,8 @@ def test_a_request_of_an_engine_that_was_just_closed_may_be_cancelled():
     """Until the event loop hears of its end, it is known."""
 
     async def cancel():
-        engine = EmbeddedEngine(MODEL, Letters(), EngineConfig(page_size=4, num_pages=300, overlap=True))
-        task = asyncio.create_task(engine.generate(request("a", prompt(1, 9), max_new_tokens=1000)))
+        engine = EmbeddedEngine(MODEL, Letters(), EngineConfig(page_size=4, num_pages=3000, overlap=True))
+        task = asyncio.create_task(engine.generate(request("a", prompt(1, 9), max_new_tokens=8000)))
         await asyncio.sleep(0.01)
         engine.worker.close()  # without a turn of the loop
         engine.cancel("a")

@@ -15,7 +15,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 def tiny(seed=0):
-    config = EngineConfig(page_size=1, num_pages=400, max_batch_tokens=64, max_running=8)
+    config = EngineConfig(page_size=1, num_pages=8000, max_batch_tokens=64, max_running=8)
     return EmbeddedEngine(tiny_model(seed).requires_grad_(False), Letters(), config)
 
 
