@@ -180,6 +180,7 @@ def test_an_engine_that_closed_itself_is_started_again():
 
 def test_a_caller_who_leaves_ends_the_request_there(on_two):
     async def leave(backend):
+        await backend.check()
         before = backend.stats()["generated_tokens"]
         task = asyncio.create_task(backend.generate(request("long", prompt(1, 9), max_new_tokens=6000)))
         await asyncio.sleep(0.05)
