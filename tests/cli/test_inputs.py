@@ -54,6 +54,8 @@ def test_good_row_keeps_its_values(tmp_path: Path) -> None:
         (b'{"image": null, "Image": "a.png", "question": "q"}', "image_missing"),
         (b'{"imgae": "a.png", "question": "q"}', "image_missing"),
         (b'{"picture": {"path": "a.png"}, "question": "q"}', "image_missing"),
+        (b'{"img_path": "a.png", "question": "q"}', "image_missing"),
+        (b'{"image_name": "a.png", "question": "q"}', "image_missing"),
         (b'{"image": 5, "question": "q"}', "image_wrong_type"),
         (b'{"image": ["a.png"], "question": "q"}', "image_wrong_type"),
         (b'{"image": "a.png"}', "question_missing"),

@@ -99,6 +99,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"extra_body": {"repetition_penalty": 1.1}}, "repetition_penalty"),
+    ({"extra_body": {"top_k": -2}}, "top_k"),
     ({"temperature": -0.1}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"max_tokens": 0}, "max_tokens"),
@@ -134,8 +138,21 @@ def test_unknown_options_are_told_the_nearest(plain: Running, body: dict[str, An
 def test_options_that_ask_for_nothing_pass(plain: Running) -> None:
     plain.client().chat.completions.create(
         model=MODEL, messages=ask(), n=1, logprobs=False, tools=[], frequency_penalty=0, user="me", store=False,  # type: ignore[arg-type]
-        response_format={"type": "text"}, metadata={"a": "b"},
+        response_format={"type": "text"}, metadata={"a": "b"}, verbosity="medium", reasoning_effort="medium",
+        extra_body={"prompt_cache_options": {"mode": "implicit"}, "top_k": -1, "min_p": 0, "repetition_penalty": 1.0},
     )  # fmt: skip
+    assert plain.backend.requests[-1].sampling.top_k == 0  # type: ignore[attr-defined]
+
+
+def test_habits_of_other_clients_pass(plain: Running) -> None:
+    """Advice for a prompt cache, as LiteLLM hands it on, and what OpenAI adds to a part of an answer."""
+    messages: Any = ask()
+    for part in messages[0]["content"]:
+        part["cache_control"], part["prompt_cache_breakpoint"] = {"type": "ephemeral"}, {"mode": "explicit"}
+    said = {"role": "assistant", "content": [{"type": "text", "text": "a ball", "annotations": []}]}
+    plain.client().chat.completions.create(model=MODEL, messages=[*messages, said, USER])  # type: ignore[list-item]
+    request = plain.backend.requests[-1]  # type: ignore[attr-defined]
+    assert "a ball" in plain.house.setting.tokenizer.decode(request.token_ids)
 
 
 def test_unknown_model(plain: Running) -> None:

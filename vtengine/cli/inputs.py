@@ -27,7 +27,7 @@ RESERVED_KEYS = frozenset(
     | {"latency_s", "logprob_sum", "image_path"}
 )
 
-IMAGE_KEYS = ("image", "images", "img", "image_url", "image_file", "picture", "photo")
+IMAGE_KEYS = ("image", "images", "img", "image_url", "image_file", "image_path", "image_name", "picture", "photo")
 """What other people call it."""
 
 RowId = str | int

@@ -24,15 +24,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
+    "reasoning_effort": ("medium",),
+    "verbosity": ("medium",),
     "web_search_options": (),
+    "moderation": (),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
 }
-"""Not supported: accepted with one of these values (or null), which ask for nothing."""
+"""Not supported: accepted with one of these values (or null), which ask for nothing or for the default. The last two
+are no options of OpenAI's: clients of vLLM and SGLang send them."""
 
-IGNORED = frozenset(
-    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-)
+CACHE_ADVICE = ("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention")
+IGNORED = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", *CACHE_ADVICE))
 """These do not change the reply."""
 
 
@@ -45,12 +48,19 @@ class ImageUrl(_Strict):
     detail: Literal["auto", "low", "high"] | None = None
 
 
-class TextPart(_Strict):
+class _Part(_Strict):
+    """What it says of a prompt cache is passed over, as for the whole request: ours needs no advice."""
+
+    cache_control: Any = None
+    prompt_cache_breakpoint: Any = None
+
+
+class TextPart(_Part):
     type: Literal["text"]
     text: str
 
 
-class ImagePart(_Strict):
+class ImagePart(_Part):
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -61,6 +71,12 @@ def _as_parts(value: Any) -> Any:
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+class SaidPart(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+    type: Literal["text"]
+    text: str
 
 
 Texts = Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(_as_parts)]
@@ -81,11 +97,12 @@ class SystemMessage(_Strict):
 
 
 class AssistantMessage(BaseModel):
-    """What a client got from us before: its content counts, the rest (reasoning_content, refusal) is passed over."""
+    """What a client got from us before: its content counts, the rest (reasoning_content, refusal, a part's annotations)
+    is passed over."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["assistant"]
-    content: Texts | None = None
+    content: Annotated[list[SaidPart], Field(fail_fast=True), BeforeValidator(_as_parts)] | None = None
     tool_calls: list[Any] | None = None
 
     @field_validator("tool_calls")
@@ -122,7 +139,7 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=-1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -130,6 +147,12 @@ class ChatRequest(BaseModel):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     vtengine: Extension | None = None
+
+    @field_validator("top_k")
+    @classmethod
+    def _off(cls, value: int | None) -> int | None:
+        """-1 is off at SGLang and vLLM, 0 here."""
+        return 0 if value == -1 else value
 
     @field_validator("top_logprobs")
     @classmethod
