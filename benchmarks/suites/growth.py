@@ -23,7 +23,7 @@ from vtengine.model import Qwen2_5_VL, load_model
 from vtengine.rollout.tokenizer import Tokenizer
 
 TESTS = ["tests/engine"]
-NUM_PAGES, MAX_RUNNING = 512, 64
+PAGE_SIZE, NUM_PAGES, MAX_RUNNING = 16, 512, 64
 NEW_TOKENS = 16
 SIDE = 224  # pixels; 64 visual tokens
 BATCHES, SIDES, TURNS = (1, 2, 4, 8, 16, 32, 64, 128), (112, 224, 448, 672, 896, 1120), 8
@@ -65,7 +65,7 @@ class _Bench:
         self.model, self.tokenizer, self.made_up = model, tokenizer, MadeUp(tokenizer)
 
     def engine(self, resume: bool = True) -> EmbeddedEngine:
-        config = EngineConfig(num_pages=NUM_PAGES, max_running=MAX_RUNNING, resume=resume)
+        config = EngineConfig(page_size=PAGE_SIZE, num_pages=NUM_PAGES, max_running=MAX_RUNNING, resume=resume)
         return EmbeddedEngine(self.model, self.tokenizer, config)
 
     async def batch(self, size: int, side: int = SIDE, new_tokens: int = NEW_TOKENS) -> tuple[float, float]:

@@ -138,7 +138,7 @@ def engine_row(context: Any, model: Qwen2_5_VL, n: int, prefix: int) -> dict[str
 
 async def decoded(model: Qwen2_5_VL, tokenizer: Tokenizer, ids: list[int], n: int, steps: int, share: bool) -> float:
     """Seconds of a decode step, the mean of many."""
-    engine = EmbeddedEngine(model, tokenizer, EngineConfig(share_prefix=share, num_pages=4096))
+    engine = EmbeddedEngine(model, tokenizer, EngineConfig(page_size=PAGE, num_pages=4096, share_prefix=share))
     try:
 
         def ask(k: int, count: int) -> Request:

@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from vtengine_training.sync import group as group_module
 from vtengine_training.sync import sglang as sglang_module
 from vtengine_training.sync.base import weights_of
@@ -198,3 +199,17 @@ def test_a_refusal_in_the_middle_ends_the_run_and_nobody_serves_half_of_it() -> 
 def test_servers_that_cannot_reach_us_are_not_waited_for() -> None:
     with pytest.raises(BackendFailed, match=r"did not come to 127\.0\.0\.1:\d+ within 6 s.*rollout\.sync_address"):
         open_group("update", "gloo", "127.0.0.1", free_port(), 2)
+
+
+def test_a_group_that_was_closed_is_not_taken_for_the_default_one() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = open_group("update", "gloo", "127.0.0.1", free_port(), 1)
+        group.close()
+        for late in (group.close, lambda: group.broadcast(torch.zeros(1))):
+            with pytest.raises(AttributeError, match="handle"):
+                late()
+        assert dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

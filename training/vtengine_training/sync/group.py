@@ -43,7 +43,8 @@ class Group:
 
     def close(self) -> None:
         """gloo's sockets close with the last reference to its handle, and only then do waiting peers go on."""
-        handle, self.handle = self.handle, None
+        handle = self.handle
+        del self.handle  # not None, by which torch means the default group
         dist.destroy_process_group(handle)
 
     def abort(self) -> None:
