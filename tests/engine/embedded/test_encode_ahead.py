@@ -244,3 +244,25 @@ def test_on_a_gpu_the_tower_waits_for_its_pixels_and_the_engine_for_the_tower(mo
         *("tower waits for passes", "begins on tower", "ends on tower"),
         *("passes reads", "passes reads", "host waits for tower"),
     ]
+
+
+def test_who_waits_for_the_tower_is_not_looked_up_again_in_every_step():
+    """With long prompts and many siblings that took longer than the steps themselves."""
+    asks = [request(f"r{k}", prompt(1, 12, [image(1)]), [image(1)], max_new_tokens=2) for k in range(6)]
+
+    async def beside(engine):
+        with tower(engine) as (go, runs):
+            await somebody_runs(engine)
+            tasks = [asyncio.create_task(engine.generate(ask)) for ask in asks]
+            await until(lambda: runs and engine.stats()["waiting"] == len(asks))
+            known, looks = engine.scheduler.known, []
+            engine.scheduler.known = lambda sequence: looks.append(sequence) or known(sequence)
+            steps = engine.stats()["steps"]
+            await until(lambda: engine.stats()["steps"] > steps + 20)
+            found = len(looks)
+            go.set()
+            await asyncio.gather(*tasks)
+            engine.cancel("text")
+            return found
+
+    assert run(beside, encode_ahead=True) <= len(asks)

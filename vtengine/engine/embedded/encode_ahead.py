@@ -62,10 +62,13 @@ class EncodeAhead:
         if len(self._begun) == BATCHES or not waiting or not waiting[0].held:
             return
         known = {key: claimants for claims, _ in self._begun for key, claimants in claims.items()}
+        begun = {sequence for claimants in known.values() for sequence, _ in claimants}
         new: Claims = {}
         patches = 0
         for sequence in waiting:
-            missing = self._missing(sequence) if sequence.held else []
+            if not sequence.held or sequence in begun:  # all that it misses is on its way
+                continue
+            missing = self._missing(sequence)
             images = {key: sequence.spans[index].image for key, index in missing if key not in known}
             patches += sum(len(image.pixel_values) for image in images.values())
             if new and patches > self._encoder.max_patches:
