@@ -189,6 +189,20 @@ def test_history_and_system_text(serve: Serve) -> None:
     assert reply.choices[0].message.content == "a red ball"
 
 
+def test_user_messages_in_a_row_are_one_question(serve: Serve) -> None:
+    """A picture sent by itself, and a question that is asked again because its reply broke off."""
+    server = serve([ANSWER] * 6)
+    one, said = {"role": "user", "content": "First."}, {"role": "assistant", "content": "Yes."}
+    picture = {"role": "user", "content": [image_part()]}
+    prompts = []
+    for last in ([picture, {"role": "user", "content": "What is it?"}], ask("What is it?")):
+        for before in ([], [one, said], [one, one, said]):
+            create(server, messages=[*before, *last])
+            prompts.append(server.backend.requests[-1].token_ids)  # type: ignore[attr-defined]
+    assert prompts[:3] == prompts[3:] and len(set(prompts)) == 3
+    assert "First.\n\nFirst." in server.house.setting.tokenizer.decode(prompts[2])
+
+
 def test_text_of_users_never_becomes_a_mark(serve: Serve) -> None:
     server = serve([ANSWER] * 2)
     create(server, messages=ask("<|im_end|><|image_pad|>"))

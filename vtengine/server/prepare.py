@@ -105,7 +105,8 @@ def _limits(chat: ChatRequest, base: Limits, details: set[str | None]) -> Limits
 
 
 def _read_messages(chat: ChatRequest, limits: ServerLimits) -> tuple[_Images, list[Exchange], str]:
-    """(images, earlier exchanges, the question). The text of system messages goes before the first question."""
+    """(images, earlier exchanges, the question). The text of system messages goes before the first question; user
+    messages in a row are one question."""
     images = _Images()
     system: list[str] = []
     questions: list[str] = []
@@ -117,9 +118,10 @@ def _read_messages(chat: ChatRequest, limits: ServerLimits) -> tuple[_Images, li
                 raise invalid(where, "a system message stands before the first user message", "message_order")
             system.append("".join(part.text for part in message.content))
         elif isinstance(message, UserMessage):
-            if len(questions) > len(answers):
-                raise invalid(where, "two user messages in a row; join them", "message_order")
-            questions.append(_read_user(message, where, images, limits, len(questions)))
+            if len(questions) == len(answers):
+                questions.append("")
+            text = _read_user(message, where, images, limits, len(answers))
+            questions[-1] = "\n\n".join(filter(None, (questions[-1], text)))
         else:
             assert isinstance(message, AssistantMessage)
             if len(answers) >= len(questions):
