@@ -1,6 +1,6 @@
 """Decoding siblings that share a long prefix on the CPU: its pages read for each of them, or once for all.
 
-`attention`: one layer's decode attention (float32, pages of 16 tokens, 64 tokens of each row's own). The caches of many
+`attention`: one layer's decode attention (float32, pages of 4 tokens, 64 tokens of each row's own). The caches of many
 layers are gone through in turn, as a decode step does, so that a layer's keys come from memory. `engine`: the shipped
 model's decode steps on groups of 16. Both sides give the same bits. `data`: from how many shared tokens on it pays.
 """
@@ -25,7 +25,7 @@ TESTS = ["tests/kernels/test_prefix_attention.py", "tests/engine/embedded/test_f
 SHAPES = {"glance": (4, 2, 64), "Qwen2.5-VL-3B": (16, 2, 128), "Qwen2.5-VL-7B": (28, 4, 128)}
 GROUPS = (2, 4, 8, 16)
 PREFIXES = (64, 128, 256, 512, 1024, 4096)
-OWN, PAGE = 64, 16
+OWN, PAGE = 64, 4
 CACHES_MIB = 96
 """Of all layers together: more than a processor's last cache."""
 MOST_LAYERS = 48
