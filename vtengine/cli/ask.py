@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vtengine.cli.arguments import NO_IMAGE
 from vtengine.cli.errors import OK, ROWS_REJECTED, CliError, UsageError
 from vtengine.cli.session import open_session
+from vtengine.vision.source import is_url
 
 if TYPE_CHECKING:
     from vtengine.rollout.episode import Episode, Event
@@ -49,7 +50,7 @@ def _image(image: str) -> tuple[str | None, Path]:
     """(source, root): the user named this file, so its folder is the root."""
     if image == NO_IMAGE:
         return None, Path()
-    if image.startswith("data:") or "://" in image:
+    if is_url(image):
         return image, Path()
     path = Path(image).resolve()
     return path.name, path.parent

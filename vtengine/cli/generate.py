@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import signal
 import sys
 import time
@@ -31,6 +30,7 @@ from vtengine.cli.scoring import is_correct
 from vtengine.cli.session import check_flags, default_concurrency, open_session, sampling_settings
 from vtengine.cli.summary import print_summary
 from vtengine.viewer.totals import UNFINISHED, TotalsCounter
+from vtengine.vision.source import is_url
 
 if TYPE_CHECKING:
     from vtengine.rollout.group import Setting
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 REPEATED_SIGNAL_S = 2.0  # wrappers and terminals may deliver one Ctrl-C twice
 LOGPROB_DIGITS = 3  # batches of other sizes differ in later ones
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?=//)|data:", re.IGNORECASE)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -231,7 +230,7 @@ async def _row(task: _Task, setting: Setting, number: int, row: InputRow | Rejec
         record["expected"] = list(row.answers)
         if record["status"] not in UNFINISHED:
             record["correct"] = is_correct(record["answer"], row.answers)
-    if row.image is not None and done.episode.image is not None and not _URL.match(row.image):
+    if row.image is not None and done.episode.image is not None and not is_url(row.image):
         path = os.path.abspath(arguments.input.parent / row.image)
         record["image_path"] = Path(os.path.relpath(path, os.path.abspath(arguments.output.parent))).as_posix()
     return record
@@ -240,7 +239,7 @@ async def _row(task: _Task, setting: Setting, number: int, row: InputRow | Rejec
 def _place_image(image: str, arguments: argparse.Namespace) -> tuple[str, Path]:
     """(source, root) as the pipeline wants them: relative paths start at the input's folder, not at the root."""
     folder = arguments.input.parent
-    if arguments.image_root is None or _URL.match(image):
+    if arguments.image_root is None or is_url(image):
         return image, folder
     return os.path.abspath(folder / image), arguments.image_root
 
