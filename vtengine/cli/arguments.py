@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vtengine.cli.errors import USAGE
+from vtengine.cli.flags import RESOLUTIONS, add_engine, list_of, real, whole
 from vtengine.config import hinted
 
-RESOLUTIONS = ("adaptive", "low", "high")
-DTYPES = ("auto", "float32", "bfloat16")
 NO_IMAGE = "none"
 """In place of a path; a file of that name is ./none."""
 
@@ -59,6 +57,22 @@ limits for --config and --set: max_body_bytes, max_image_bytes, max_image_pixels
 _VIEW = """examples:
   vtengine view answers.jsonl -o answers.html
   vtengine view answers.jsonl -o answers.html --image-root ./images      if images have moved since the run"""
+
+_MEASURE = """examples:
+  vtengine measure questions.jsonl --model ./Qwen2.5-VL-7B-Instruct
+  vtengine measure questions.jsonl --against high                  does looking twice pay on these questions?
+  vtengine measure questions.jsonl --concurrency 1,16,128 -o load.json --plot load.svg
+  vtengine measure questions.jsonl --rate 2,4,8                    questions that come when they come
+  vtengine measure questions.jsonl --chat http://127.0.0.1:8000/v1      vtengine serve, vLLM, SGLang, ...
+
+input: as of `vtengine generate`. Each level of load is asked all the questions, in rounds that take turns, and finds
+  the caches empty but for what all prompts begin with (a server behind --backend URL has its caches emptied too; one
+  behind --chat is asked other questions each time, as long as there are any). Rates are medians over the rounds;
+  percentiles are of all rounds.
+
+exit status:
+  0 done; 3 done, but some questions were rejected or failed (they are in no figure); 2 bad usage; 1 the run had to
+  stop; 130 Ctrl-C (what was measured until then is shown, and written to RESULT.json)"""
 
 _BENCH = """examples:
   vtengine bench --list
@@ -110,6 +124,7 @@ def build_parser() -> Parser:
     _add_ask(_command(commands, "ask", "answer one question about one image", _ASK))
     _add_serve(_command(commands, "serve", "answer over HTTP, as OpenAI's chat completions do", _SERVE))
     _add_view(_command(commands, "view", "make an HTML page of the episodes in a file", _VIEW))
+    _add_measure(_command(commands, "measure", "measure throughput and latency on a file of questions", _MEASURE))
     bench = _command(commands, "bench", "run a benchmark (in a source checkout)", _BENCH)
     bench.add_argument("suite", nargs="?", metavar="SUITE", help="name of a suite, see --list")
     bench.add_argument("--list", action="store_true", help="list the suites")
@@ -127,7 +142,7 @@ class _Options(Parser):
 def engine_options(flags: Sequence[str]) -> argparse.Namespace:
     """The flags that `generate`, `ask` and `serve` share, without a command around them. Raises ValueError."""
     parser = _Options("options", allow_abbrev=False)  # keywords of a call mean the same whatever is added
-    _add_engine(parser)
+    add_engine(parser)
     return parser.parse_args(flags)
 
 
@@ -154,8 +169,8 @@ def _command(commands: argparse._SubParsersAction[Parser], name: str, summary: s
 def _add_generate(parser: Parser) -> None:
     parser.add_argument("input", type=Path, metavar="IN.jsonl", help="questions, one JSON object per line (.gz too)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.jsonl", help="one row per answer")
-    _add_engine(parser)
-    parser.add_argument("--n", type=_whole(1), default=1, metavar="N", help="samples per question (default: 1)")
+    add_engine(parser)
+    parser.add_argument("--n", type=whole(1), default=1, metavar="N", help="samples per question (default: 1)")
     parser.add_argument(
         "--image-root",
         type=Path,
@@ -164,7 +179,7 @@ def _add_generate(parser: Parser) -> None:
     )
     parser.add_argument(
         "--concurrency",
-        type=_whole(1),
+        type=whole(1),
         metavar="N",
         help="episodes at a time (default: 32; 128 per GPU or SGLang server)",
     )
@@ -176,119 +191,53 @@ def _add_generate(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
 
 
+def _add_measure(parser: Parser) -> None:
+    add = parser.add_argument
+    add("input", type=Path, metavar="IN.jsonl", help="questions, one JSON object per line (.gz too)")
+    add("--questions", type=whole(1), default=256, metavar="N", help="of the file, the first ones (default: 256)")
+    add(
+        "--concurrency",
+        type=list_of(whole(1)),
+        metavar="N[,N...]",
+        help="questions at a time, one level of load each (default: 1,8,32; 1,32,128 on a GPU)",
+    )
+    add(
+        "--rate",
+        type=list_of(real(0.0, 1e6, open_low=True)),
+        metavar="R[,R...]",
+        help="questions per second that come at random times, one level each (default: none)",
+    )
+    add("--against", choices=RESOLUTIONS, help="measure this resolution too, round by round with the other")
+    add("--rounds", type=whole(1), default=3, metavar="N", help="times that each level is measured (default: 3)")
+    add("-o", "--output", type=Path, metavar="RESULT.json", help="every figure, with settings, machine and versions")
+    add("--plot", type=Path, metavar="FILE", help="latency over throughput, as .svg or .png (needs matplotlib)")
+    add(
+        "--chat",
+        metavar="URL",
+        help="measure a server with OpenAI's chat completions, such as http://127.0.0.1:8000/v1, as its clients see it",
+    )
+    add("--quiet", action="store_true", help="no progress")
+    add("--image-root", type=Path, metavar="DIR", help="images outside it are rejected (default: IN's folder)")
+    add_engine(parser)
+    parser.set_defaults(n=1)  # one sample of each
+
+
 def _add_ask(parser: Parser) -> None:
     parser.add_argument("image", metavar="IMAGE", help=f"path of an image; {NO_IMAGE} asks without one")
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
-    _add_engine(parser)
+    add_engine(parser)
 
 
 def _add_serve(parser: Parser) -> None:
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    add("--port", type=_whole(0), default=8000, help="0 takes any free one (default: 8000)")
+    add("--port", type=whole(0), default=8000, help="0 takes any free one (default: 8000)")
     add("--served-name", metavar="NAME", help="what clients call the model (default: last part of --model)")
     add("--api-key-file", type=Path, metavar="FILE", help="a file with one API key per line")
     add("--api-key-env", metavar="NAME", help="an environment variable that holds an API key")
     add("--config", type=Path, metavar="FILE.toml", help="limits on requests, see below")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="one limit; may be given several times")
-    _add_engine(parser, seed=None, engines=1)
-
-
-def _add_engine(parser: Parser, seed: int | None = 0, engines: int = 0) -> None:
-    """Flags that `generate`, `ask` and `serve` share: which model, what the model may do, how tokens are sampled."""
-    add = parser.add_argument
-    add(
-        "--model",
-        default="glance",
-        metavar="MODEL",
-        help="a folder, a Hugging Face id, or glance (default: the shipped model)",
-    )
-    add(
-        "--backend",
-        default="embedded",
-        metavar="NAME",
-        help="embedded (default), sglang, or the URL of a server; several URLs with commas between",
-    )
-    add("--profile", metavar="NAME", help="prompt profile, a name or a TOML file (default: the model's own)")
-    add(
-        "--resolution",
-        choices=RESOLUTIONS,
-        default="adaptive",
-        help="low view first, or one view only (default: adaptive)",
-    )
-    add("--max-turns", type=_whole(1), default=2, metavar="N", help="turns per episode (default: 2)")
-    add(
-        "--visual-token-budget",
-        type=_whole(1),
-        metavar="N",
-        help="visual tokens an episode may spend (default: no limit)",
-    )
-    add(
-        "--scale",
-        type=_real(0.5, 1.0, open_low=True),
-        metavar="S",
-        help="largest view of a whole image, as a share of the high view's sides (default: 1)",
-    )
-    add("--max-new-tokens", type=_whole(1), default=512, metavar="N", help="tokens per turn (default: 512)")
-    add("--temperature", type=_real(0.0, 100.0), default=0.0, metavar="T", help="0 is greedy (default: 0)")
-    add(
-        "--top-p",
-        type=_real(0.0, 1.0, open_low=True),
-        default=1.0,
-        metavar="P",
-        help="nucleus sampling (default: 1, off)",
-    )
-    add("--top-k", type=_whole(0), default=0, metavar="K", help="sample among the K best (default: 0, off)")
-    stated = "another for each request" if seed is None else seed
-    add("--seed", type=_whole(0), default=seed, metavar="S", help=f"same seed, same samples (default: {stated})")
-    _add_machine(parser, engines)
-    add("--allow-http", action="store_true", help="fetch images from http(s) addresses in the input")
-    add(
-        "--allow-private-hosts",
-        action="store_true",
-        help="with --allow-http: from private networks too; only where you trust whoever names the addresses",
-    )
-
-
-def _add_machine(parser: Parser, engines: int) -> None:
-    """Where the model runs, and with which memory."""
-    add = parser.add_argument
-    add("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda, cuda:1")
-    add(
-        "--data-parallel",
-        type=_whole(0),
-        default=engines,
-        metavar="N",
-        help="engines side by side, each a process with a GPU or a share of the cores; "
-        f"0: one in this process (default: {engines})",
-    )
-    add(
-        "--image-device",
-        choices=("auto", "cpu"),
-        default="auto",
-        help="where pixel values are made (auto: on the GPU of a model in this process, else on the CPU)",
-    )
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
-    add(
-        "--kv-gb",
-        type=_real(0.0, 1e6, open_low=True),
-        metavar="GB",
-        help="GiB for keys and values, per engine (default: on a GPU 60%% of what the weights leave, else at most 1)",
-    )
-    add("--no-cuda-graphs", action="store_true", help="decode on a GPU without CUDA graphs: slower, for debugging")
-    add(
-        "--engine-arg",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an argument of SGLang's engine, with --backend sglang: tp_size=2; may be given several times",
-    )
-    add(
-        "--deadline-s",
-        type=_real(0.0, 1e6),
-        metavar="S",
-        help="seconds that a turn may take with SGLang before it fails, 0 for no limit (default: 600)",
-    )
+    add_engine(parser, seed=None, engines=1)
 
 
 def _add_view(parser: Parser) -> None:
@@ -301,33 +250,5 @@ def _add_view(parser: Parser) -> None:
         "--image-root", type=Path, metavar="DIR", help="where the images are (default: where the run read them)"
     )
     parser.add_argument(
-        "--max-mb", type=_whole(0), default=96, metavar="MB", help="limit on all pictures together (default: 96)"
+        "--max-mb", type=whole(0), default=96, metavar="MB", help="limit on all pictures together (default: 96)"
     )
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or value >= 2**63:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
-        return value
-
-    return parse
-
-
-def _real(low: float, high: float, *, open_low: bool = False) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (open_low and value == low):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number {'>' if open_low else '>='} {low:g} and <= {high:g}"
-            )
-        return value
-
-    return parse

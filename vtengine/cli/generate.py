@@ -19,25 +19,23 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
+from vtengine.cli.asking import Row, answer_row
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, reason
 from vtengine.cli.inputs import InputRow, RejectedRow, count_inputs, first_rejection, read_inputs
 from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, settings_path
 from vtengine.cli.progress import Progress
 from vtengine.cli.resume import KeptRows, Place, find_rows
-from vtengine.cli.scoring import is_correct
 from vtengine.cli.session import check_flags, default_concurrency, open_session, sampling_settings
 from vtengine.cli.summary import print_summary
-from vtengine.viewer.totals import UNFINISHED, TotalsCounter
+from vtengine.viewer.totals import TotalsCounter
 from vtengine.vision.source import is_url
 
 if TYPE_CHECKING:
     from vtengine.rollout.group import Setting
 
-Row = dict[str, Any]
 REPEATED_SIGNAL_S = 2.0  # wrappers and terminals may deliver one Ctrl-C twice
-LOGPROB_DIGITS = 3  # batches of other sizes differ in later ones
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -210,9 +208,7 @@ async def _write_rows(task: _Task, setting: Setting, concurrency: int, output: O
 async def _row(task: _Task, setting: Setting, number: int, row: InputRow | RejectedRow, sample: int) -> Row:
     """One row of the output, the one that an earlier run made where there is one."""
     from vtengine.protocol.messages import ErrorInfo
-    from vtengine.rollout.group import run_sample
-    from vtengine.rollout.question import Question
-    from vtengine.rollout.records import episode_row, rejected_row
+    from vtengine.rollout.records import rejected_row
 
     arguments = task.arguments
     kept = task.kept.get(number) if task.kept else None
@@ -221,27 +217,11 @@ async def _row(task: _Task, setting: Setting, number: int, row: InputRow | Rejec
         return kept
     if isinstance(row, RejectedRow):
         return rejected_row(row.id, sample, ErrorInfo(row.code, row.message), row.carried)
-    image, root = _place_image(row.image, arguments) if row.image is not None else (None, arguments.input.parent)
-    done = await run_sample(setting, Question(row.id, image, row.question, root, row.carried), sample)
-    record = episode_row(done.episode, sample)
-    if record["logprob_sum"] is not None:  # it is where it has no finite value
-        record["logprob_sum"] = round(record["logprob_sum"], LOGPROB_DIGITS)
-    if row.answers:
-        record["expected"] = list(row.answers)
-        if record["status"] not in UNFINISHED:
-            record["correct"] = is_correct(record["answer"], row.answers)
-    if row.image is not None and done.episode.image is not None and not is_url(row.image):
+    record, has_image = await answer_row(arguments, setting, row, sample)
+    if row.image is not None and has_image and not is_url(row.image):
         path = os.path.abspath(arguments.input.parent / row.image)
         record["image_path"] = Path(os.path.relpath(path, os.path.abspath(arguments.output.parent))).as_posix()
     return record
-
-
-def _place_image(image: str, arguments: argparse.Namespace) -> tuple[str, Path]:
-    """(source, root) as the pipeline wants them: relative paths start at the input's folder, not at the root."""
-    folder = arguments.input.parent
-    if arguments.image_root is None or is_url(image):
-        return image, folder
-    return os.path.abspath(folder / image), arguments.image_root
 
 
 def _interrupted(task: _Task, number: int) -> CliError:

@@ -82,14 +82,18 @@ class OnceCache:
                 return None
             return [self._recall(key) for key in keys]
 
+    def forget(self) -> None:
+        """Drops what is kept; what is on its way stays so."""
+        with self._lock:
+            self._kept.clear()
+            self.used_bytes = 0
+
     def close(self) -> None:
         """Takes no more requests, finishes those accepted, drops what is kept. Blocks; may be called twice."""
         with self._lock:
             self._closed = True
         self._workers.shutdown(wait=True)
-        with self._lock:
-            self._kept.clear()
-            self.used_bytes = 0
+        self.forget()
 
     def _claim(
         self,

@@ -178,6 +178,10 @@ class ImagePipeline:
             "cache_bytes": cache.used_bytes,
         }
 
+    def forget(self) -> None:
+        """Drops pixels and views that are kept: the next question has them made anew."""
+        self._cache.forget()
+
     def close(self) -> None:
         """Finishes the work accepted, then refuses more. Blocks until the workers have ended. Fetches that still run
         are left to themselves."""
