@@ -43,6 +43,10 @@ AT_ONCE, CLOSER = (answered("I look."),), (CALL, answered("I look closer."))
         ({"needs_high": True, "think": "Two and two."}, Limits(), [(CALL, answered("Two and two."))]),
         ({"needs_high": True}, Limits(max_turns=1), [AT_ONCE]),
         ({"needs_high": True}, Limits("high"), [AT_ONCE]),
+        ({"replies": ["one", "two"], "needs_high": 0, "think": "Two."}, Limits(), [("one", "two")]),
+        ({"replies": None, "needs_high": 0}, Limits(), [AT_ONCE]),
+        ({"replies": "one"}, Limits(), [()]),
+        ({"replies": ["one", 2]}, Limits(), [()]),
     ],
 )
 def test_what_a_row_teaches(fields, limits, taught) -> None:
@@ -60,6 +64,19 @@ def test_exactly_the_replies_are_trained_in_the_conversation_of_inference(run) -
         assert said == (f"{CALL}<|im_end|>" if group.example % 2 else "") + answer + "<|im_end|>"
         assert len(one.images) == 1 + group.example % 2
         assert (one.token_advantages == 1).all()
+
+
+def test_replies_of_a_row_are_taught_as_they_are(run, tiny_data) -> None:
+    """Whatever its answer and its label say."""
+    row = json.loads(tiny_data.read_text().splitlines()[0]) | {"needs_high": 0, "answer": "5"}
+    row["replies"] = [CALL.replace("I look.", "Too small."), answered("Two and two.", "four")]
+    file = tiny_data.parent / "written.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    changes = SFT | {"rollout": SFT["rollout"] | {"prompts": 1}}
+    (group,) = collect(run(data={"files": [str(file)]}, **changes))
+    (one,) = group.trajectories
+    said = Tokenizer(byte_encoder()).decode(one.token_ids[one.trainable].tolist())
+    assert said == "".join(f"{reply}<|im_end|>" for reply in row["replies"]) and len(one.images) == 2
 
 
 def test_a_row_without_a_label_has_both_as_siblings(run, tiny_data, tmp_path) -> None:
@@ -95,10 +112,21 @@ def test_ranks_teach_as_one_does(make_config, ranks, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("row", "changes", "words"),
     [
-        ({"answer": "4</answer>"}, {}, "spell tags of the protocol"),
-        ({"answer": "4", "think": "<answer>"}, {}, "spell tags of the protocol"),
-        ({"answer": "<|im_end|>"}, {}, "spell a special token"),
+        ({"answer": "4</answer>"}, {}, "would not be read as it is meant"),
+        ({"answer": "4", "think": "<answer>"}, {}, "would not be read as it is meant"),
+        ({"answer": "<|im_end|>"}, {}, "a reply spells a special token"),
         ({"answer": "4"}, {"max_new_tokens": 20}, "rollout.max_new_tokens = 20: raise it"),
+        ({"answer": "4", "replies": []}, {}, "replies must be a list of texts, at least one"),
+        ({"answer": "4", "replies": {"0": "x"}}, {}, "replies must be a list of texts, at least one"),
+        ({"answer": "4", "replies": ["just 4"]}, {}, "the reply holds neither an answer nor a call"),
+        ({"answer": "4", "replies": [CALL]}, {}, "reply 1 of 1: the last one must answer"),
+        (
+            {"answer": "4", "replies": [AT_ONCE[0], AT_ONCE[0]]},
+            {},
+            "reply 1 of 2: all but the last must call for a view",
+        ),
+        ({"answer": "4", "replies": [CALL, CALL, AT_ONCE[0]]}, {}, "3 replies, an episode here 2 turns"),
+        ({"answer": "4", "replies": [CALL.replace("resize_image", "zoom"), AT_ONCE[0]]}, {}, "zoom"),
     ],
 )
 def test_rows_that_cannot_be_taught_are_quarantined(run, tiny_data, caplog, row, changes, words) -> None:

@@ -22,8 +22,12 @@ def lessons(example: Example, profile: Profile, limits: Limits) -> list[tuple[st
     """The episodes that a row teaches, each as its replies: the first accepted answer at once, or behind a call for the
     high view. `needs_high` of the row says which; without it both. Where no call is possible, at once.
 
-    The row's `think` is what is thought before the answer; without it, a few fixed words.
+    The row's `think` is what is thought before the answer; without it, a few fixed words. A row with `replies`, a list
+    of texts, teaches these, one for each turn, and nothing else (none at all where it is no such list).
     """
+    if (written := example.fields.get("replies")) is not None:
+        texts = isinstance(written, list) and all(isinstance(text, str) for text in written)
+        return [tuple(written) if texts else ()]
     think, needs_high = example.fields.get("think"), example.fields.get("needs_high")
     own = think if isinstance(think, str) and think.strip() else None
     at_once = (profile.reply_answer(own or THINK_FIRST, example.answers[0]),)
@@ -40,18 +44,33 @@ def taught(setting: Setting, replies: tuple[str, ...]) -> Setting:
 
     Rows whose replies would not be read back as they are meant, or are too long, are rejected with the reason.
     """
-    fault = next(filter(None, (_fault(text, setting) for text in replies)), None)
+    fault = _misplaced(replies, setting.limits) or next(filter(None, (_fault(text, setting) for text in replies)), None)
     return replace(setting, backend=ScriptedBackend(setting.tokenizer, [fault] if fault else replies, logprob=0.0))
 
 
+def _misplaced(replies: tuple[str, ...], limits: Limits) -> RequestRejected | None:
+    """Whether a conversation would not come to each of them, or go on after the last."""
+    if not replies:
+        return RequestRejected("reply_unfit", "replies must be a list of texts, at least one")
+    if len(replies) > limits.num_turns:
+        words = f"the row has {len(replies)} replies, an episode here {limits.num_turns} turns: raise rollout.max_turns"
+        return RequestRejected("reply_unfit", words)
+    for number, text in enumerate(replies, start=1):
+        reply, is_last = parse_reply(text), number == len(replies)
+        if reply.error is None and (reply.call is None) != is_last:
+            wanted = "the last one must answer" if is_last else "all but the last must call for a view"
+            return RequestRejected("reply_unfit", f"reply {number} of {len(replies)}: {wanted}")
+    return None
+
+
 def _fault(text: str, setting: Setting) -> RequestRejected | None:
-    reply, room = parse_reply(text), setting.sampling.max_new_tokens
+    reply, room = parse_reply(text, setting.profile.offered), setting.sampling.max_new_tokens
     ids = setting.tokenizer.encode_trusted(text)
     if reply.error is not None or reply.flaws:
         what = reply.error.message if reply.error is not None else ", ".join(reply.flaws)
-        return RequestRejected("reply_unfit", f"answer or think spell tags of the protocol: {what}")
+        return RequestRejected("reply_unfit", f"a reply would not be read as it is meant: {what}")
     if not setting.tokenizer.special_ids.isdisjoint(ids):
-        return RequestRejected("reply_unfit", "answer or think spell a special token")
+        return RequestRejected("reply_unfit", "a reply spells a special token")
     if len(ids) >= room:
         words = f"the reply has {len(ids) + 1} tokens, rollout.max_new_tokens = {room}: raise it"
         return RequestRejected("reply_too_long", words)
