@@ -49,6 +49,8 @@ def report() -> list[Availability]:
         _flash("shared_prefix_attention"),
         Availability("shared_prefix_attention", "tiles", True, "torch, matrix products over tiles"),
         Availability("shared_prefix_attention", "ref", True, "torch"),
+        _few_rows(),
+        Availability("few_rows", "torch", True, "torch; the products of any number of rows"),
         _triton("layer_ops"),
         _native("layer_ops", "norms, gates and rotary embeddings of inference make three to five passes over memory"),
         Availability("layer_ops", "torch", True, "torch"),
@@ -84,6 +86,13 @@ def select(op: str, impl: str, modules: Mapping[str, ModuleType], like: Tensor) 
     if not module.takes(like):
         raise ValueError(f"{op}: impl = {impl!r} takes no {like.dtype} on {like.device} of shape {list(like.shape)}")
     return module
+
+
+def _few_rows() -> Availability:
+    from vtengine_kernels import few_rows
+
+    reason = few_rows.missing()
+    return Availability("few_rows", "cpu", reason is None, reason or "C++ library, AVX-512 BF16: bfloat16 decoding")
 
 
 def _flash(op: str) -> Availability:

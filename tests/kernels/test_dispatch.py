@@ -26,6 +26,7 @@ def test_report_names_every_implementation():
         *(("paged_prefill", impl) for impl in ("flash", "flashinfer", "triton", "ref")),
         *(("kv_store", impl) for impl in ("triton", "torch", "ref")),
         *(("shared_prefix_attention", impl) for impl in ("flash", "tiles", "ref")),
+        *(("few_rows", impl) for impl in ("cpu", "torch")),
         *(("layer_ops", impl) for impl in ("flashinfer", "triton", "cpu", "torch")),
         *(("visual_scatter", impl) for impl in ("triton", "ref")),
         *(("token_sample", impl) for impl in ("triton", "cpu", "torch", "ref")),

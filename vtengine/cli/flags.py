@@ -87,7 +87,13 @@ def _add_machine(parser: argparse.ArgumentParser, engines: int) -> None:
         default="auto",
         help="where pixel values are made (auto: on the GPU of a model in this process, else on the CPU)",
     )
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: float32 on CPU, bfloat16 on CUDA)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the weights (auto: bfloat16 on CUDA; on a CPU float32, but from 1 GiB of bfloat16 weights on bfloat16 "
+        "where the processor has AVX-512 BF16)",
+    )
     add(
         "--kv-gb",
         type=real(0.0, 1e6, open_low=True),

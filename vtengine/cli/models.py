@@ -121,6 +121,14 @@ def context_tokens(folder: Path) -> int | None:
     return stated if isinstance(stated, int) and stated > 0 else None
 
 
+def bfloat16_bytes(folder: Path) -> int:
+    """Of the weights of a checkpoint that says it is in bfloat16; 0: it is in another dtype, or does not say."""
+    config = read_json(folder / "config.json")
+    if "bfloat16" not in (config.get("torch_dtype"), config.get("dtype")):
+        return 0
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def _part(config: dict[str, Any], key: str) -> dict[str, Any]:
     value = config.get(key)
     return value if isinstance(value, dict) else {}

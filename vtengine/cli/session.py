@@ -17,7 +17,7 @@ from vtengine.cli.beginning import prefill_beginning, shortest_prompt
 from vtengine.cli.engine import EngineSetup, start_engines
 from vtengine.cli.engine_args import deciding, read_engine_args
 from vtengine.cli.errors import CliError, UsageError, one_line
-from vtengine.cli.models import context_tokens, find_model, image_processor
+from vtengine.cli.models import bfloat16_bytes, context_tokens, find_model, image_processor
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import Profile, load_profile, own_profile
 
@@ -39,6 +39,9 @@ SERVERS = ("http://", "https://")
 CONCURRENCY, GPU_CONCURRENCY = 32, 128
 """Episodes at a time. A pass of a GPU reads the weights once for all of them; SGLang has a GPU as a rule."""
 API_KEY = "VTENGINE_BACKEND_API_KEY"  # in the environment: the key of the server behind --backend URL
+LARGE_BYTES = 1 << 30
+"""Of weights in bfloat16: from here on a CPU with products for it keeps them so. In float32 they would take twice the
+memory and, to decode, twice the time; small models are faster in float32."""
 SCRIPTED = "scripted:"  # followed by a JSON file of replies: runs without a model, for tests
 
 
@@ -153,7 +156,7 @@ def _build(
 
     profile = _profile(arguments.profile, folder)
     tokenizer = Tokenizer.load(folder)
-    device, dtype = find_device(arguments.device), _dtype(arguments)
+    device, dtype = find_device(arguments.device), _dtype(arguments, folder)
     over_http = arguments.backend.startswith(SERVERS)  # bytes are told from float32 pixels, not from bfloat16
     pixels_dtype = dtype if dtype == torch.bfloat16 and not over_http else torch.float32
     processor, images = image_processor(folder), decode_limits or DecodeLimits()
@@ -318,9 +321,12 @@ def _image_device(arguments: argparse.Namespace, device: torch.device) -> torch.
     return torch.device("cpu")
 
 
-def _dtype(arguments: argparse.Namespace) -> torch.dtype:
+def _dtype(arguments: argparse.Namespace, folder: Path) -> torch.dtype:
     import torch
+    from vtengine_kernels import few_rows
 
     if arguments.dtype == "auto":
-        return torch.bfloat16 if find_device(arguments.device).type == "cuda" else torch.float32
+        on_gpu = find_device(arguments.device).type == "cuda"
+        fast = on_gpu or (few_rows.missing() is None and bfloat16_bytes(folder) >= LARGE_BYTES)
+        return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[arguments.dtype]

@@ -1,6 +1,7 @@
-"""Matrix products of the model. On AMD processors float32 products go to oneDNN instead of MKL.
+"""Matrix products of the model. On AMD processors float32 products go to oneDNN instead of MKL; those of few bfloat16
+rows go to a kernel of our own.
 
-Why: `vtengine_kernels.onednn`. Elsewhere, and for other devices and dtypes, torch's own choice.
+Why: `vtengine_kernels.onednn`, `vtengine_kernels.few_rows`. Elsewhere, and for other devices, torch's own choice.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from vtengine_kernels import few_rows
 from vtengine_kernels.onednn import onednn_is_better, product
 
 # With fewer rows torch's matrix-vector products are faster.
@@ -26,6 +28,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [N, in] @ weight [out, in].T + bias [out] -> [N, out]; differentiable once."""
+    if few_rows.takes(x, weight):
+        return few_rows.product(x, weight, bias)
     if (
         len(x) < MIN_ROWS
         or x.device.type != "cpu"
@@ -45,8 +49,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_float32(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, in] @ weight [out, in].T -> float32 [N, out]; no gradients.
 
-    16-bit products on CUDA keep float32 sums, as those of `token_logprob` do; on the CPU torch rounds them to 16 bits.
+    16-bit products on CUDA keep float32 sums, as those of `token_logprob` do, and those of few rows on the CPU; of more
+    rows torch rounds them to 16 bits.
     """
+    if few_rows.takes(x, weight):
+        return few_rows.product(x, weight, dtype=torch.float32)
     if x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return linear(x, weight).float()
