@@ -229,6 +229,23 @@ def test_the_shipped_model(process: Callable[..., Process]) -> None:
     assert server.finish() == 0
 
 
+@pytest.mark.skipif(not (SHIPPED / "model.safetensors").is_file(), reason="the shipped model is not in this tree")
+def test_the_account_is_the_one_that_the_page_shows(process: Callable[..., Process]) -> None:
+    image = REPO / "examples/glance/images/test-0-00117.png"
+    page = (REPO / "docs" / "serving.md").read_text()
+    shown = re.search(r"^`vtengine`, in a whole reply.*\n.*\n\n((?:    .*\n)+)", page, re.MULTILINE)
+    messages = ask("Price of SYR?", data_url(image.read_bytes()))
+    reply = process("--device", "cpu").client().chat.completions.create(model="glance", messages=messages)
+    assert shown is not None
+    assert without_times(reply.vtengine) == without_times(json.loads(shown[1]))  # type: ignore[attr-defined]
+
+
+def without_times(account: Any) -> Any:
+    if isinstance(account, dict):
+        return {name: without_times(value) for name, value in account.items() if not name.endswith("_s")}
+    return [without_times(value) for value in account] if isinstance(account, list) else account
+
+
 def test_every_limit_is_documented() -> None:
     fields = {field.name: field.default for field in dataclasses.fields(ServerLimits)}
     rows = re.findall(
