@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vtengine.model.checkpoint import HEAD, INDEX, WEIGHTS, Checkpoint, check_kind, check_shapes, some
 from vtengine.model.config import ModelLoadError
 from vtengine.model.families import meta_model
+from vtengine.model.huge_pages import prefer_huge_pages
 from vtengine.model.language import VLModel
 from vtengine.model.names import checkpoint_name, hf_parts, hf_tensors, transformers_name
 
@@ -87,6 +88,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     checkpoint = Checkpoint.open(path)
     model = meta_model(checkpoint.config)
     model.to(dtype).to_empty(device=device)
+    prefer_huge_pages(model.parameters())
     load_tensors(model, checkpoint.tensors())
     return model.eval()
 
