@@ -6,6 +6,34 @@ typedef int32_t IntVec __attribute__((vector_size(VT_LANES * 4), aligned(4), may
 VT_TARGET static inline const Vec& vec(const float* at) { return *reinterpret_cast<const Vec*>(at); }
 VT_TARGET static inline Vec& vec(float* at) { return *reinterpret_cast<Vec*>(at); }
 
+typedef uint16_t HalfVec __attribute__((vector_size(VT_LANES * 2), aligned(2), may_alias));
+typedef uint32_t BitsVec __attribute__((vector_size(VT_LANES * 4), aligned(4), may_alias));
+
+// bfloat16 to floats.
+VT_TARGET static inline void widen(const uint16_t* x, int64_t size, float* out) {
+    int64_t i = 0;
+    for (; i + VT_LANES <= size; i += VT_LANES) {
+        const BitsVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(x + i), BitsVec);
+        *reinterpret_cast<BitsVec*>(out + i) = bits << 16;
+    }
+    for (; i < size; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
+        __builtin_memcpy(out + i, &bits, 4);
+    }
+}
+
+// Floats to bfloat16: the nearest, ties to even; NaN stays NaN.
+VT_TARGET static inline void narrow(const float* x, int64_t size, uint16_t* out) {
+    const BitsVec nan = BitsVec{} + 0x7fc00000u;
+    int64_t i = 0;
+    for (; i + VT_LANES <= size; i += VT_LANES) {
+        const BitsVec bits = *reinterpret_cast<const BitsVec*>(x + i);
+        const BitsVec rounded = (vec(x + i) == vec(x + i)) ? bits + 0x7fffu + ((bits >> 16) & 1u) : nan;
+        *reinterpret_cast<HalfVec*>(out + i) = __builtin_convertvector(rounded >> 16, HalfVec);
+    }
+    for (; i < size; ++i) out[i] = x[i] == x[i] ? to_bfloat16(x[i]) : 0x7fc0;
+}
+
 VT_TARGET static inline float sum_lanes(const Vec& x) {
     float lane[VT_LANES];
     vec(lane) = x;

@@ -9,6 +9,8 @@ from vtengine_kernels.layer_ops import native, plain
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=f"no C++ library: {native.missing()}")
 
+DTYPES = (torch.float32, torch.bfloat16)
+
 
 def numbers(*shape, seed=0, scale=1.0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
@@ -44,6 +46,25 @@ def test_errs_no_more_than_torch(rows, size, isa):
         assert error(out, exact) <= error(getattr(plain, op)(*arguments), exact) + 3e-7 * largest, op
 
 
+@pytest.mark.parametrize("size", [1, 7, 40, 257, 3584])
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_bfloat16_is_float32_rounded_once(rows, size, isa):
+    for op, (x, *rest) in cases(rows, size):
+        found = getattr(native, op)(x.bfloat16(), *rest, isa=isa)
+        exact = getattr(native, op)(x.bfloat16().float(), *rest, isa=isa)
+        assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16()), op
+
+
+def test_bfloat16_that_is_not_finite(isa):
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 3e38, 1.0] * 9)
+    payload = torch.full((1, 90), -1, dtype=torch.int16).view(torch.bfloat16)  # a NaN that rounding up would make 0
+    assert native.swiglu(payload, isa=isa).isnan().all()
+    found = native.swiglu(torch.cat((x, torch.full_like(x, 2.0))).bfloat16()[None], isa=isa)
+    torch.testing.assert_close(
+        found[0], (torch.nn.functional.silu(x.bfloat16().float()) * 2).bfloat16(), equal_nan=True
+    )
+
+
 def test_the_gate_keeps_its_ends(isa):
     gate = torch.tensor([0.0, -0.0, 1e4, -1e4, 80.0, -80.0, 1e-30, 3e30] * 3)
     out = native.swiglu(torch.cat((gate, torch.full_like(gate, 2.0)))[None], isa=isa)
@@ -61,10 +82,10 @@ def test_an_infinite_gate_is_what_torch_makes_of_it(isa):
 
 def test_a_row_depends_on_nothing_else_whatever_the_threads_and_the_view():
     before = torch.get_num_threads()
-    for op, arguments in cases(700, 256):
+    for op, arguments in [(op, (x.to(kind), *rest)) for op, (x, *rest) in cases(700, 256) for kind in DTYPES]:
         x, rest = arguments[0], arguments[1:]
         whole = getattr(native, op)(x, *rest)
-        wide = torch.full((len(x), x[0].numel() + 24), float("nan"))
+        wide = torch.full((len(x), x[0].numel() + 24), float("nan"), dtype=x.dtype)
         wide[:, : x[0].numel()] = x.flatten(1)
         view = wide[:, : x[0].numel()].unflatten(1, x.shape[1:])
         try:
@@ -83,8 +104,8 @@ def test_gradients_are_left_to_torch():
     with torch.inference_mode():
         assert torch.equal(layer_ops.swiglu(x), native.swiglu(x))
         with pytest.raises(ValueError, match="takes no"):
-            layer_ops.swiglu(x.bfloat16(), impl="cpu")
-        assert layer_ops.swiglu(x.bfloat16()).dtype == torch.bfloat16
+            layer_ops.swiglu(x.half(), impl="cpu")
+        assert layer_ops.swiglu(x.half()).dtype == torch.float16
 
 
 @pytest.mark.parametrize(

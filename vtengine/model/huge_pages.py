@@ -14,8 +14,8 @@ LEAST_BYTES = 1 << 24
 
 
 def prefer_huge_pages(tensors: Iterable[Tensor]) -> None:
-    """For large tensors on the CPU that nothing was written to yet: they are then filled with a 500th of the page faults,
-    and read with fewer misses of the TLB. Where the system knows no such pages, nothing happens."""
+    """For large tensors on the CPU that nothing was written to yet: filling them then takes a 500th of the page faults,
+    and reading them misses the TLB less. Where the system knows no such pages, nothing happens."""
     advice, advise = getattr(mmap, "MADV_HUGEPAGE", None), _madvise()
     if advice is None or advise is None:
         return

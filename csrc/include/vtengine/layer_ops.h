@@ -1,4 +1,4 @@
-// What a transformer layer does between its matrix products, float32, each in one pass. Plain C ABI; no Python, no torch.
+// What a transformer layer does between its matrix products, float32 or bfloat16 (computed in float32), each in one pass. Plain C ABI; no Python, no torch.
 // Contract: kernels/vtengine_kernels/layer_ops. The caller has checked shapes; outputs are contiguous.
 #ifndef VTENGINE_LAYER_OPS_H
 #define VTENGINE_LAYER_OPS_H
@@ -11,12 +11,12 @@
 extern "C" {
 #endif
 
-// Rows of numbers at x + n * x_stride, n = 0 .. rows - 1.
+// Rows of numbers at x + n * x_stride, n = 0 .. rows - 1; x and out both floats, or both bfloat16.
 typedef struct vt_rows {
-    const float* x;
-    float* out;
+    const void* x;
+    void* out;
     int64_t rows, x_stride;
-    int32_t isa, num_threads;
+    int32_t is_bfloat16, isa, num_threads;
 } vt_rows;
 
 // All are thread-safe and return a vt_status.

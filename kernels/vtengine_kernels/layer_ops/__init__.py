@@ -1,8 +1,8 @@
 """layer_ops: what a transformer layer does between its matrix products: norm, gate, rotary embedding.
 
 Suffixes: N rows, H numbers of a row, I half of them, D head size. A row's result depends on nothing but the row.
-"torch": any device and dtype, differentiable. The others in inference mode. "cpu": float32 on the CPU. "triton": on
-CUDA. "flashinfer": `swiglu` in 16 bits on CUDA, and only by name (see `flashinfer_paged`).
+"torch": any device and dtype, differentiable. The others in inference mode. "cpu": float32 and bfloat16 on the CPU.
+"triton": on CUDA. "flashinfer": `swiglu` in 16 bits on CUDA, and only by name (see `flashinfer_paged`).
 ValueError: shapes or devices that do not fit, no such `impl`, or it does not take these tensors.
 RuntimeError: `impl` is not available here.
 """

@@ -1,4 +1,5 @@
-"""The C++ implementation (csrc/cpu/layer_ops.cpp): float32 on the CPU, one pass over the rows; no gradients."""
+"""The C++ implementation (csrc/cpu/layer_ops.cpp): float32 or bfloat16 on the CPU, one pass over the rows; no
+gradients. bfloat16 is computed in float32 and rounded once."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ class _Rows(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "x_stride")),
-        *((name, ctypes.c_int32) for name in ("isa", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("is_bfloat16", "isa", "num_threads")),
     )
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _ARGUMENTS = {
     "vt_rms_norm": (ctypes.c_int64, ctypes.c_void_p, ctypes.c_float),
     "vt_swiglu": (ctypes.c_int64,),
@@ -34,7 +36,7 @@ def missing() -> str | None:
 
 def takes(x: Tensor) -> bool:
     """Whether tensors of this kind are implemented, and nobody will ask for gradients."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_inference_mode_enabled()
+    return x.device.type == "cpu" and x.dtype in _DTYPES and torch.is_inference_mode_enabled()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, isa: str = "auto") -> Tensor:
@@ -67,7 +69,8 @@ def _call(name: str, x: Tensor, out: Tensor, isa: str, *arguments: float) -> Non
         return
     if x.stride(-1) != 1:
         x = x.contiguous()
-    rows = _Rows(x.data_ptr(), out.data_ptr(), len(x), x.stride(0), library.ISAS[isa], torch.get_num_threads())
+    kind = (x.dtype == torch.bfloat16, library.ISAS[isa], torch.get_num_threads())
+    rows = _Rows(x.data_ptr(), out.data_ptr(), len(x), x.stride(0), *kind)
     status = _function(name)(ctypes.byref(rows), *arguments)
     if status:
         raise RuntimeError(f"{name[3:]}: the C++ implementation failed with status {status} (isa {isa})")
