@@ -157,6 +157,19 @@ def test_weights_reach_the_others_where_one_is_killed_meanwhile():
     assert stats["engines_down"] == 1 and stats["engine_restarts"] == 0  # it would have the old weights
 
 
+def test_an_engine_comes_back_after_its_caches_were_emptied():
+    """By an update of nothing, whose weights are those that the engine begins with."""
+
+    async def update(backend):
+        await backend.load_weights({}, version=0)
+        os.kill(backend.engines[0]._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineLost):
+            await backend.generate(good())
+        return await backend.generate(good())
+
+    assert run(several("tiny", 1), update).finish == "length"
+
+
 def test_an_engine_comes_back_after_an_update_that_was_refused_and_a_start_that_failed(monkeypatch):
     """The weights are the old ones, so the engine may come back with them."""
     starts = []

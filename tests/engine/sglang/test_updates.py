@@ -75,6 +75,18 @@ def test_an_update_empties_the_cache_before_and_after():
     assert serve(load) == (2, False, "2")
 
 
+@pytest.mark.parametrize(("version", "name"), [(0, "step-17"), (4, "4")])
+def test_an_update_of_nothing_leaves_a_servers_own_name_for_its_weights(version, name):
+    """Unless it gives them another number; "step-17" is none and counts as 0."""
+
+    async def load(backend, fake):
+        fake.model["weight_version"] = "step-17"
+        await backend.load_weights({}, version)
+        return fake.flushes, fake.model["weight_version"]
+
+    assert serve(load) == (2, name)
+
+
 def test_sessions_are_opened_where_the_server_has_them():
     async def load(backend, fake):
         await backend.load_weights(NORM, 2)

@@ -59,11 +59,12 @@ class DataParallel:
         """On every engine that lives; one that ends meanwhile is left out. Raises what any other raised, at the end."""
         if not isinstance(source, str | Path):  # once, not for each engine
             source = dict(zip(source, await asyncio.to_thread(on_cpu, source.values()), strict=True))
+        changes = isinstance(source, str | Path) or bool(source) or version != self.stats()["weight_version"]
         before, self._is_updated = self._is_updated, True
         await self._stop_restarts()
         loads = [self.engines[index].load_weights(source, version) for index in self._living()]
         found = await asyncio.gather(*loads, return_exceptions=True)
-        self._is_updated = before or None in found
+        self._is_updated = before or (changes and None in found)
         faults = [fault for fault in found if fault is not None and not isinstance(fault, EngineLost)]
         if faults:
             raise faults[0]

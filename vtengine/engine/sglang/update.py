@@ -136,7 +136,8 @@ class WeightUpdates:
                 if session:
                     await must(self._transport, "end_weight_update")
             await self.flush()
-            await self._transport.set_version(str(version))
+            if update.touched or version != self.version:  # else it keeps its own name for them, such as "step-17"
+                await self._transport.set_version(str(version))
             self.version, self.incomplete = version, ""
 
     async def release_memory(self, tags: Sequence[str]) -> None:
