@@ -14,7 +14,7 @@ import pytest
 
 from tests.server.conftest import serve as serve  # the fixture
 from tests.server.conftest import tokenizer as tokenizer
-from vtengine.measure.chat import Ask, ChatFailed, ChatServer
+from vtengine.measure.chat import ChatFailed, ChatServer
 from vtengine.measure.load import Row
 
 PNG = bytes.fromhex(
@@ -84,11 +84,16 @@ def faulty() -> Iterator[Callable[..., tuple[str, list[dict[str, Any]]]]]:
         server.server_close()
 
 
-def answer(url: str, question: str = "What?", model: str | None = None, **options: Any) -> Row:
+def answer(
+    url: str, question: str = "What?", model: str | None = None, deadline_s: float | None = 30.0, **options: Any
+) -> Row:
     async def go() -> Row:
-        async with ChatServer(url, model, "secret", options) as server:
+        server = ChatServer(url, model, "secret", options, deadline_s)
+        try:
             await server.find_model()
-            return await server.answer(Ask("q", question, PNG, "image/png", "high"))
+            return await server.answer("q", server.body(question, PNG, "high"))
+        finally:
+            server.close()
 
     return asyncio.run(go())
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
+from vtengine.measure.http import HttpClient, HttpFault, Response
 from vtengine.measure.load import Row
 from vtengine.protocol.messages import Resolution
+from vtengine.vision.header import sniff
 
 DETAILS = {"adaptive": "auto", "low": "low", "high": "high"}
 """What OpenAI's interface calls a resolution. `vtengine serve` obeys it; most servers show the whole image whatever it
 says."""
-CONNECT_S = 10.0
+LIST_S = 60.0
+"""Longest time that a server may take to list its models."""
 ERROR_CHARS = 300
 
 
@@ -28,97 +30,83 @@ class ChatFailed(Exception):
         self.code = code
 
 
-@dataclass(frozen=True)
-class Ask:
-    """image: the bytes of a file, or None; media_type: of it, such as image/png."""
-
-    id: str | int
-    question: str
-    image: bytes | None
-    media_type: str
-    resolution: Resolution
-
-
 class ChatServer:
     """url: the base URL that clients are given (it ends in /v1 as a rule). Belongs to one event loop.
 
-    model: None is the first one that the server lists. options: more keys of each request's body.
+    model: None is the first one that the server lists. options: more keys of each request's body. deadline_s: longest
+    time that a reply may take as a whole; None: for ever. Raises ValueError for a url or an api_key that cannot be one.
     """
 
-    def __init__(self, url: str, model: str | None, api_key: str | None, options: Mapping[str, Any]) -> None:
-        try:
-            import httpx
-        except ImportError:
-            raise ValueError("an HTTP client is missing: pip install 'vtengine[sglang]'") from None
-        self._errors = (httpx.HTTPError, httpx.InvalidURL)
-        self._model, self._options = model, dict(options)
-        self._client = httpx.AsyncClient(
-            base_url=url.rstrip("/") + "/",
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(None, connect=CONNECT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,
-        )
-
-    async def __aenter__(self) -> ChatServer:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    def __init__(
+        self, url: str, model: str | None, api_key: str | None, options: Mapping[str, Any], deadline_s: float | None
     ) -> None:
-        await self._client.aclose()
+        self.model, self._options, self._deadline_s = model, dict(options), deadline_s
+        self._http = HttpClient(url, api_key)
 
-    async def find_model(self) -> str:
+    def close(self) -> None:
+        self._http.close()
+
+    async def find_model(self) -> None:
         """Raises ChatFailed where it is not there, or has no such model."""
         try:
-            response = await self._client.get("models")
-            response.raise_for_status()
-            names = [str(card["id"]) for card in response.json()["data"]]
-        except (*self._errors, ValueError, KeyError, TypeError) as error:
-            raise ChatFailed("unreachable", f"does not list its models at /models: {error or type(error)}") from None
-        if not names or (self._model is not None and self._model not in names):
-            raise ChatFailed("model_unknown", f"has no model {self._model}; it has {', '.join(names) or 'none'}")
-        self._model = self._model or names[0]
-        return self._model
+            async with asyncio.timeout(LIST_S), self._http.request("GET", "models") as response:
+                body = await response.read()
+            if response.status != 200:
+                raise ChatFailed("unreachable", f"/models answers {response.status}: {_excerpt(body)}")
+            names = [str(card["id"]) for card in json.loads(body)["data"]]
+        except (HttpFault, TimeoutError, ValueError, KeyError, TypeError) as error:
+            raise ChatFailed("unreachable", f"does not list its models at /models: {error or 'no answer'}") from None
+        if not names or (self.model is not None and self.model not in names):
+            raise ChatFailed("model_unknown", f"has no model {self.model}; it has {', '.join(names) or 'none'}")
+        self.model = self.model or names[0]
 
-    async def answer(self, ask: Ask) -> Row:
+    def body(self, question: str, image: bytes | None, resolution: Resolution) -> bytes:
+        """Of a request. image: the bytes of a file, or None."""
+        content: list[dict[str, Any]] = []
+        if image is not None:
+            kind = (sniff(image) or "png").lower()
+            url = f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"
+            content.append({"type": "image_url", "image_url": {"url": url, "detail": DETAILS[resolution]}})
+        content.append({"type": "text", "text": question})
+        streamed = {"stream": True, "stream_options": {"include_usage": True}}
+        return json.dumps(
+            {"model": self.model, "messages": [{"role": "user", "content": content}], **streamed, **self._options}
+        ).encode()
+
+    async def answer(self, row_id: str | int, body: bytes) -> Row:
         """A row as `vtengine generate` writes it, with the whole reply as its only turn; its times are the client's."""
-        body = json.dumps(self._body(ask)).encode()
-        began = time.perf_counter()
+        began, reply = time.perf_counter(), _Reply()
+        exchange = self._http.request("POST", "chat/completions", body)
+        del body
         try:
-            reply = _Reply()
-            async for event in self._events(body):
-                reply.read(event, time.perf_counter() - began)
+            async with asyncio.timeout(self._deadline_s), exchange as response:
+                if response.status != 200:
+                    raise ChatFailed(f"http_{response.status}", _excerpt(await response.read()))
+                async for event in _events(response):
+                    reply.read(event, time.perf_counter() - began)
             reply.check()
         except ChatFailed as fault:
-            return failed(ask.id, fault.code, str(fault), time.perf_counter() - began)
-        return reply.row(ask, time.perf_counter() - began)
+            return failed(row_id, fault.code, str(fault), time.perf_counter() - began)
+        except HttpFault as fault:
+            return failed(row_id, "connection_lost", str(fault), time.perf_counter() - began)
+        except TimeoutError:
+            message = f"not done after {self._deadline_s:g} s (--deadline-s)"
+            return failed(row_id, "deadline_exceeded", message, time.perf_counter() - began)
+        return reply.row(row_id, time.perf_counter() - began)
 
-    def _body(self, ask: Ask) -> dict[str, Any]:
-        content: list[dict[str, Any]] = []
-        if ask.image is not None:
-            url = f"data:{ask.media_type};base64,{base64.b64encode(ask.image).decode('ascii')}"
-            content.append({"type": "image_url", "image_url": {"url": url, "detail": DETAILS[ask.resolution]}})
-        content.append({"type": "text", "text": ask.question})
-        streamed = {"stream": True, "stream_options": {"include_usage": True}}
-        return {"model": self._model, "messages": [{"role": "user", "content": content}], **streamed, **self._options}
 
-    async def _events(self, body: bytes) -> AsyncIterator[dict[str, Any]]:
-        """The events of the stream. Raises ChatFailed."""
-        kind = {"Content-Type": "application/json"}
-        try:
-            async with self._client.stream("POST", "chat/completions", content=body, headers=kind) as response:
-                if response.status_code != 200:
-                    text = (await response.aread()).decode("utf-8", "replace")[:ERROR_CHARS]
-                    raise ChatFailed(f"http_{response.status_code}", " ".join(text.split()))
-                rest = b""
-                async for data in response.aiter_bytes():
-                    *lines, rest = (rest + data).split(b"\n")
-                    for line in lines:
-                        if line.startswith(b"data:") and (text_of := line[5:].strip()) != b"[DONE]":
-                            yield _object(text_of)
-        except self._errors as error:
-            raise ChatFailed("connection_lost", f"{type(error).__name__}: {error}") from None
+async def _events(response: Response) -> AsyncIterator[dict[str, Any]]:
+    """Of a stream, as far as they have data. Raises ChatFailed, HttpFault."""
+    rest = b""
+    async for piece in response.pieces():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and (data := line[5:].strip()) != b"[DONE]":
+                yield _object(data)
+
+
+def _excerpt(body: bytes) -> str:
+    return " ".join(body[: 4 * ERROR_CHARS].decode("utf-8", "replace").split())[:ERROR_CHARS]
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -161,10 +149,11 @@ class _Reply:
         if not self.usage:
             raise ChatFailed("reply_invalid", "no usage in the stream, although stream_options asked for it")
 
-    def row(self, ask: Ask, latency_s: float) -> Row:
+    def row(self, row_id: str | int, latency_s: float) -> Row:
         views = [view for turn in _objects(self.extension, "turns") for view in _objects(turn, "views")]
         details = _mapping(self.usage.get("prompt_tokens_details"))
-        prompt, cached = _count(self.usage.get("prompt_tokens")), _count(details.get("cached_tokens"))
+        prompt = _count(self.usage.get("prompt_tokens"))
+        cached = min(prompt, _count(details.get("cached_tokens")))
         turn = {
             "prompt_tokens": prompt,
             "cached_tokens": cached,
@@ -172,9 +161,9 @@ class _Reply:
             "completion_tokens": _count(self.usage.get("completion_tokens")),
             "images": views,
             "latency_s": latency_s,
-            "ttft_s": latency_s if self.first_s is None else self.first_s,
+            "ttft_s": self.first_s,  # None where no text came
         }
-        return _row(ask.id, "truncated" if self.finish == "length" else "answered", latency_s) | {
+        return _row(row_id, "truncated" if self.finish == "length" else "answered", latency_s) | {
             "answer": self.text,
             "upscaled": self.extension.get("upscaled") is True,
             "turns": [turn],
