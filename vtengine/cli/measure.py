@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +32,8 @@ WARM_UP = 16
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The whole command. Raises CliError for what ends it early."""
+    """The whole command. Raises CliError for what ends it early; what was measured until then is told all the same."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     if arguments.chat is None:
         check_flags(arguments)
     else:
@@ -38,30 +41,35 @@ def run(arguments: argparse.Namespace) -> int:
 
         check_chat_flags(arguments)
     _check_places(arguments)
-    task, interrupted = _Task.prepare(arguments), False
+    task = _Task.prepare(arguments)
+    fault: CliError | None = None
     try:
         asyncio.run(_measure(task))
     except KeyboardInterrupt:
-        interrupted = True
-    measured = [level for level in task.levels if level.passes]
-    if measured:
-        _report(task, measured, interrupted)
-    if interrupted:
         whole = min(len(level.passes) for level in task.levels)
-        raise CliError(f"interrupted after {whole} of {arguments.rounds} whole rounds", status=INTERRUPTED)
-    return ROWS_REJECTED if task.fault else OK
+        fault = CliError(f"interrupted after {whole} of {arguments.rounds} whole rounds", status=INTERRUPTED)
+    except CliError as error:
+        fault = error
+    if measured := [level for level in task.levels if level.passes]:
+        _report(task, measured, finished=fault is None)
+    if fault is not None:
+        raise fault
+    return ROWS_REJECTED if task.lost else OK
 
 
 @dataclass
 class _Task:
     """levels: in the order of the table. rows: of the input, as many as one pass or, where no question may come twice,
-    all passes want. fault: what the first question that was rejected or failed died of."""
+    all passes want. taken: of them, so far. model: as the target calls it. lost: questions that were rejected or
+    failed. fault: what the first of them died of."""
 
     arguments: argparse.Namespace
     rows: list[InputRow]
     levels: list[Level]
-    fault: str | None = None
     taken: int = 0
+    model: str = ""
+    lost: int = 0
+    fault: str = ""
 
     @classmethod
     def prepare(cls, arguments: argparse.Namespace) -> _Task:
@@ -107,8 +115,9 @@ class _Task:
 
     async def _ask(self, target: Target, resolution: Resolution, row: InputRow, progress: Progress | None) -> Row:
         record = await target.ask(row, resolution)
-        if record["status"] in UNFINISHED and self.fault is None:
-            self.fault = f"row {row.id!r}: {record['error']['code']}: {record['error']['message']}"
+        if record["status"] in UNFINISHED:
+            self.lost += 1
+            self.fault = self.fault or f"row {row.id!r}: {record['error']['code']}: {record['error']['message']}"
         if progress is not None:
             progress.advance(record["status"], record["upscaled"])
         return record
@@ -127,6 +136,8 @@ def _check_places(arguments: argparse.Namespace) -> None:
             continue
         if path.is_dir() or not path.parent.is_dir():
             raise UsageError(f"{flag} {path}: {'is a folder' if path.is_dir() else 'its folder does not exist'}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UsageError(f"{flag} {path}: cannot be written: permission denied")
         if path.exists() and arguments.input.exists() and path.samefile(arguments.input):
             raise UsageError(f"{flag} {path}: is the input itself")
     if arguments.plot is not None:
@@ -160,9 +171,10 @@ async def _measure(task: _Task) -> None:
 
     arguments, count = task.arguments, task.num_questions
     async with open_target(arguments, task.concurrency, task.resolutions) as target:
+        task.model = target.model
         _tell_of_repeats(task, target)
         for view in task.resolutions:
-            await asyncio.gather(*(job() for job in task.jobs(target, view, min(WARM_UP, count))))
+            await _warm_up(task, target, view)
         progress = Progress(count * len(task.levels) * arguments.rounds, 0, quiet=arguments.quiet)
         try:
             for level in task.rounds():
@@ -173,40 +185,61 @@ async def _measure(task: _Task) -> None:
             progress.close()
 
 
+async def _warm_up(task: _Task, target: Target, view: Resolution) -> None:
+    """Raises CliError where all fail: the others would too."""
+    jobs = task.jobs(target, view, min(WARM_UP, task.num_questions))
+    await asyncio.gather(*(job() for job in jobs))
+    if task.lost == len(jobs):
+        raise CliError(f"the first {task.lost:,} questions all failed; the first of them, {task.fault}")
+    task.lost, task.fault = 0, ""
+
+
 def _tell_of_repeats(task: _Task, target: Target) -> None:
-    passes = len(task.levels) * task.arguments.rounds
-    if not target.repeats and passes * task.num_questions > len(task.rows):
-        print(
-            f"{task.arguments.input}: {passes} passes over {task.num_questions:,} questions each want more than its "
-            f"{len(task.rows):,}; those that come again may be answered from the server's caches",
-            file=sys.stderr,
-        )
+    """Where a server may answer from its caches what it was asked before."""
+    passes, asked = len(task.levels) * task.arguments.rounds, task.num_questions
+    before = len(task.resolutions) * min(WARM_UP, asked)
+    if target.repeats or before + passes * asked <= len(task.rows):
+        return
+    fit = max(0, len(task.rows) - before) // passes
+    hint = f" (--questions {fit} asks none twice)" if fit else ""
+    print(
+        f"{task.arguments.input}: {passes} passes over {asked:,} questions each want more than its {len(task.rows):,}; "
+        f"those that come again may be answered from the server's caches{hint}",
+        file=sys.stderr,
+    )
 
 
-def _report(task: _Task, measured: list[Level], interrupted: bool) -> None:
+def _report(task: _Task, measured: list[Level], finished: bool) -> None:
+    """Raises CliError where a file cannot be written: the table is there by then."""
     from vtengine.cli.measure_table import print_levels
     from vtengine.measure.figures import figures
     from vtengine.stamp import stamp
 
     arguments, found = task.arguments, [figures(level) for level in measured]
-    if arguments.output is not None:
-        where = stamp(Path(__file__).parent)
-        result = {"stamp": where, "settings": _settings(arguments), "finished": not interrupted, "levels": found}
-        arguments.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if arguments.plot is not None:
-        from vtengine.measure.picture import draw
-
-        draw(found, arguments.plot)
     print_levels(found)
-    lost = sum(level["unfinished"] for level in found)
-    if lost:
-        print(f"{lost:,} questions were rejected or failed and are in no figure; the first: {task.fault}")
+    if lost := sum(level["unfinished"] for level in found):
+        print(f"{lost:,} questions were rejected or failed and are in no other figure; the first: {task.fault}")
+    path = arguments.output
+    try:
+        if arguments.output is not None:
+            where = stamp(Path(__file__).parent)
+            result = {"stamp": where, "settings": _settings(task), "finished": finished, "levels": found}
+            arguments.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if arguments.plot is not None:
+            from vtengine.measure.picture import draw
+
+            path = arguments.plot
+            draw(found, path)
+    except OSError as error:
+        raise CliError(f"{path}: cannot be written: {reason(error)}") from None
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def _settings(task: _Task) -> dict[str, Any]:
+    """Without those that a chat server does not hear."""
+    from vtengine.cli.measure_target import OF_ENGINES
+
+    arguments = task.arguments
     names = ("chat", "questions", "rounds", "concurrency", "rate", "against", "data_parallel", "kv_gb", "device")
-    return (
-        {"input": str(arguments.input)}
-        | sampling_settings(arguments)
-        | {name: getattr(arguments, name) for name in names}
-    )
+    settings = {"input": str(arguments.input)} | sampling_settings(arguments) | {"model": task.model}
+    settings |= {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in settings.items() if arguments.chat is None or name not in OF_ENGINES}

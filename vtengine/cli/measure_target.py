@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import mimetypes
 import os
+import resource
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +16,7 @@ from vtengine.cli.asking import answer_row, place_image, score
 from vtengine.cli.beginning import prefill_beginning
 from vtengine.cli.errors import CliError, UsageError, one_line
 from vtengine.cli.inputs import InputRow
-from vtengine.cli.session import API_KEY, open_session
+from vtengine.cli.session import API_KEY, check_hosts, open_session
 from vtengine.protocol.messages import Resolution
 
 if TYPE_CHECKING:
@@ -26,15 +26,22 @@ if TYPE_CHECKING:
 
 OF_ENGINES = (
     *("backend", "profile", "max_turns", "visual_token_budget", "scale", "top_k", "device", "data_parallel"),
-    *("image_device", "dtype", "kv_gb", "no_cuda_graphs", "engine_arg", "deadline_s"),
+    *("image_device", "dtype", "kv_gb", "no_cuda_graphs", "engine_arg"),
 )
 """Flags that say how an engine of ours runs: a server behind --chat does not hear them."""
 
 
+DEADLINE_S = 600.0
+"""Of a chat server's reply, by default."""
+MAX_FILES = 1 << 16
+
+
 class Target(Protocol):
-    """repeats: whether the same questions may be asked again and find no trace of the first time."""
+    """repeats: whether the same questions may be asked again and find no trace of the first time. model: by the name
+    that it has there."""
 
     repeats: bool
+    model: str
 
     async def ask(self, row: InputRow, resolution: Resolution) -> Row: ...
 
@@ -47,7 +54,7 @@ class EngineTarget:
     repeats = True
 
     def __init__(self, arguments: argparse.Namespace, setting: Setting, resolutions: Sequence[Resolution]) -> None:
-        self._arguments = arguments
+        self._arguments, self.model = arguments, arguments.model
         self._settings = {
             view: replace(setting, limits=replace(setting.limits, resolution=view)) for view in resolutions
         }
@@ -57,10 +64,15 @@ class EngineTarget:
         return record
 
     async def empty_caches(self) -> None:
+        from vtengine.engine.base import BackendFailed
+
         settings = list(self._settings.values())
         backend, pipeline = settings[0].backend, settings[0].pipeline
         version = int(backend.stats().get("weight_version", 0))
-        await backend.load_weights({}, version)  # no weight is new, but all that was made with the old ones goes
+        try:
+            await backend.load_weights({}, version)  # no weight is new, but all that was made with the old ones goes
+        except BackendFailed as error:
+            raise CliError(f"--backend {self._arguments.backend}: {one_line(error)}") from None
         pipeline.forget()  # type: ignore[attr-defined]
         for setting in settings:
             await prefill_beginning(setting)
@@ -74,25 +86,27 @@ class ChatTarget:
     def __init__(self, arguments: argparse.Namespace, server: ChatServer) -> None:
         from vtengine.vision.source import SourceLimits
 
-        self._arguments, self._server = arguments, server
+        self._arguments, self._server, self.model = arguments, server, server.model or ""
         self._limits = SourceLimits(allow_http=arguments.allow_http, allow_private_hosts=arguments.allow_private_hosts)
 
     async def ask(self, row: InputRow, resolution: Resolution) -> Row:
-        from vtengine.measure.chat import Ask, failed
+        from vtengine.measure.chat import failed
         from vtengine.vision.errors import ImageError
-        from vtengine.vision.source import read_image_source
 
-        image, media_type = None, ""
-        if row.image is not None:
-            place = place_image(row.image, self._arguments)
-            try:
-                image = await asyncio.to_thread(read_image_source, *place, self._limits)
-            except ImageError as error:
-                return failed(row.id, error.code, str(error))
-            media_type = mimetypes.guess_type(row.image[:4096])[0] or "image/png"
-        record = await self._server.answer(Ask(row.id, row.question, image, media_type, resolution))
+        try:
+            record = await self._server.answer(row.id, await asyncio.to_thread(self._body, row, resolution))
+        except ImageError as error:
+            return failed(row.id, error.code, str(error))
         score(record, row)
         return record
+
+    def _body(self, row: InputRow, resolution: Resolution) -> bytes:
+        from vtengine.vision.source import read_image_source
+
+        image = None
+        if row.image is not None:
+            image = read_image_source(*place_image(row.image, self._arguments), self._limits)
+        return self._server.body(row.question, image, resolution)
 
     async def empty_caches(self) -> None:
         pass
@@ -112,20 +126,32 @@ async def open_target(
     options: dict[str, Any] = {"max_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
     options |= {"top_p": arguments.top_p, "seed": arguments.seed}
     model = None if arguments.model == _defaults().model else arguments.model
+    deadline_s = DEADLINE_S if arguments.deadline_s is None else arguments.deadline_s or None
     try:
-        server = ChatServer(arguments.chat, model, os.environ.get(API_KEY), options)
+        server = ChatServer(arguments.chat, model, os.environ.get(API_KEY), options, deadline_s)
     except ValueError as error:
         raise UsageError(f"--chat {arguments.chat}: {one_line(error)}") from None
-    async with server:
-        try:
-            await server.find_model()
-        except ChatFailed as error:
-            raise CliError(f"--chat {arguments.chat}: {error}") from None
+    _allow_connections()
+    try:
+        await server.find_model()
         yield ChatTarget(arguments, server)
+    except ChatFailed as error:
+        raise CliError(f"--chat {arguments.chat}: {error}") from None
+    finally:
+        server.close()
+
+
+def _allow_connections() -> None:
+    """One for each question at a time; a shell's limit is 1024 files as a rule, and may be raised."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if most == resource.RLIM_INFINITY else min(most, MAX_FILES)
+    if now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def check_chat_flags(arguments: argparse.Namespace) -> None:
     """Raises UsageError for a flag that a chat server does not hear."""
+    check_hosts(arguments)
     defaults = vars(_defaults())
     for name in OF_ENGINES:
         if (value := getattr(arguments, name)) != defaults[name]:

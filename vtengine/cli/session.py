@@ -97,8 +97,7 @@ def _interruptible() -> Iterator[None]:
 def check_flags(arguments: argparse.Namespace) -> None:
     """Raises UsageError for a backend that is not there, and for flags that do not go together."""
     name = arguments.backend
-    if arguments.allow_private_hosts and not arguments.allow_http:
-        raise UsageError("--allow-private-hosts: lets no image in without --allow-http; give both, or leave it out")
+    check_hosts(arguments)
     if arguments.engine_arg and name != "sglang":
         raise UsageError(f"--engine-arg {arguments.engine_arg[0]}: is for --backend sglang, the backend is {name}")
     read_engine_args(arguments.engine_arg)
@@ -126,6 +125,12 @@ def check_flags(arguments: argparse.Namespace) -> None:
         addresses(name)
     except ValueError as error:
         raise UsageError(f"--{one_line(error)}") from None
+
+
+def check_hosts(arguments: argparse.Namespace) -> None:
+    """Raises UsageError where the flags about addresses in the input do not go together."""
+    if arguments.allow_private_hosts and not arguments.allow_http:
+        raise UsageError("--allow-private-hosts: lets no image in without --allow-http; give both, or leave it out")
 
 
 def default_concurrency(arguments: argparse.Namespace) -> int:

@@ -57,7 +57,7 @@ class HttpClient:
 
     @asynccontextmanager
     async def request(self, method: str, path: str, body: bytes = b"") -> AsyncIterator[Response]:
-        """Raises HttpFault, and so do the pieces of the body. Where those were read to their end, the connection stays."""
+        """Where the body was read to its end, the connection is kept. Raises HttpFault, and so do the body's pieces."""
         connection, response = await self._connection(), None
         try:
             kind = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
@@ -98,7 +98,9 @@ class Response:
     async def pieces(self) -> AsyncIterator[bytes]:
         """Of the body, as they come. Raises HttpFault where it breaks off."""
         if self._headers.get("content-encoding", "identity") != "identity":
-            raise HttpFault(f"the reply is packed ({self._headers['content-encoding']}), although nobody asked for that")
+            raise HttpFault(
+                f"the reply is packed ({self._headers['content-encoding']}), although nobody asked for that"
+            )
         if "chunked" in self._headers.get("transfer-encoding", ""):
             while size := await _told(_read_chunk_size(self._reader)):
                 yield (await _told(self._reader.readexactly(size + 2)))[:-2]
