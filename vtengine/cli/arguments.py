@@ -67,8 +67,8 @@ _MEASURE = """examples:
 
 input: as of `vtengine generate`. Each level of load is asked all the questions, in rounds that take turns, and finds
   the caches empty but for what all prompts begin with (a server behind --backend URL has its caches emptied too; one
-  behind --chat is asked other questions each time, as long as there are any). Rates are medians over the rounds;
-  percentiles are of all rounds.
+  behind --chat is asked other questions each time, as long as there are any). Rates are medians over the rounds; all
+  else is of all rounds.
 
 exit status:
   0 done; 3 done, but some questions were rejected or failed (they are in no figure); 2 bad usage; 1 the run had to
@@ -214,7 +214,8 @@ def _add_measure(parser: Parser) -> None:
     add(
         "--chat",
         metavar="URL",
-        help="measure a server with OpenAI's chat completions, such as http://127.0.0.1:8000/v1, as its clients see it",
+        help="measure a server with OpenAI's chat completions, such as http://127.0.0.1:8000/v1, as its clients see it; "
+        "--deadline-s is then of a question",
     )
     add("--quiet", action="store_true", help="no progress")
     add("--image-root", type=Path, metavar="DIR", help="images outside it are rejected (default: IN's folder)")

@@ -16,7 +16,7 @@ from vtengine.cli.asking import answer_row, place_image, score
 from vtengine.cli.beginning import prefill_beginning
 from vtengine.cli.errors import CliError, UsageError, one_line
 from vtengine.cli.inputs import InputRow
-from vtengine.cli.session import API_KEY, check_hosts, open_session
+from vtengine.cli.session import API_KEY, about_backend, check_hosts, open_session
 from vtengine.protocol.messages import Resolution
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class EngineTarget:
         try:
             await backend.load_weights({}, version)  # no weight is new, but all that was made with the old ones goes
         except BackendFailed as error:
-            raise CliError(f"--backend {self._arguments.backend}: {one_line(error)}") from None
+            raise CliError(about_backend(self._arguments.backend, error)) from None
         pipeline.forget()  # type: ignore[attr-defined]
         for setting in settings:
             await prefill_beginning(setting)

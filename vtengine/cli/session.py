@@ -115,7 +115,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         try:
             installed_version()
         except ValueError as error:
-            raise UsageError(_about_backend(name, error)) from None
+            raise UsageError(about_backend(name, error)) from None
         return
     if not name.startswith(SERVERS):
         raise UsageError(f"--backend {name}: unknown; use embedded, sglang or the http://host:port of a server")
@@ -241,10 +241,10 @@ def _sglang(
         kind, extra = str(dtype).removeprefix("torch."), read_engine_args(arguments.engine_arg)
         return SglangEngineBackend(folder, device=str(device), dtype=kind, arguments=extra, **options)
     except ValueError as error:
-        raise UsageError(_about_backend(name, error)) from None
+        raise UsageError(about_backend(name, error)) from None
 
 
-def _about_backend(name: str, error: Exception) -> str:
+def about_backend(name: str, error: Exception) -> str:
     """What is wrong with `--backend NAME`; the error may name it too."""
     words = one_line(error).removeprefix("backend ").removeprefix(f"{name}: ")
     return f"--backend {name}: {words}"
@@ -260,9 +260,9 @@ async def _check_server(backend: Backend, name: str) -> None:
     try:
         await check()
     except BackendFailed as error:
-        raise CliError(_about_backend(name, error)) from None
+        raise CliError(about_backend(name, error)) from None
     except ValueError as error:
-        raise UsageError(_about_backend(name, error)) from None
+        raise UsageError(about_backend(name, error)) from None
 
 
 def _scripted(path: Path, tokenizer: Tokenizer) -> Backend:
