@@ -9,6 +9,7 @@ from typing import Any
 
 ENDINGS = (".svg", ".png", ".pdf")
 COLOURS = ("#2a6f97", "#e09f3e")
+LINES = {"p50": "-", "p99": ":"}
 
 
 def check_picture(path: Path) -> None:
@@ -20,20 +21,21 @@ def check_picture(path: Path) -> None:
 
 
 def draw(levels: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """levels: as `figures` makes them. Solid: half of the questions are answered in that time; dotted: 99 of 100."""
+    """levels: as `figures` makes them. Those that nobody answered have no point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     views = dict.fromkeys(level["resolution"] for level in levels)
     for view, colour in zip(views, COLOURS, strict=False):
+        for name, line in LINES.items():
+            axes.plot([], [], line, color=colour, label=f"{view}, {name}")
         for loop, marker in (("concurrency", "o"), ("rate_per_s", "s")):
             shown = [one for one in levels if one["resolution"] == view and one[loop] and one["latency_ms"]]
             rates = [level["questions_per_s"] for level in shown]
-            for name, line in (("p50", "-"), ("p99", ":")):
-                label = f"{view}, {name}" if shown and loop == next(iter(_loops(levels))) else None
+            for name, line in LINES.items():
                 times = [level["latency_ms"][name] / 1e3 for level in shown]
-                axes.plot(rates, times, marker + line, color=colour, label=label)
+                axes.plot(rates, times, marker + line, color=colour)
             for level, rate in zip(shown, rates, strict=True):
                 place = (rate, level["latency_ms"]["p50"] / 1e3)
                 word = f"{level[loop]:g}" + ("/s" if loop == "rate_per_s" else "")
@@ -42,8 +44,3 @@ def draw(levels: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-
-
-def _loops(levels: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Kinds of load that there are."""
-    return [loop for loop in ("concurrency", "rate_per_s") if any(level[loop] for level in levels)]
