@@ -12,10 +12,15 @@ from typing import Any
 
 import pytest
 
+from tests.cli.test_server_backend import fake as fake  # the fixture
+from tests.engine.sglang.fake_server import FakeSglang
 from tests.server.conftest import serve as serve  # the fixture
 from tests.server.conftest import tokenizer as tokenizer
+from tests.server.running import MODEL
+from vtengine.cli.measure_table import _blocks
 from vtengine.measure import load
 from vtengine.measure.load import Pass, run_load
+from vtengine.server.config import ServerLimits
 
 Run = Callable[..., Any]
 
@@ -80,14 +85,90 @@ def test_against_a_chat_server(serve: Run, vtengine: Run, questions: Run, tmp_pa
     adaptive, high = levels(out)
     assert adaptive["upscale_ratio"] == 1 and high["upscale_ratio"] == 0
     assert adaptive["ttft_turn2_ms"] is None, "a client does not see where a turn begins"
-    assert "2 passes over 4 questions each want more than its 4" in done.err
+    assert "2 passes over 4 questions each want more than its 4;" in done.err
     asked = [request.images[0].content_hash for request in server.backend.requests if len(request.images) == 1]
     assert len(asked) == 16, "4 to warm up and 4 to measure, of each resolution"
+
+
+def test_a_servers_caches_are_emptied_and_its_weights_keep_their_name(
+    fake: FakeSglang, checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path
+) -> None:
+    fake.model["weight_version"] = "step-17"
+    out = tmp_path / "load.json"
+    line = ["measure", questions(3), "--model", checkpoint, "--backend", fake.url, "--max-new-tokens", 4, "-o", out]
+    line += ["--concurrency", "1,2", "--rounds", 2]
+    assert vtengine(*line).status == 0
+    one, two = levels(out)
+    assert one["prefill_tokens"] == two["prefill_tokens"] and one["images_encoded"] == two["images_encoded"] == 6
+    assert fake.flushes > 0 and fake.model["weight_version"] == "step-17"
+    fake.flush_refusals = 10**6
+    done = vtengine(*line)
+    assert done.status == 1 and done.err.count(fake.url) == 1 and "somebody else's requests run there" in done.err
+
+
+def test_what_was_measured_is_told_when_the_server_is_lost(
+    fake: FakeSglang, checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def last(*arguments: Any) -> Pass:
+        done = await run_load(*arguments)
+        fake.always.add("dead")
+        return done
+
+    monkeypatch.setattr(load, "run_load", last)
+    out = tmp_path / "load.json"
+    line = ["measure", questions(3), "--model", checkpoint, "--backend", fake.url, "--max-new-tokens", 4, "-o", out]
+    done = vtengine(*line, "--concurrency", "1,2")
+    assert done.status == 1 and "1 at a time" in done.out and fake.url in done.err
+    document = json.loads(out.read_text())
+    assert document["finished"] is False and [one["rounds"] for one in document["levels"]] == [1]
+
+
+def test_it_ends_where_all_that_warm_up_fail(scripted: Run, vtengine: Run, questions: Run, tmp_path: Path) -> None:
+    path = questions(0, *({"image": f"no{index}.png", "question": "What?"} for index in range(40)))
+    done = vtengine("measure", path, *scripted())
+    assert done.status == 1 and done.out == ""
+    assert "the first 16 questions all failed; the first of them, row 'line-" in done.err
+    assert "image_not_found" in done.err
+
+
+def test_a_server_with_too_little_room(serve: Run, vtengine: Run, questions: Run, tmp_path: Path) -> None:
+    """Those that it turns away at 8 at a time stand beside that level's figures."""
+    server, out = serve(delay_s=0.05, limits=ServerLimits(max_running=1, max_waiting=1)), tmp_path / "load.json"
+    flags = ("--chat", f"{server.url}/v1", "--concurrency", "1,8", "--rounds", 1, "-o", out)
+    done = vtengine("measure", questions(12), *flags)
+    assert done.status == 3 and "http_429" in done.out
+    one, eight = levels(out)
+    assert one["unfinished"] == 0 < eight["unfinished"] < 12
+    assert f"{eight['unfinished'] / 12:.1%}" in done.out
+    settings = json.loads(out.read_text())["settings"]
+    assert settings["model"] == MODEL and "backend" not in settings
+
+
+def test_a_deadline_is_for_a_chat_server_too(serve: Run, vtengine: Run, questions: Run) -> None:
+    server = serve(delay_s=2.0)
+    flags = ("--chat", f"{server.url}/v1", "--concurrency", 2, "--deadline-s", 0.2)
+    done = vtengine("measure", questions(2), *flags)
+    assert done.status == 1 and "deadline_exceeded: not done after 0.2 s (--deadline-s)" in done.err
+
+
+def test_the_table_is_there_when_the_disk_is_full(scripted: Run, vtengine: Run, questions: Run) -> None:
+    done = vtengine("measure", questions(2), "--rounds", 1, "-o", "/dev/full", *scripted())
+    assert done.status == 1 and "1 at a time" in done.out
+    assert done.err.endswith("/dev/full: cannot be written: No space left on device\n")
+
+
+def test_columns_that_do_not_fit_stand_below() -> None:
+    widths = {"load": 13, "resolution": 10, "a": 20, "b": 20, "c": 20, "d": 200, "e": 1}
+    first = ["load", "resolution"]
+    assert _blocks(widths, 160) == [[*first, "a", "b", "c"], [*first, "d"], [*first, "e"]]
+    assert _blocks(widths, 80) == [[*first, "a", "b"], [*first, "c"], [*first, "d"], [*first, "e"]]
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (("--chat", "http://127.0.0.1:9/v1", "--allow-private-hosts"), "lets no image in without --allow-http"),
+        (("--chat", "127.0.0.1:9/v1"), "--chat 127.0.0.1:9/v1: is no http:// or https:// address"),
         (("--chat", "http://127.0.0.1:9/v1"), "does not list its models"),
         (("--chat", "http://127.0.0.1:9/v1", "--kv-gb", "2"), "--kv-gb 2.0: says how an engine of ours runs"),
         (("--chat", "http://127.0.0.1:9/v1", "--no-cuda-graphs"), "--no-cuda-graphs: says how an engine of ours runs"),

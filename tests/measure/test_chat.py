@@ -74,7 +74,7 @@ def faulty() -> Iterator[Callable[..., tuple[str, list[dict[str, Any]]]]]:
     def start(**how: Any) -> tuple[str, list[dict[str, Any]]]:
         handler = type("Handler", (Faulty,), how | {"seen": []})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_address[1]}/v1", handler.seen
 
@@ -152,6 +152,109 @@ def test_reasoning_is_the_first_token_and_not_the_answer(faulty: Callable[..., A
 def test_faults_are_rows(faulty: Callable[..., Any], how: dict[str, Any], code: str) -> None:
     row = answer(faulty(**how)[0])
     assert row["status"] == "failed" and row["error"]["code"] == code and row["turns"] == []
+
+
+def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + end
+
+
+@pytest.fixture
+def raw() -> Iterator[Callable[..., str]]:
+    """A server that answers a question with these bytes, head and all; returns its base URL."""
+    servers = []
+
+    def start(reply: bytes) -> str:
+        def do_post(self: Faulty) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(reply)
+            self.close_connection = True
+
+        handler = type("Handler", (Faulty,), {"do_POST": do_post, "seen": []})
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}/v1"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+GREEN = [
+    b'data: {"choices": [{"delta": {"content": "gr\xc3\xbcn"}}]}\r\n\r\n: ping\r\n\r\n',
+    event({}, "stop"),
+    event(usage=USAGE),
+]
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        CHUNKED + chunked(*(bytes([one]) for one in b"".join(GREEN))),  # in "data:" and within a character
+        b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + CHUNKED + chunked(*GREEN, end=b"0\r\nx-trailer: 1\r\n\r\n"),
+        CHUNKED + chunked(b": " + b"x" * 300_000 + b"\n\n" + b"".join(GREEN)),  # more than a reader keeps
+        b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + b"".join(GREEN),
+        b"HTTP/1.0 200 OK\r\n\r\n" + b"".join(GREEN),
+    ],
+)
+def test_ways_to_send_a_stream(raw: Callable[..., str], reply: bytes) -> None:
+    row = answer(raw(reply))
+    assert (row["status"], row["answer"]) == ("answered", "gr\u00fcn"), row["error"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (CHUNKED + chunked(*GREEN[:1], end=b""), "closed in the middle of the reply"),
+        (CHUNKED + b"20\r\ndata:", "closed in the middle of the reply"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\ndata:", "closed in the middle of the reply"),
+        (b"", "closed before the reply came"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n", "is no HTTP/1.1"),
+        (b"SSH-2.0\r\n\r\n", "is no HTTP/1.1"),
+        (CHUNKED + b"-5\r\n", "is no HTTP/1.1"),
+        (b"HTTP/1.1 200 OK\r\nx: " + b"x" * 200_000, "is no HTTP/1.1"),
+        (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n\r\n", "the reply is packed"),
+    ],
+)
+def test_a_connection_that_fails_is_told_of(raw: Callable[..., str], reply: bytes, words: str) -> None:
+    row = answer(raw(reply))
+    assert row["error"]["code"] == "connection_lost" and words in row["error"]["message"]
+
+
+def test_a_reply_that_never_ends_has_failed(faulty: Callable[..., Any]) -> None:
+    row = answer(faulty(pieces=[WORDS[1]] * 40, pause_s=0.05)[0], deadline_s=0.3)
+    assert row["error"] == {"code": "deadline_exceeded", "message": "not done after 0.3 s (--deadline-s)"}
+    assert 0.3 <= row["latency_s"] < 1.5
+
+
+def test_connections_are_kept(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    async def go() -> None:
+        server, connect = ChatServer(f"{serve().url}/v1", None, None, {}, 30.0), asyncio.open_connection
+        monkeypatch.setattr(asyncio, "open_connection", lambda *a, **k: (opened.append(a), connect(*a, **k))[1])
+        await server.find_model()
+        for _ in range(3):
+            row = await server.answer("q", server.body("What?", PNG, "high"))
+            assert row["status"] == "answered"
+        server.close()
+
+    asyncio.run(go())
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "words"),
+    [
+        ("127.0.0.1:8000/v1", None, "is no http://"),
+        ("http:///v1", None, "is no http://"),
+        ("http://a", "k\n", "key"),
+    ],
+)
+def test_an_address_or_a_key_that_cannot_be_one(url: str, key: str | None, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ChatServer(url, None, key, {}, None)
 
 
 @pytest.mark.parametrize("usage", [{"prompt_tokens": "many", "completion_tokens": -3}, {"prompt_tokens": True, "x": 1}])
