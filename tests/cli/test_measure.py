@@ -50,6 +50,18 @@ def test_levels_and_files(scripted: Run, vtengine: Run, questions: Run, tmp_path
     assert "3 at a time" in done.out and "400/s" in done.out and "looked again" in done.out
 
 
+def test_rows_behind_the_figures(scripted: Run, vtengine: Run, questions: Run, rows_of: Run, tmp_path: Path) -> None:
+    out, path = tmp_path / "load.json", tmp_path / "rows.jsonl"
+    loads = ("--concurrency", 2, "--rate", "400", "--rounds", 2)
+    assert vtengine("measure", questions(3), *loads, "-o", out, "--rows", path, *scripted(0.01)).status == 0
+    rows = rows_of(path)
+    places = [(level, turn, f"q{index}") for level in (0, 1) for turn in (0, 1) for index in range(3)]
+    assert [(row["level"], row["round"], row["id"]) for row in rows] == places
+    for number, level in enumerate(levels(out)):
+        slowest = max(row["latency_s"] for row in rows if row["level"] == number)
+        assert level["latency_ms"]["p99"] == pytest.approx(1e3 * slowest)
+
+
 def test_every_pass_finds_the_caches_empty(checkpoint: Path, vtengine: Run, questions: Run, tmp_path: Path) -> None:
     """Each one encodes every image and prefills as much as the first."""
     out = tmp_path / "load.json"

@@ -210,12 +210,13 @@ def _add_measure(parser: Parser) -> None:
     add("--against", choices=RESOLUTIONS, help="measure this resolution too, round by round with the other")
     add("--rounds", type=whole(1), default=3, metavar="N", help="times that each level is measured (default: 3)")
     add("-o", "--output", type=Path, metavar="RESULT.json", help="every figure, with settings, machine and versions")
+    add("--rows", type=Path, metavar="ROWS.jsonl", help="every row behind the figures, as of `vtengine generate`")
     add("--plot", type=Path, metavar="FILE", help="latency over throughput, as .svg or .png (needs matplotlib)")
     add(
         "--chat",
         metavar="URL",
-        help="measure a server with OpenAI's chat completions, such as http://127.0.0.1:8000/v1, as its clients see it; "
-        "--deadline-s is then of a question",
+        help="measure a server with OpenAI's chat completions, such as http://127.0.0.1:8000/v1, as its clients see "
+        "it; --deadline-s is then of a question",
     )
     add("--quiet", action="store_true", help="no progress")
     add("--image-root", type=Path, metavar="DIR", help="images outside it are rejected (default: IN's folder)")

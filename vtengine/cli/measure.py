@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -12,13 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, one_line, reason
 from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
 from vtengine.cli.progress import Progress
-from vtengine.cli.session import CONCURRENCY, check_flags, default_concurrency, sampling_settings
+from vtengine.cli.session import CONCURRENCY, check_flags, default_concurrency
 from vtengine.protocol.messages import Resolution
 from vtengine.viewer.totals import UNFINISHED
 
@@ -41,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         check_chat_flags(arguments)
     _check_places(arguments)
-    task = _Task.prepare(arguments)
+    task = Task.prepare(arguments)
     fault: CliError | None = None
     try:
         asyncio.run(_measure(task))
@@ -51,14 +49,16 @@ def run(arguments: argparse.Namespace) -> int:
     except CliError as error:
         fault = error
     if measured := [level for level in task.levels if level.passes]:
-        _report(task, measured, finished=fault is None)
+        from vtengine.cli.measure_report import report
+
+        report(task, measured, finished=fault is None)
     if fault is not None:
         raise fault
     return ROWS_REJECTED if task.lost else OK
 
 
 @dataclass
-class _Task:
+class Task:
     """levels: in the order of the table. rows: of the input, as many as one pass or, where no question may come twice,
     all passes want. taken: of them, so far. model: as the target calls it. lost: questions that were rejected or
     failed. fault: what the first of them died of."""
@@ -72,7 +72,7 @@ class _Task:
     fault: str = ""
 
     @classmethod
-    def prepare(cls, arguments: argparse.Namespace) -> _Task:
+    def prepare(cls, arguments: argparse.Namespace) -> Task:
         from vtengine.measure.figures import Level
         from vtengine.measure.load import Load
 
@@ -131,7 +131,7 @@ def _check_places(arguments: argparse.Namespace) -> None:
     """Before anything takes time: can the results be written?"""
     if arguments.image_root is not None and not arguments.image_root.is_dir():
         raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
-    for flag, path in (("-o", arguments.output), ("--plot", arguments.plot)):
+    for flag, path in (("-o", arguments.output), ("--rows", arguments.rows), ("--plot", arguments.plot)):
         if path is None:
             continue
         if path.is_dir() or not path.parent.is_dir():
@@ -165,7 +165,7 @@ def _questions(arguments: argparse.Namespace, wanted: int) -> list[InputRow]:
     return rows
 
 
-async def _measure(task: _Task) -> None:
+async def _measure(task: Task) -> None:
     from vtengine.cli.measure_target import open_target
     from vtengine.measure.load import run_load
 
@@ -185,7 +185,7 @@ async def _measure(task: _Task) -> None:
             progress.close()
 
 
-async def _warm_up(task: _Task, target: Target, view: Resolution) -> None:
+async def _warm_up(task: Task, target: Target, view: Resolution) -> None:
     """Raises CliError where all fail: the others would too."""
     jobs = task.jobs(target, view, min(WARM_UP, task.num_questions))
     await asyncio.gather(*(job() for job in jobs))
@@ -194,7 +194,7 @@ async def _warm_up(task: _Task, target: Target, view: Resolution) -> None:
     task.lost, task.fault = 0, ""
 
 
-def _tell_of_repeats(task: _Task, target: Target) -> None:
+def _tell_of_repeats(task: Task, target: Target) -> None:
     """Where a server may answer from its caches what it was asked before."""
     passes, asked = len(task.levels) * task.arguments.rounds, task.num_questions
     before = len(task.resolutions) * min(WARM_UP, asked)
@@ -207,39 +207,3 @@ def _tell_of_repeats(task: _Task, target: Target) -> None:
         f"those that come again may be answered from the server's caches{hint}",
         file=sys.stderr,
     )
-
-
-def _report(task: _Task, measured: list[Level], finished: bool) -> None:
-    """Raises CliError where a file cannot be written: the table is there by then."""
-    from vtengine.cli.measure_table import print_levels
-    from vtengine.measure.figures import figures
-    from vtengine.stamp import stamp
-
-    arguments, found = task.arguments, [figures(level) for level in measured]
-    print_levels(found)
-    if lost := sum(level["unfinished"] for level in found):
-        print(f"{lost:,} questions were rejected or failed and are in no other figure; the first: {task.fault}")
-    path = arguments.output
-    try:
-        if arguments.output is not None:
-            where = stamp(Path(__file__).parent)
-            result = {"stamp": where, "settings": _settings(task), "finished": finished, "levels": found}
-            arguments.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        if arguments.plot is not None:
-            from vtengine.measure.picture import draw
-
-            path = arguments.plot
-            draw(found, path)
-    except OSError as error:
-        raise CliError(f"{path}: cannot be written: {reason(error)}") from None
-
-
-def _settings(task: _Task) -> dict[str, Any]:
-    """Without those that a chat server does not hear."""
-    from vtengine.cli.measure_target import OF_ENGINES
-
-    arguments = task.arguments
-    names = ("chat", "questions", "rounds", "concurrency", "rate", "against", "data_parallel", "kv_gb", "device")
-    settings = {"input": str(arguments.input)} | sampling_settings(arguments) | {"model": task.model}
-    settings |= {name: getattr(arguments, name) for name in names}
-    return {name: value for name, value in settings.items() if arguments.chat is None or name not in OF_ENGINES}
