@@ -125,7 +125,12 @@ def test_ranks_teach_as_one_does(make_config, ranks, tmp_path) -> None:
             {},
             "reply 1 of 2: all but the last must call for a view",
         ),
-        ({"answer": "4", "replies": [CALL, CALL, AT_ONCE[0]]}, {}, "3 replies, an episode here 2 turns"),
+        ({"answer": "4", "replies": [CALL, CALL, AT_ONCE[0]]}, {}, "at most 2: raise rollout.max_turns"),
+        (
+            {"answer": "4", "replies": [CALL, AT_ONCE[0]]},
+            {"resolution": "low"},
+            'at most 1: rollout.resolution = "adaptive"',
+        ),
         ({"answer": "4", "replies": [CALL.replace("resize_image", "zoom"), AT_ONCE[0]]}, {}, "zoom"),
     ],
 )

@@ -53,7 +53,8 @@ def _misplaced(replies: tuple[str, ...], limits: Limits) -> RequestRejected | No
     if not replies:
         return RequestRejected("reply_unfit", "replies must be a list of texts, at least one")
     if len(replies) > limits.num_turns:
-        words = f"the row has {len(replies)} replies, an episode here {limits.num_turns} turns: raise rollout.max_turns"
+        remedy = "raise rollout.max_turns" if limits.resolution == "adaptive" else 'rollout.resolution = "adaptive"'
+        words = f"the row has {len(replies)} replies, an episode here at most {limits.num_turns}: {remedy}"
         return RequestRejected("reply_unfit", words)
     for number, text in enumerate(replies, start=1):
         reply, is_last = parse_reply(text), number == len(replies)
