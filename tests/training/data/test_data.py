@@ -37,6 +37,13 @@ def test_bad_rows_are_counted_by_reason(tmp_path) -> None:
     assert data.rejected == dict.fromkeys(codes, 1)
 
 
+def test_an_answer_of_white_space_is_none(tmp_path) -> None:
+    rows = [row(answer=""), row(answer=[" ", "\n"]), row(id="x", answer=["", "4"])]
+    data = read_dataset([write(tmp_path / "a.jsonl", rows)])
+    assert [one.answers for one in data.examples] == [("4",)]
+    assert data.rejected == {"answer_missing": 2}
+
+
 def test_nothing_usable_is_an_error_with_the_reasons(tmp_path) -> None:
     with pytest.raises(ValueError, match="answer_missing 1"):
         read_dataset([write(tmp_path / "a.jsonl", [{"image": "a", "question": "b"}])])

@@ -79,7 +79,7 @@ def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, imag
             rejected[row.code] += 1
         elif row.image is None:
             rejected["image_missing"] += 1
-        elif not row.answers:
+        elif not (answers := tuple(answer for answer in row.answers if answer.strip())):
             rejected["answer_missing"] += 1
         elif (name := _name(path, row, len(files))) in seen:
             rejected["id_duplicate"] += 1
@@ -89,7 +89,7 @@ def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, imag
             image = row.image
             if source.image_root and root != images:  # what was unpacked lies where we put it
                 image, root = _below(Path(source.image_root), image, root)
-            examples.append(Example(name, image, row.question, row.answers, root, fields))
+            examples.append(Example(name, image, row.question, answers, root, fields))
     if not examples:
         counts = ", ".join(f"{code} {count}" for code, count in rejected.items()) or "the files are empty"
         raise ValueError(f"data.files: no usable example ({counts}); every row needs image, question and answer")
