@@ -54,9 +54,9 @@ def test_an_in_place_change_before_backward_is_an_error():
 
 @pytest.mark.parametrize("better", [False, True])
 def test_both_ways_agree(better, monkeypatch):
-    if better and not module.onednn_is_better():
-        pytest.skip("oneDNN is used on AMD processors with AVX-512 only")
-    monkeypatch.setattr(module, "onednn_is_better", lambda: better)
+    if better and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN product")
+    monkeypatch.setattr(module, "onednn_is_better", lambda weight: better)
     x, weight = torch.randn(50, 64), torch.randn(30, 64)
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight), atol=1e-4, rtol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):

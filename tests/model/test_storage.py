@@ -18,7 +18,7 @@ def same(a, b):
 
 
 def test_stored_by_column_it_is_the_same_model(small_config, build, tmp_path, monkeypatch):
-    monkeypatch.setattr("vtengine.model.linear.onednn_is_better", lambda: False)
+    monkeypatch.setattr("vtengine.model.linear.onednn_is_better", lambda weight: False)
     model, plain, newer = build(small_config, 0), build(small_config, 0), build(small_config, 1)
     store_by_column(model)
     assert model.layers[0].attn.qkv.weight.stride(0) == 1

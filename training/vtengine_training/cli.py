@@ -79,8 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def program() -> None:
     """`main` as a process. The interpreter is not ended where a failed run has left its process group standing, or an
     interrupted one its learner at work: their threads would need it, and abort the process, whatever its status."""
-    # No two packed batches have one shape: what oneDNN keeps of them is only memory (see vtengine_kernels.onednn).
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # No two packed batches have one shape: what is kept of oneDNN's products is only memory (vtengine_kernels.onednn).
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
     try:
         status = main()
     except Exception:

@@ -1,7 +1,7 @@
-"""Matrix products of the model. On AMD processors float32 products go to oneDNN instead of MKL; those of few bfloat16
-rows go to a kernel of our own.
+"""Matrix products of the model. On some AMD processors float32 products go to oneDNN instead of MKL; those of few
+bfloat16 rows go to a kernel of our own.
 
-Why: `vtengine_kernels.onednn`, `vtengine_kernels.few_rows`. Elsewhere, and for other devices, torch's own choice.
+Which and why: `vtengine_kernels.onednn`, `vtengine_kernels.few_rows`. Elsewhere, on other devices: torch's own choice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.device.type != "cpu"
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
-        or not onednn_is_better()
+        or not onednn_is_better(weight)
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
     ):
@@ -66,7 +66,7 @@ def store_by_column(model: nn.Module) -> None:
     takes no such parameters. Where oneDNN does the products, nothing changes.
     """
     for module in model.modules():
-        if isinstance(module, Linear) and not onednn_is_better():
+        if isinstance(module, Linear) and not onednn_is_better(module.weight):
             weight = module.weight
             if weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous():
                 weight.data = weight.data.t().contiguous().t()

@@ -63,7 +63,7 @@ def scores_into(room: Tensor, hidden: Tensor, head: Head) -> Tensor:
     elif weight.dtype != room.dtype:
         for part in _slices(weight):
             room[:, part] = _product_of_16_bits(states, weight[part])
-    elif _by_onednn(states):
+    elif _by_onednn(states, weight):
         room = product(states, weight)
     else:
         torch.mm(states, weight.t(), out=room)
@@ -158,13 +158,13 @@ def detached(head: Head, weight: Tensor, a: Tensor | None, b: Tensor | None) -> 
     return replace(head, weight=weight.detach(), low_rank=low_rank)
 
 
-def _by_onednn(operand: Tensor) -> bool:
-    return operand.device.type == "cpu" and operand.dtype == torch.float32 and onednn_is_better()
+def _by_onednn(operand: Tensor, weight: Tensor) -> bool:
+    return operand.device.type == "cpu" and operand.dtype == torch.float32 and onednn_is_better(weight)
 
 
 def _times_weight(scores: Tensor, weight: Tensor) -> Tensor:
     if scores.dtype == weight.dtype:
-        return product(scores, weight.t()) if _by_onednn(scores) else scores @ weight
+        return product(scores, weight.t()) if _by_onednn(scores, weight) else scores @ weight
     total = scores.new_zeros(len(scores), weight.shape[1])
     for part in _slices(weight):
         total.addmm_(scores[:, part], weight[part].to(scores.dtype))

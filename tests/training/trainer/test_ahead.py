@@ -269,7 +269,7 @@ def test_an_interrupt_does_not_wait_for_the_learner(monkeypatch) -> None:
 
 
 def test_the_embedded_engine_has_a_copy_stored_for_reading(make_config, monkeypatch) -> None:
-    monkeypatch.setattr("vtengine.model.linear.onednn_is_better", lambda: False)
+    monkeypatch.setattr("vtengine.model.linear.onednn_is_better", lambda weight: False)
     one = Run(make_config(steps=2, rollout={"ahead": True}), rewarder())
     learned = one.parts.learner.policy.model
     assert isinstance(one.parts.engine, EmbeddedEngine) and one.parts.engine.model is not learned
