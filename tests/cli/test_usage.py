@@ -45,6 +45,22 @@ def test_help_and_usage_errors_import_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_closed_streams_lead_nowhere() -> None:
+    """As a daemon may be started: what is opened later must not become its output, nor that of its engines."""
+    script = (
+        "import os\n"
+        "for descriptor in range(3): os.close(descriptor)\n"
+        "import sys\nsys.stdout = sys.stderr = None\n"  # as Python sets them when it starts so
+        "from vtengine.cli.command import main\n"
+        "status = main(['view', sys.argv[1], '-o', sys.argv[2]])\n"
+        "places = [os.readlink(f'/proc/self/fd/{descriptor}') for descriptor in range(3)]\n"
+        "print('told nobody')\n"
+        "os._exit(10 * status + (places == ['/dev/null'] * 3 and all(map(os.get_inheritable, range(3)))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, "missing.jsonl", "out.html"], check=False)
+    assert done.returncode == 21  # status 2: there is no such file
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

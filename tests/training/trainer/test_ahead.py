@@ -66,7 +66,9 @@ def test_it_is_another_curve_than_without(make_config, tmp_path) -> None:
     rollout = {"concurrency": 1}  # or the last digit depends on what was sampled beside it
     rows = run_until(make_config(steps=3, rollout={**rollout, "ahead": True}), 3)
     plain = run_until(make_config(steps=3, rollout=rollout, output=str(tmp_path / "plain")), 3)
-    assert rows[0]["loss"] == plain[0]["loss"] and rows[2]["loss"] != plain[2]["loss"]
+    ahead, without = ([row["loss"] for row in run] for run in (rows, plain))
+    assert ahead[0] == pytest.approx(without[0], abs=1e-6)  # MKL's last digit depends on how the engine stores weights
+    assert ahead[2] != pytest.approx(without[2], abs=1e-6)
     assert [row["staleness/mean"] for row in plain] == [0, 0, 0]
 
 
