@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vtengine.model import hf_tensors, load_model, load_tensors, save_model, store_aligned, store_by_column
+from vtengine.model import checkpoint, hf_tensors, load_model, load_tensors, save_model, store_aligned, store_by_column
 from vtengine.model.layers import SwiGLU
 
 
@@ -83,3 +83,19 @@ def test_zeros_behind_rows_change_no_bit(dtype, monkeypatch):
     assert [
         module.down.weight.untyped_storage().data_ptr() == seen[2 * i][1] for i, module in enumerate((plain, aligned))
     ] == [False, True]
+
+
+def test_a_reader_of_a_checkpoint_lives_for_a_few_tensors(small_model, tmp_path, monkeypatch):
+    """What it read of the file is memory of this process until then."""
+    save_model(small_model, tmp_path, shard_bytes=1 << 20)
+    opened = []
+    monkeypatch.setattr(checkpoint, "TENSORS_PER_READER", 3)
+    monkeypatch.setattr(
+        checkpoint, "_reading", lambda file, real=checkpoint._reading: opened.append(file) or real(file)
+    )
+    found = checkpoint.Checkpoint.open(tmp_path)
+    opened.clear()
+    read = dict(found.tensors())
+    assert len(read) == len(hf_tensors(small_model)) and len(opened) >= len(read) / 3
+    assert len(opened) <= len(read) / 3 + len(set(opened))
+    assert same(load_model(tmp_path), small_model)

@@ -22,6 +22,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 NAMES_SHOWN = 8
+TENSORS_PER_READER = 32
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,18 @@ class Checkpoint:
         return Checkpoint(config, places)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of all, one after the other. Raises ModelLoadError on coming to NaN or infinity."""
+        """(name, whole tensor) of all, one after the other. Raises ModelLoadError on coming to NaN or infinity.
+
+        A reader serves only a few: what it has read of a file stays mapped, and counts as memory, as long as it lives.
+        """
         for file in dict.fromkeys(file for file, _ in self.places.values()):
-            with _reading(file) as reader:
-                for name in reader.keys():  # noqa: SIM118
-                    tensor = reader.get_tensor(name)
-                    _check_finite(file, name, tensor)
-                    yield name, tensor
+            names = [name for place, name in self.places.values() if place == file]
+            for first in range(0, len(names), TENSORS_PER_READER):
+                with _reading(file) as reader:
+                    for name in names[first : first + TENSORS_PER_READER]:
+                        tensor = reader.get_tensor(name)
+                        _check_finite(file, name, tensor)
+                        yield name, tensor
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """Some rows of a tensor; the others are not read. Raises ModelLoadError for NaN or infinity in them."""
