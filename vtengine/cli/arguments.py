@@ -121,7 +121,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"vtengine {installed_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     _add_generate(_command(commands, "generate", "answer a file of image questions", _GENERATE))
-    _add_ask(_command(commands, "ask", "answer one question about one image", _ASK))
+    _add_ask(_command(commands, "ask", "answer one question, about one image or none", _ASK))
     _add_serve(_command(commands, "serve", "answer over HTTP, as OpenAI's chat completions do", _SERVE))
     _add_view(_command(commands, "view", "make an HTML page of the episodes in a file", _VIEW))
     _add_measure(_command(commands, "measure", "measure throughput and latency on a file of questions", _MEASURE))
@@ -225,7 +225,11 @@ def _add_measure(parser: Parser) -> None:
 
 
 def _add_ask(parser: Parser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help=f"path of an image; {NO_IMAGE} asks without one")
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        help=f"path of an image, or with --allow-http its address; {NO_IMAGE} asks without one",
+    )
     parser.add_argument("question", metavar="QUESTION", help="what to ask about it")
     add_engine(parser)
 
