@@ -42,6 +42,14 @@ def _check_client(name: str, field: str) -> None:
         raise ValueError(f"{field}: no folder {name} here; to fetch it from Hugging Face: pip install 'vtengine[hf]'")
 
 
+def of_backend(name: str) -> Iterator[Check]:
+    """That SGLang is installed, where it is to run in this process."""
+    from vtengine.engine.sglang.inprocess import installed_version
+
+    if name == "sglang":
+        yield installed_version
+
+
 def of_reward(reward: RewardConfig) -> Iterator[Check]:
     """That the user's function is found."""
     from vtengine_training.rewards.user import load_function

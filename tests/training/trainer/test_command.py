@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -373,3 +374,10 @@ def test_a_dry_run_names_what_is_missing(command, tmp_path, capsys) -> None:
     assert "# MISSING: reward.function = 'no_such_module:name': cannot import" in said
     assert main([*command("nothing", "tests.training.rewards.rewards_of_users:half"), "--dry-run"]) == 0
     assert "MISSING" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find_spec("sglang") is not None, reason="SGLang is installed")
+def test_a_dry_run_says_that_sglang_is_not_installed(command, capsys) -> None:
+    line = command("nothing", "tests.training.rewards.rewards_of_users:half", "rollout.backend=sglang")
+    assert main([*line, "--dry-run"]) == 2
+    assert "# MISSING: backend sglang: SGLang is not installed here: pip install" in capsys.readouterr().out

@@ -10,12 +10,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from vtengine.config import load_config, to_toml
 from vtengine_training.curate.config import CurateConfig
-from vtengine_training.missing import absent_files, end_dry_run, of_model, of_profile, of_reward, refused
+from vtengine_training.missing import absent_files, end_dry_run, of_backend, of_model, of_profile, of_reward, refused
 
 
 def run_curate(arguments: argparse.Namespace) -> int:
@@ -103,7 +104,8 @@ def plan(config: CurateConfig) -> list[str]:
 
 def _missing(config: CurateConfig) -> Iterator[str]:
     yield from absent_files("data", config.data)
-    yield from refused(*of_model(config.model), *of_reward(config.reward), *of_profile(config.profile))
+    checks = (of_model(config.model), of_backend(config.backend), of_reward(config.reward), of_profile(config.profile))
+    yield from refused(*chain.from_iterable(checks))
 
 
 def _session(config: CurateConfig) -> argparse.Namespace:

@@ -17,7 +17,7 @@ from vtengine.config import load_config, to_toml
 from vtengine_training.errors import first_line
 from vtengine_training.files import only_run_in
 from vtengine_training.loggers.open import check_loggers, open_loggers
-from vtengine_training.missing import absent_files, end_dry_run, of_model, of_profile, of_reward, refused
+from vtengine_training.missing import absent_files, end_dry_run, of_backend, of_model, of_profile, of_reward, refused
 from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 from vtengine_training.trainer.config import GrpoConfig
@@ -156,6 +156,7 @@ def missing(config: GrpoConfig) -> Iterator[str]:
         yield from absent_files("validation", config.validation)
     yield from refused(
         *of_model(config.model),
+        *of_backend(config.rollout.backend),
         partial(check_loggers, config.loggers),
         *of_reward(config.reward),
         *of_profile(config.profile),
