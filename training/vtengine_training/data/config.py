@@ -10,10 +10,15 @@ from vtengine_training.checks import at_least
 
 @dataclass(frozen=True)
 class GlanceData:
-    """Questions of the generated world, written below the data folder when they are not there yet."""
+    """Questions of the generated world, written below the data folder when they are not there yet.
+
+    crops: a cold start on them (`loss.algorithm = "sft"`) teaches to ask for the part of the picture that must be seen
+    closer, not for the whole (with the profile glance-crop).
+    """
 
     seed: int = 2
     count: int = 4000
+    crops: bool = False
 
     def __post_init__(self) -> None:
         at_least(self, 1, "count")

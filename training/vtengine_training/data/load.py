@@ -37,12 +37,12 @@ def load_examples(source: SourceConfig, folder: Path, split: str = "train", seed
 
 def glance_questions(glance: GlanceData, folder: Path, split: str) -> Path:
     """The JSONL of generated questions; written first, where it is not there yet."""
-    # Seed and count are in the name, so that another config gets other questions.
-    made = folder / f"questions-{split}-{glance.seed}-{glance.count}"
+    # All of it is in the name, so that another config gets other questions.
+    made = folder / f"questions-{split}-{glance.seed}-{glance.count}{'-crops' if glance.crops else ''}"
     if not (made / "questions.jsonl").is_file():
         making = made.with_name(f".{made.name}.{os.getpid()}")
         shutil.rmtree(making, ignore_errors=True)
-        write_questions(making, split, glance.seed, glance.count, balanced=False)
+        write_questions(making, split, glance.seed, glance.count, balanced=False, crops=glance.crops)
         try:
             making.replace(made)
         except OSError:  # another process was faster: its questions are the same

@@ -16,9 +16,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vtengine.protocol.messages import View
+from vtengine.protocol.profile import load_profile
+from vtengine.protocol.tools import CROP, ToolCall
 from vtengine_training.glance.generate import SPLITS, make_scene
+from vtengine_training.glance.regions import region
 from vtengine_training.glance.scene import KINDS, Query, Scene
-from vtengine_training.glance.views import query_needs_high
+from vtengine_training.glance.views import plans, query_needs_high
+from vtengine_training.sft.tokenizer import THINK_FIRST, THINK_LARGE
 
 
 def pick(split: str, seed: int, count: int, balanced: bool) -> list[tuple[int, Scene, Query, bool]]:
@@ -39,8 +44,13 @@ def pick(split: str, seed: int, count: int, balanced: bool) -> list[tuple[int, S
     return chosen
 
 
-def write_questions(folder: Path, split: str, seed: int, count: int, balanced: bool = True) -> list[dict[str, Any]]:
-    """Writes images/ and questions.jsonl under `folder`; returns the rows."""
+def write_questions(
+    folder: Path, split: str, seed: int, count: int, balanced: bool = True, crops: bool = False
+) -> list[dict[str, Any]]:
+    """Writes images/ and questions.jsonl under `folder`; returns the rows.
+
+    crops: rows that need the high view get the `replies` of a model that asks for a part of it (profile glance-crop).
+    """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -57,9 +67,18 @@ def write_questions(folder: Path, split: str, seed: int, count: int, balanced: b
                 "needs_high": needs,
             }
         )
+        if crops and needs:
+            rows[-1]["replies"] = cropping(scene, query)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "questions.jsonl").write_text(text, encoding="utf-8")
     return rows
+
+
+def cropping(scene: Scene, query: Query) -> list[str]:
+    """The two replies, in the words of the profile `glance-crop`."""
+    profile, (low, _) = load_profile("glance-crop"), plans(scene)
+    call = ToolCall(CROP, View("crop", box=region(scene, query, low)))
+    return [profile.reply_call(THINK_FIRST, call), profile.reply_answer(THINK_LARGE, query.answer)]
 
 
 def main() -> None:
