@@ -7,8 +7,8 @@ import math
 from vtengine.vision.plan import PATCH, Box, ViewPlan
 from vtengine_training.glance.scene import Query, Scene
 
-MARGIN = 1.0
-"""Low-view pixels around the glyphs."""
+MARGIN = PATCH + 1
+"""Low-view pixels around the glyphs: with a patch of what lies about them the model reads as well as in the whole."""
 
 
 def region(scene: Scene, query: Query, low: ViewPlan) -> Box:
