@@ -178,7 +178,9 @@ def test_unreadable_files(tmp_path: Path, content: bytes, message: str) -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="profile 'nope': not found; give a file, or one of glance, visionthink"):
+    with pytest.raises(
+        ValueError, match="profile 'nope': not found; give a file, or one of glance, glance-crop, visionthink"
+    ):
         load_profile("nope")
 
 

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from vtengine_training.glance import KINDS, SPLITS, Scene, guess, make_scene
 from vtengine_training.glance.pages import make_page
+from vtengine_training.glance.regions import region
 from vtengine_training.glance.scene import COLOURS, LOW_READABLE, LOW_UNREADABLE, Query
 from vtengine_training.glance.supervision import IGNORE, KEYS, SIZES, answer_tokens, patch_labels
 from vtengine_training.glance.views import LIMITS, patches, plans, query_needs_high
+
+from vtengine.vision.plan import PATCH, plan_crop
 
 SCENES = [make_scene("validation", 5, index) for index in range(210)]
 
@@ -155,3 +158,23 @@ def test_a_guess_has_the_form_of_an_answer(scene: Scene) -> None:
             assert made in query.form.split("|") and query.answer in query.form.split("|")
         else:
             assert [c.isdigit() for c in made] == [c.isdigit() for c in query.answer]
+
+
+def test_a_region_holds_all_that_is_too_small_and_costs_less_than_the_whole() -> None:
+    """In the pixels of the low view, from patch to patch."""
+    costs = []
+    for scene in SCENES:
+        low, high = plans(scene)
+        height, width = scene.image.shape[:2]
+        for query in (query for query in scene.queries if query_needs_high(scene, query)):
+            left, top, right, bottom = region(scene, query, low)
+            assert 0 <= left < right <= low.width and 0 <= top < bottom <= low.height
+            assert all(edge % PATCH == 0 or edge in (low.width, low.height) for edge in (left, top, right, bottom))
+            for glyph in (glyph for glyph in scene.glyphs if glyph.cap == query.cap):
+                x, y = glyph.x * low.width / width, glyph.y * low.height / height
+                assert left <= x and x + glyph.w * low.width / width <= right
+                assert top <= y and y + glyph.h * low.height / height <= bottom
+            crop = plan_crop(width, height, low, (left, top, right, bottom), LIMITS)
+            costs.append((crop.visual_tokens, high.visual_tokens))
+    assert all(part <= whole for part, whole in costs)
+    assert sum(part for part, _ in costs) < 0.9 * sum(whole for _, whole in costs)

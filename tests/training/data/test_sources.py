@@ -13,6 +13,9 @@ from vtengine_training.data.config import DataConfig, GlanceData, SourceConfig
 from vtengine_training.data.examples import read_dataset
 from vtengine_training.data.load import load_examples
 
+from vtengine.protocol.profile import load_profile
+from vtengine.protocol.reply import parse_reply
+from vtengine.protocol.tools import CROP
 from vtengine.vision.errors import ImageError
 from vtengine.vision.source import read_image_source
 
@@ -263,6 +266,19 @@ def test_generated_questions_are_written_once(tmp_path) -> None:
     assert load_examples(config, tmp_path, "validation").fingerprint == first.fingerprint
     assert (tmp_path / "questions-validation-5-3" / "questions.jsonl").stat().st_mtime_ns == stamp
     assert not list(tmp_path.glob(".*"))
+
+
+def test_generated_questions_that_teach_to_crop(tmp_path) -> None:
+    """Only where the low view does not do; whole replies, in the profile's words, with a box that can be cropped."""
+    crops = load_examples(SourceConfig(glance=GlanceData(seed=5, count=30, crops=True)), tmp_path)
+    plain = load_examples(SourceConfig(glance=GlanceData(seed=5, count=30)), tmp_path)
+    offered = load_profile("glance-crop").offered
+    for one, other in zip(crops.examples, plain.examples, strict=True):
+        assert (one.id, one.question, one.answers) == (other.id, other.question, other.answers)
+        assert ("replies" in one.fields) == one.fields["needs_high"] and "replies" not in other.fields
+        if replies := one.fields.get("replies"):
+            call, answer = (parse_reply(text, offered) for text in replies)
+            assert call.call is not None and call.call.name == CROP and answer.answer == one.answers[0]
 
 
 @pytest.mark.parametrize(
