@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vtengine.protocol.messages import View
 from vtengine.protocol.profile import load_profile, shipped_profiles
 from vtengine.protocol.reply import parse_reply
-from vtengine.protocol.tools import RESIZE_CALL
+from vtengine.protocol.tools import CROP, RESIZE_CALL, ToolCall
 
 CALL = f"<tool_call>{RESIZE_CALL.to_json()}</tool_call>"
 
@@ -71,13 +72,17 @@ def test_nothing_offered() -> None:
     assert reply.error is not None and reply.error.code == "tool_not_offered"
 
 
+CROP_CALL = ToolCall(CROP, View("crop", box=(0, 28, 56, 84)))
+
+
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_taught_forms_are_flawless(name: str) -> None:
     profile = load_profile(name)
     assert parse_reply(profile.reply_answer("a {answer} b", "{think} 5")).answer == "{think} 5"
     assert parse_reply(profile.reply_answer("a", "5")).flaws == ()
-    called = parse_reply(profile.reply_call("a", RESIZE_CALL), profile.offered)
-    assert called.call == RESIZE_CALL and called.flaws == ()
+    for call in (one for one in (RESIZE_CALL, CROP_CALL) if one.name in profile.offered):
+        called = parse_reply(profile.reply_call("a", call), profile.offered)
+        assert called.call == call and called.flaws == ()
 
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<tool_call>", "</tool_call>", RESIZE_CALL.to_json(), "x", " "]
