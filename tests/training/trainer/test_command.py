@@ -204,7 +204,7 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, mo
     ):
         assert expected in said
     assert main([*command("dry", "toy_reward:low_bytes", "loss.algorithm=sft"), "--dry-run"]) == 0
-    assert "2 prompts, their replies written from their rows; 1 updates" in capsys.readouterr().out
+    assert "2 prompts, their replies written from their rows; 1 update\n" in capsys.readouterr().out
     assert not (tmp_path / "dry").exists()
 
 

@@ -130,15 +130,16 @@ def plan(config: GrpoConfig) -> list[str]:
     """
     rollout, loss, objective = config.rollout, config.loss, config.loss.objective
     step = f"each of {config.steps} steps: {rollout.prompts} prompts"
+    updates = f"{config.updates_per_step} update{'s' if config.updates_per_step > 1 else ''}"
     kept = f"checkpoints every {config.checkpoint.every} steps, {config.checkpoint.keep} kept, in {config.output}"
     if loss.is_supervised:
-        replies = f"{step}, their replies written from their rows; {config.updates_per_step} updates"
+        replies = f"{step}, their replies written from their rows; {updates}"
         return ["", "Plan", replies, f"loss: sft; KL {loss.kl_coef:g} ({loss.kl})", kept, *_estimate(config)]
     lines = [
         "",
         "Plan",
         f"{step} x {rollout.n} samples, at most "
-        f"{math.ceil(rollout.prompts * rollout.max_refill)} prompts drawn; {config.updates_per_step} updates",
+        f"{math.ceil(rollout.prompts * rollout.max_refill)} prompts drawn; {updates}",
         f"loss: {loss.algorithm}: advantage {objective.advantage}, policy {objective.policy}, clip "
         f"[{1 - objective.clip_low:g}, {1 + objective.clip_high:g}], {objective.aggregation}; "
         f"KL {loss.kl_coef:g} ({loss.kl}), entropy {loss.entropy_coef:g}",
