@@ -9,7 +9,8 @@
 namespace vtengine {
 
 constexpr int kPrecisionBits = 22;
-constexpr int kWideLanes = 16;  // outputs per AVX-512 group
+constexpr int kWideLanes = 16;  // outputs per AVX-512 register
+constexpr int kWideGroup = 4;   // registers per group: 64 outputs
 constexpr int kPairLanes = 8;   // outputs per AVX2 group
 
 // Four taps of 16 outputs: w0 + 256 w1 + 65536 w2 is the weight, index picks the taps from a 64-byte window.
@@ -24,13 +25,16 @@ struct alignas(32) PairQuad {
     int16_t low[16], high[16];
 };
 
-// Weights of one axis along the rows, in groups of outputs. Entry e of group g: entries[begin[g] + e].
+// Weights of one axis along the rows, in groups of outputs. Entry e of register r of group g:
+// entries[begin[g] + 4 * e + r], all of them with as many entries.
 struct WidePack {
     bool gather = false;  // windows span more than 64 bytes: index holds 16 int32 positions relative to the window
+    bool pixels = true;   // windows span at most 21 bytes, so that of interleaved pixels they fit 64; at most 8 taps
     std::vector<int32_t> begin, window;
     std::unique_ptr<WideQuad[]> entries;
 };
 
+// Entry e of group g: entries[begin[g] + e].
 struct PairPack {
     bool fits = true;  // else: use the scalar kernel
     std::vector<int32_t> begin, window;  // two windows per entry

@@ -62,18 +62,22 @@ void fill_pair(const Axis& axis, int64_t begin, int64_t end, int tap, int32_t wi
 
 WidePack make_wide(const Axis& axis) {
     WidePack pack;
-    pack.begin = entry_begins(axis, kWideLanes, 4);
+    pack.begin = entry_begins(axis, kWideGroup * kWideLanes, 4);
+    for (int32_t& begin : pack.begin) begin *= kWideGroup;
     pack.window.resize(pack.begin.back());
     pack.entries.reset(new WideQuad[pack.begin.back()]);
     for (int pass = 0; pass < 2; ++pass) {  // first the windows, which decide on gathering
         for (size_t g = 0; g + 1 < pack.begin.size(); ++g) {
-            const int64_t begin = g * kWideLanes, end = std::min<int64_t>(axis.size_out, begin + kWideLanes);
             for (int32_t e = pack.begin[g]; e < pack.begin[g + 1]; ++e) {
-                const int tap = 4 * (e - pack.begin[g]);
+                const int tap = 4 * ((e - pack.begin[g]) / kWideGroup), part = (e - pack.begin[g]) % kWideGroup;
+                const int64_t begin = std::min<int64_t>(axis.size_out, (g * kWideGroup + part) * kWideLanes);
+                const int64_t end = std::min<int64_t>(axis.size_out, begin + kWideLanes);
                 int32_t low = 0, high = 0;
                 span(axis, begin, end, tap, 4, &low, &high);
+                if (high == 0) low = high = pack.window[e - 1];  // no output here has so many taps
                 pack.window[e] = low;
                 if (pass == 0) pack.gather = pack.gather || high - low > 64;
+                if (pass == 0) pack.pixels = pack.pixels && high - low <= 21 && tap <= 4;
                 if (pass == 1) fill_wide(axis, begin, end, tap, low, pack.gather, &pack.entries[e]);
             }
         }

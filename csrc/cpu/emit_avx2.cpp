@@ -119,6 +119,8 @@ const Kernels kAvx2Kernels = {
      {{avx2::emit<float, 2, 16>, avx2::emit<uint16_t, 2, 16>}, {avx2::emit<float, 1, 16>, avx2::emit<uint16_t, 1, 16>}}},
     avx2::stream,
     avx2::fence,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace vtengine

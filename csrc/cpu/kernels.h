@@ -10,6 +10,7 @@ namespace vtengine {
 
 constexpr int64_t kPatches[2] = {14, 16};  // pixels per side of a patch
 constexpr int64_t kPad = 128;     // bytes that may be read and written past the end of a line of a plane
+constexpr int64_t kBatch = 4;     // lines resampled horizontally at a time
 constexpr int64_t kSpill = 64;    // bytes that `emit` may write past the end of its window
 
 // From levels to values: (x/255 - mean) / std in floats, rounded where the reference rounds.
@@ -22,11 +23,18 @@ struct Normaliser {
 
 using Emit = void (*)(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, void* out);
 
+// One window as whole lines of 64 bytes, which go past the caches to `line` and what follows. The first line begins with
+// the `held` bytes at `staging`. Returns how many bytes of an unfinished line lie there afterwards; the 64 bytes before
+// `staging` are overwritten.
+using EmitLines = int64_t (*)(const uint8_t* const planes[3], int64_t stride, const Normaliser& norm, char* line,
+                              uint8_t* staging, int64_t held);
+
 struct Kernels {
     // rgb: `pixels` interleaved pixels; planes: three lines; ahead: as many bytes that will be read soon (or not: they
     // need not exist).
     void (*deinterleave)(const uint8_t* rgb, int64_t pixels, uint8_t* const planes[3], const uint8_t* ahead);
-    // Resamples `lines` lines of axis.size_in bytes (kPad readable past the end) to axis.size_out bytes (kPad writable).
+    // Resamples lines <= 3 kBatch lines of axis.size_in bytes (kPad readable past the end) to axis.size_out bytes (kPad
+    // writable).
     void (*horizontal)(const Axis& axis, const uint8_t* const* in, uint8_t* const* out, int64_t lines);
     // Output row `row` of the axis from axis.count[row] lines of `bytes` bytes, with three more readable lines in
     // the list. Nothing past the end of a line is touched.
@@ -37,6 +45,10 @@ struct Kernels {
     void (*stream)(void* to, const void* from, int64_t lines);
     // Orders the streamed stores before what follows.
     void (*fence)();
+    const EmitLines (*emit_lines)[2][2];  // as `emit`; may be nullptr
+    // `deinterleave` and `horizontal` at once, of lines <= kBatch lines of pixels, row_bytes apart: channel c of line i goes
+    // to out[3 * i + c]. False: this axis does not allow it, and nothing was done. May be nullptr.
+    bool (*horizontal_pixels)(const Axis& axis, const uint8_t* rgb, int64_t row_bytes, uint8_t* const* out, int64_t lines);
 };
 
 extern const Kernels kScalarKernels;

@@ -10,6 +10,9 @@ namespace avx512 {
 
 void horizontal(const Axis& axis, const uint8_t* const* in, uint8_t* const* out, int64_t lines);
 void vertical(const Axis& axis, int64_t row, const uint8_t* const* in, int64_t bytes, uint8_t* out);
+bool horizontal_pixels(const Axis& axis, const uint8_t* rgb, int64_t row_bytes, uint8_t* const* out, int64_t lines);
+
+extern const EmitLines kEmitLines[2][2][2];  // as Kernels::emit
 
 }  // namespace avx512
 }  // namespace vtengine

@@ -83,6 +83,8 @@ const Kernels kScalarKernels = {
      {{emit<float, 2, 16>, emit<uint16_t, 2, 16>}, {emit<float, 1, 16>, emit<uint16_t, 1, 16>}}},
     stream,
     fence,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace vtengine

@@ -57,6 +57,11 @@ void RgbLines::read(int64_t row, int64_t count, uint8_t* const* to) {
     }
 }
 
+bool RgbLines::read_across(const Axis& axis, int64_t row, int64_t count, uint8_t* const* to) {
+    return kernels_.horizontal_pixels != nullptr &&
+           kernels_.horizontal_pixels(axis, pixels_ + row * row_bytes_, row_bytes_, to, count);
+}
+
 void Resampler::read(int64_t row, int64_t count, uint8_t* const* to) {
     if (!resize_.down) {
         if (resize_.across) return across(row, count, to);
@@ -103,6 +108,7 @@ void Resampler::down(int64_t row, int64_t column, int64_t columns, uint8_t* cons
 }
 
 void Resampler::across(int64_t row, int64_t count, uint8_t* const* to) {
+    if (from_.read_across(*resize_.across, row, count, to)) return;
     uint8_t* source[3 * kBatch];
     for (int64_t i = 0; i < 3 * count; ++i) source[i] = source_ + i * resize_.pitch_in;
     from_.read(row, count, source);

@@ -12,7 +12,6 @@
 namespace vtengine {
 
 constexpr int64_t kAhead = 8192;  // bytes between reading the source and asking the memory for it
-constexpr int64_t kBatch = 4;     // lines asked for at a time
 
 // Room for `bytes` and the padding, an odd number of cache lines: neighbours in a column share no cache set.
 inline int64_t pitch_of(int64_t bytes) { return 64 * (((bytes + kPad + 63) / 64) | 1); }
@@ -39,6 +38,8 @@ class Lines {
     virtual ~Lines() = default;
     // Channel c of line row + i goes to to[3 * i + c], kPad bytes past its end being writable. count <= kBatch.
     virtual void read(int64_t row, int64_t count, uint8_t* const* to) = 0;
+    // The same, resampled by `axis`, where that can be done at once; else false, and nothing was read.
+    virtual bool read_across(const Axis&, int64_t, int64_t, uint8_t* const*) { return false; }
 };
 
 // The source: interleaved pixels.
@@ -47,6 +48,7 @@ class RgbLines : public Lines {
     RgbLines(const uint8_t* pixels, int64_t row_bytes, int64_t width, const Kernels& kernels)
         : pixels_(pixels), row_bytes_(row_bytes), width_(width), kernels_(kernels) {}
     void read(int64_t row, int64_t count, uint8_t* const* to) override;
+    bool read_across(const Axis& axis, int64_t row, int64_t count, uint8_t* const* to) override;
 
   private:
     const uint8_t* pixels_;

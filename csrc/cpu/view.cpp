@@ -33,16 +33,20 @@ View::View(const vt_image& image, const vt_target& target, const vt_options& opt
       window(2 * options.patch),
       chain(make_chain(*this, target, options)),
       norm(make_normaliser(options)),
-      emit(table.emit[options.patch == kPatches[0] ? 0 : 1][options.layout][options.dtype]),
       out(static_cast<char*>(target.out)) {
     const int64_t value_bytes = options.dtype == VT_FLOAT32 ? 4 : 2;
     window_bytes = (options.layout == VT_FULL ? 2 : 1) * 3 * window * window * value_bytes;
     stream = options.stream < 0 ? window_bytes * (height / window) * (width / window) >= kStreamBytes
                                 : options.stream != 0;
+    const int patch = options.patch == kPatches[0] ? 0 : 1;
+    emit = table.emit[patch][options.layout][options.dtype];
+    if (table.emit_lines != nullptr && (norm.exact || options.dtype == VT_BFLOAT16)) {
+        emit_lines = table.emit_lines[patch][options.layout][options.dtype];
+    }
     at_band = 0;
     for (const Resize& resize : chain) at_band += resize.scratch_bytes;
     pitch_band = pitch_of(chain.back().ends_down() ? kTile : width);
-    at_staging = at_band + 3 * window * pitch_band;
+    at_staging = at_band + 3 * window * pitch_band + 64;
     scratch_bytes = (at_staging + 64 + window_bytes + kSpill + 63) / 64 * 64;
 }
 
@@ -114,8 +118,13 @@ void Stripe::emit(int64_t windows) {
     }
 }
 
-// Through staging memory, so that whole lines of 64 bytes go out past the caches.
+// In whole lines of 64 bytes, which go out past the caches; through staging memory where the kernels make no lines.
 void Stripe::stream_window(const uint8_t* const planes[3]) {
+    if (view_.emit_lines != nullptr && skip_ == 0) {
+        held_ = view_.emit_lines(planes, view_.pitch_band, view_.norm, to_ - held_, staging_, held_);
+        to_ += view_.window_bytes;
+        return;
+    }
     view_.emit(planes, view_.pitch_band, view_.norm, staging_ + held_);
     const int64_t total = held_ + view_.window_bytes, whole = total / 64 * 64;
     char* line = to_ - held_;

@@ -23,6 +23,7 @@ struct View {
     std::vector<Resize> chain;  // at least one
     Normaliser norm;
     Emit emit;
+    EmitLines emit_lines = nullptr;  // in place of `emit`, where it is there and stores bypass the caches
     char* out;
     int64_t window_bytes;  // four patches
     bool stream;           // stores bypass the caches
