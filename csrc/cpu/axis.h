@@ -26,11 +26,13 @@ struct alignas(32) PairQuad {
 };
 
 // Weights of one axis along the rows, in groups of outputs. Entry e of register r of group g:
-// entries[begin[g] + 4 * e + r], all of them with as many entries.
+// entries[begin[g] + 4 * e + r], all of them with as many entries, of which used[4 * g + r] have weights.
 struct WidePack {
     bool gather = false;  // windows span more than 64 bytes: index holds 16 int32 positions relative to the window
     bool pixels = true;   // windows span at most 21 bytes, so that of interleaved pixels they fit 64; at most 8 taps
-    std::vector<int32_t> begin, window;
+    size_t tail = SIZE_MAX;   // the first group whose 64 bytes of pixels may end past the line,
+    int32_t tail_pixel = 0;   // and the first pixel that it or a later one reads
+    std::vector<int32_t> begin, used, window;
     std::unique_ptr<WideQuad[]> entries;
 };
 

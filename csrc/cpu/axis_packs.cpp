@@ -60,10 +60,26 @@ void fill_pair(const Axis& axis, int64_t begin, int64_t end, int tap, int32_t wi
     }
 }
 
+void find_tail(int64_t size_in, WidePack* pack) {
+    const auto window = pack->window.begin();
+    for (size_t g = 0; g + 1 < pack->begin.size(); ++g) {
+        const auto [low, high] = std::minmax_element(window + pack->begin[g], window + pack->begin[g + 1]);
+        if (pack->tail == SIZE_MAX && *high + 22 > size_in) {
+            pack->tail = g;
+            pack->tail_pixel = *low;
+        }
+        if (pack->tail != SIZE_MAX) pack->tail_pixel = std::min(pack->tail_pixel, *low);
+    }
+}
+
 WidePack make_wide(const Axis& axis) {
     WidePack pack;
     pack.begin = entry_begins(axis, kWideGroup * kWideLanes, 4);
     for (int32_t& begin : pack.begin) begin *= kWideGroup;
+    for (int64_t r = 0; r < kWideGroup * groups(axis.size_out, kWideGroup * kWideLanes); ++r) {
+        const int64_t begin = r * kWideLanes, end = std::min<int64_t>(axis.size_out, begin + kWideLanes);
+        pack.used.push_back(entries_of(axis, begin, end, 4));
+    }
     pack.window.resize(pack.begin.back());
     pack.entries.reset(new WideQuad[pack.begin.back()]);
     for (int pass = 0; pass < 2; ++pass) {  // first the windows, which decide on gathering
@@ -82,6 +98,7 @@ WidePack make_wide(const Axis& axis) {
             }
         }
     }
+    find_tail(axis.size_in, &pack);
     return pack;
 }
 
