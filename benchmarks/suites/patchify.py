@@ -135,8 +135,8 @@ def levels_off(call: Callable[[], Any], exact: torch.Tensor) -> float:
 
 
 def memory_copy(moved: int, threads: int) -> Callable[[], None]:
-    """Reads moved / 2 bytes and writes as many. Source pages that were never written would all be the system's one page of
-    zeros, which stays in the caches."""
+    """Reads moved / 2 bytes and writes as many. Source pages that were never written would all be the system's one page
+    of zeros, which stays in the caches."""
     source, to = np.ones(moved // 2, np.uint8), np.zeros(moved // 2, np.uint8)
     if threads == 1:
         return lambda: np.copyto(to, source)
