@@ -20,11 +20,11 @@ from vtengine.cli.models import shipped_model
 from vtengine.model import PackedCausal, load_model, mrope_positions
 from vtengine.protocol.profile import load_profile
 
-SHIPPED, COLD_START = shipped_model("glance"), shipped_model("glance-sft")
+SHIPPED, COLD_START, CROPPING = (shipped_model(name) for name in ("glance", "glance-sft", "glance-crop"))
 EXAMPLES = Path(__file__).parents[2] / "examples" / "glance"
 ROWS = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
 needs_model = pytest.mark.skipif(
-    not all((folder / "config.json").is_file() for folder in (SHIPPED, COLD_START)),
+    not all((folder / "config.json").is_file() for folder in (SHIPPED, COLD_START, CROPPING)),
     reason="this source tree has no shipped models",
 )
 
@@ -45,10 +45,10 @@ def test_questions_are_what_the_generator_makes(row: dict[str, str]) -> None:
 
 
 @needs_model
-@pytest.mark.parametrize("folder", [SHIPPED, COLD_START], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [SHIPPED, COLD_START, CROPPING], ids=lambda folder: folder.name)
 def test_the_checkpoint_is_small_and_whole(folder: Path) -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 25e6
-    assert load_profile(folder).name == "glance"
+    assert load_profile(folder) == load_profile("glance-crop" if folder == CROPPING else "glance")
     limits = json.loads((folder / "preprocessor_config.json").read_text())
     assert (limits["min_pixels"], limits["max_pixels"]) == (LIMITS.min_pixels, LIMITS.max_pixels)
 
@@ -97,6 +97,19 @@ def test_the_shipped_model_looks_again_when_it_must() -> None:
     assert sum(needing) / len(needing) >= 0.8
     assert sum(enough) / len(enough) <= 0.3
     assert summary(found)["accuracy"]["all"] >= 0.7
+
+
+@needs_model
+def test_the_model_that_crops_sees_enough_in_a_part() -> None:
+    """It looks again when it must, at less than the whole, and reads as well."""
+    config = EvalConfig(max_new_tokens=96)
+    found = asyncio.run(_ask_all(config, CROPPING, EXAMPLES, ROWS, "adaptive", lambda *_: None))
+    needing, enough = ([row["upscaled"] for row in found if row["needs_high"] is need] for need in (True, False))
+    assert sum(needing) / len(needing) >= 0.9
+    assert sum(enough) / len(enough) <= 0.15
+    assert summary(found)["accuracy"]["all"] >= 0.8
+    whole = asyncio.run(_ask_all(config, SHIPPED, EXAMPLES, ROWS, "adaptive", lambda *_: None))
+    assert summary(found)["visual_tokens"] < 0.9 * summary(whole)["visual_tokens"]
 
 
 @needs_model

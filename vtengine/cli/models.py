@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from vtengine.cli.errors import UsageError, one_line
 from vtengine.vision.plan import MERGE, QWEN3_LIMITS, PixelLimits
 
-SHIPPED_NAMES = ("glance", "glance-sft")
-"""The model taught when to look again, and the cold start that it came from."""
+SHIPPED_NAMES = ("glance", "glance-sft", "glance-crop")
+"""The model taught when to look again, the cold start that it came from, and one that looks again at a part."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """What may describe an image processor; the second one, where it does, counts for transformers 5."""
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
