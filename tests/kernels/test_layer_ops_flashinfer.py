@@ -57,7 +57,8 @@ def test_it_is_taken_by_name_in_inference_on_cuda_only(calls, monkeypatch):
     with pytest.raises(ValueError, match="takes no"):
         layer_ops.swiglu(x, impl="flashinfer")
     with torch.inference_mode():
-        assert torch.equal(layer_ops.swiglu(x), plain.swiglu(x)) and not calls
+        torch.testing.assert_close(layer_ops.swiglu(x), plain.swiglu(x))  # the C++ one rounds once, where it is
+        assert not calls
         assert torch.equal(layer_ops.swiglu(x, impl="flashinfer"), plain.swiglu(x)) and len(calls) == 1
         with pytest.raises(ValueError, match="must be one of auto, triton, cpu, torch"):
             layer_ops.rms_norm(x, x[0], 1e-6, impl="flashinfer")
