@@ -1,4 +1,4 @@
-"""Products of decoding on a CPU: few rows with the matrix of a gate of the 3B model, in bfloat16; the reference: torch."""
+"""Products of decoding on a CPU: few rows with the matrix of a gate of the 3B model, in bfloat16, beside torch."""
 
 import pytest
 import torch
