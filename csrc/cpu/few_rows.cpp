@@ -69,13 +69,6 @@ VT_BF16 void run_tile(Tile& tile) {
 using Run = void (*)(Tile&);
 constexpr Run kRuns[kMostRows] = {run_tile<1>, run_tile<2>, run_tile<3>, run_tile<4>, run_tile<5>, run_tile<6>};
 
-float from_bfloat16(uint16_t value) {
-    const uint32_t bits = static_cast<uint32_t>(value) << 16;
-    float out;
-    __builtin_memcpy(&out, &bits, 4);
-    return out;
-}
-
 void store(const vt_few_rows_args& a, const Tile& tile, int64_t first_row, int64_t rows, int64_t first) {
     const int64_t outputs = std::min<int64_t>(kTile, a.outputs - first);
     for (int64_t n = 0; n < rows; ++n) {

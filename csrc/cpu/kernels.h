@@ -83,6 +83,13 @@ const Kernels* kernels_of(int isa);  // VT_ISA_AUTO: the best; nullptr: not on t
 void vertical_scalar(const Axis& axis, int64_t row, const uint8_t* const* in, int64_t begin, int64_t end, uint8_t* out);
 void horizontal_scalar(const Axis& axis, const uint8_t* const* in, uint8_t* const* out, int64_t lines);
 
+inline float from_bfloat16(uint16_t value) {
+    const uint32_t bits = static_cast<uint32_t>(value) << 16;
+    float out;
+    __builtin_memcpy(&out, &bits, 4);
+    return out;
+}
+
 inline uint16_t to_bfloat16(float value) {  // nearest, ties to even
     uint32_t bits;
     __builtin_memcpy(&bits, &value, 4);

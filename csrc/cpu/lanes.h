@@ -16,10 +16,7 @@ VT_TARGET static inline void widen(const uint16_t* x, int64_t size, float* out) 
         const BitsVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(x + i), BitsVec);
         *reinterpret_cast<BitsVec*>(out + i) = bits << 16;
     }
-    for (; i < size; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
-        __builtin_memcpy(out + i, &bits, 4);
-    }
+    for (; i < size; ++i) out[i] = from_bfloat16(x[i]);
 }
 
 // Floats to bfloat16: the nearest, ties to even; NaN stays NaN.

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtengine.cli.errors import UsageError
 from vtengine.cli.inputs import InputRow
 from vtengine.cli.scoring import is_correct
 from vtengine.viewer.totals import UNFINISHED
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 LOGPROB_DIGITS = 3  # batches of other sizes differ in later ones
+
+
+def check_image_root(arguments: argparse.Namespace) -> None:
+    """Raises UsageError where it is no folder."""
+    if arguments.image_root is not None and not arguments.image_root.is_dir():
+        raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
 
 
 async def answer_row(arguments: argparse.Namespace, setting: Setting, row: InputRow, sample: int) -> tuple[Row, bool]:

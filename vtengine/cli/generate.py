@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from vtengine.cli.asking import Row, answer_row
+from vtengine.cli.asking import Row, answer_row, check_image_root
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, reason
 from vtengine.cli.inputs import InputRow, RejectedRow, count_inputs, first_rejection, read_inputs
 from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, settings_path
@@ -83,8 +83,7 @@ class _Task:
         source, target = arguments.input, arguments.output
         _check_files(source, target)
         check_free(target)
-        if arguments.image_root is not None and not arguments.image_root.is_dir():
-            raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
+        check_image_root(arguments)
         try:
             task = cls(arguments, TotalsCounter(), count_inputs(source) * arguments.n)
             wrong = first_rejection(source)

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from vtengine.cli.asking import check_image_root
 from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, one_line, reason
 from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
 from vtengine.cli.progress import Progress
@@ -129,8 +130,7 @@ def _default_concurrency(arguments: argparse.Namespace) -> int:
 
 def _check_places(arguments: argparse.Namespace) -> None:
     """Before anything takes time: can the results be written?"""
-    if arguments.image_root is not None and not arguments.image_root.is_dir():
-        raise UsageError(f"--image-root {arguments.image_root}: is not a folder")
+    check_image_root(arguments)
     for flag, path in (("-o", arguments.output), ("--rows", arguments.rows), ("--plot", arguments.plot)):
         if path is None:
             continue

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vtengine.protocol.messages import View
-from vtengine.protocol.profile import load_profile
+from vtengine.protocol.profile import Profile, load_profile
 from vtengine.protocol.tools import CROP, ToolCall
 from vtengine_training.glance.generate import SPLITS, make_scene
 from vtengine_training.glance.regions import region
@@ -51,6 +51,7 @@ def write_questions(
 
     crops: rows that need the high view get the `replies` of a model that asks for a part of it (profile glance-crop).
     """
+    profile = load_profile("glance-crop")
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -68,15 +69,15 @@ def write_questions(
             }
         )
         if crops and needs:
-            rows[-1]["replies"] = cropping(scene, query)
+            rows[-1]["replies"] = cropping(scene, query, profile)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "questions.jsonl").write_text(text, encoding="utf-8")
     return rows
 
 
-def cropping(scene: Scene, query: Query) -> list[str]:
-    """The two replies, in the words of the profile `glance-crop`."""
-    profile, (low, _) = load_profile("glance-crop"), plans(scene)
+def cropping(scene: Scene, query: Query, profile: Profile) -> list[str]:
+    """The two replies, in the words of the profile."""
+    low, _ = plans(scene)
     call = ToolCall(CROP, View("crop", box=region(scene, query, low)))
     return [profile.reply_call(THINK_FIRST, call), profile.reply_answer(THINK_LARGE, query.answer)]
 
