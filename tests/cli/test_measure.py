@@ -206,8 +206,15 @@ def test_an_input_without_questions(scripted: Run, vtengine: Run, questions: Run
     assert "is the input itself" in vtengine("measure", path, "-o", path, *scripted()).err
 
 
-def test_ctrl_c_shows_what_was_measured(
-    scripted: Run, vtengine: Run, questions: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_shows_what_was_measured(
+    scripted: Run,
+    vtengine: Run,
+    questions: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    status: int,
 ) -> None:
     """In the fourth pass, which is in the second round of two levels."""
     passes = []
@@ -215,14 +222,14 @@ def test_ctrl_c_shows_what_was_measured(
     async def interrupted(*arguments: Any) -> Pass:
         passes.append(arguments)
         if len(passes) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             await asyncio.sleep(30)
         return await run_load(*arguments)
 
     monkeypatch.setattr(load, "run_load", interrupted)
     out = tmp_path / "load.json"
     done = vtengine("measure", questions(2), "--concurrency", "1,2", "-o", out, *scripted())
-    assert done.status == 130 and "interrupted after 1 of 3 whole rounds" in done.err
+    assert done.status == status and "interrupted after 1 of 3 whole rounds" in done.err
     document = json.loads(out.read_text())
     assert document["finished"] is False and [one["rounds"] for one in document["levels"]] == [1, 2]
     assert "2 at a time" in done.out

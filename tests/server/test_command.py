@@ -126,8 +126,9 @@ def test_serves_and_stops(process: Callable[..., Process], scripted: Callable[..
     assert "POST /v1/chat/completions 200" in server.log and "no API key" not in server.log
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_running_requests_finish(
-    process: Callable[..., Process], scripted: Callable[..., list[str]]
+    process: Callable[..., Process], scripted: Callable[..., list[str]], number: int
 ) -> None:
     server = process(*scripted(delay_s=2.0))
     replies: list[Any] = []
@@ -139,11 +140,25 @@ def test_a_signal_lets_running_requests_finish(
     thread = threading.Thread(target=run)
     thread.start()
     server.wait_until_running()
-    server.popen.send_signal(signal.SIGTERM)
+    server.popen.send_signal(number)
     thread.join(timeout=30)
     assert server.finish() == 0
     assert replies[0].choices[0].message.content == "a red ball"
     assert "stopping: 1 requests are inside" in server.log
+
+
+def test_a_hangup_is_ignored_where_it_was_at_the_start(
+    process: Callable[..., Process], scripted: Callable[..., list[str]]
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        server = process(*scripted())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    server.popen.send_signal(signal.SIGHUP)
+    assert get(server.url + "/ready") == (200, '{"status":"ready"}')
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.finish() == 0 and server.log.count("stopping: ") == 1
 
 
 def test_what_outlasts_the_drain_is_told(process: Callable[..., Process], scripted: Callable[..., list[str]]) -> None:

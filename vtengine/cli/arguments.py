@@ -72,7 +72,8 @@ input: as of `vtengine generate`. Each level of load is asked all the questions,
 
 exit status:
   0 done; 3 done, but some questions were rejected or failed (they are in no figure); 2 bad usage; 1 the run had to
-  stop; 130 Ctrl-C (what was measured until then is shown, and written to RESULT.json)"""
+  stop; 130 Ctrl-C, 143 SIGTERM. After 1, 130 and 143 the rounds measured until then are shown and written, and
+  RESULT.json says `"finished": false`"""
 
 _BENCH = """examples:
   vtengine bench --list

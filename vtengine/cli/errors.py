@@ -1,7 +1,7 @@
 """Errors that end a command with one line and an exit status, never a traceback.
 
 Exit statuses of `vtengine`: 0 done · 1 the run could not go on · 2 bad usage · 3 some row was rejected or failed ·
-130 Ctrl-C.
+130 Ctrl-C · 143 SIGTERM.
 """
 
 from __future__ import annotations

@@ -22,20 +22,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vtengine.cli.asking import Row, answer_row, check_image_root
-from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageError, reason
+from vtengine.cli.errors import OK, ROWS_REJECTED, CliError, UsageError, reason
 from vtengine.cli.inputs import InputRow, RejectedRow, count_inputs, first_rejection, read_inputs
 from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, settings_path
 from vtengine.cli.progress import Progress
 from vtengine.cli.resume import KeptRows, Place, find_rows
 from vtengine.cli.session import check_flags, default_concurrency, open_session, sampling_settings
+from vtengine.cli.stop import Stop
 from vtengine.cli.summary import print_summary
 from vtengine.viewer.totals import TotalsCounter
 from vtengine.vision.source import is_url
 
 if TYPE_CHECKING:
     from vtengine.rollout.group import Setting
-
-REPEATED_SIGNAL_S = 2.0  # wrappers and terminals may deliver one Ctrl-C twice
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -145,40 +144,21 @@ def _check_files(source: Path, target: Path) -> None:
             raise UsageError(f"-o {target}: is {written}")
 
 
-class _Stop:
-    """Cancels the current task at the first SIGINT or SIGTERM; one that comes long after it ends the process."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._first_s = 0.0
-        self._task = asyncio.current_task()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._catch, number)
-
-    def _catch(self, number: int) -> None:
-        if self.number is None:
-            self.number, self._first_s = number, time.monotonic()
-            assert self._task is not None
-            self._task.cancel()
-        elif time.monotonic() - self._first_s > REPEATED_SIGNAL_S:
-            raise KeyboardInterrupt
-
-
 async def _generate(task: _Task, concurrency: int) -> None:
     """Runs what is left and writes it. Ctrl-C or a termination signal leaves a file that can be resumed."""
-    stop: _Stop | None = None
+    stop: Stop | None = None
     output: OutputFile | None = None
     finished = False
     try:
         async with open_session(task.arguments, concurrency) as setting:
-            stop = _Stop()
+            stop = Stop()
             output = task.open_output()
             await _write_rows(task, setting, concurrency, output)
         finished = True
     except asyncio.CancelledError:
         if stop is None or stop.number is None:
             raise
-        raise _interrupted(task, stop.number) from None
+        raise _interrupted(task, stop.status) from None
     finally:
         if output is not None:
             task.close_output(output, finished=finished)
@@ -223,8 +203,7 @@ async def _row(task: _Task, setting: Setting, number: int, row: InputRow | Rejec
     return record
 
 
-def _interrupted(task: _Task, number: int) -> CliError:
+def _interrupted(task: _Task, status: int) -> CliError:
     rows = task.counter.totals().rows
     message = f"interrupted: {rows} of {task.rows_total} rows are in {task.arguments.output};"
-    status = INTERRUPTED if number == signal.SIGINT else 128 + number
     return CliError(f"{message} run the same command with --resume to go on", status=status)

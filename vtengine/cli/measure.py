@@ -18,6 +18,7 @@ from vtengine.cli.errors import INTERRUPTED, OK, ROWS_REJECTED, CliError, UsageE
 from vtengine.cli.inputs import InputRow, RejectedRow, read_inputs
 from vtengine.cli.progress import Progress
 from vtengine.cli.session import CONCURRENCY, check_flags, default_concurrency
+from vtengine.cli.stop import Stop
 from vtengine.protocol.messages import Resolution
 from vtengine.viewer.totals import UNFINISHED
 
@@ -45,8 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         asyncio.run(_measure(task))
     except KeyboardInterrupt:
-        whole = min(len(level.passes) for level in task.levels)
-        fault = CliError(f"interrupted after {whole} of {arguments.rounds} whole rounds", status=INTERRUPTED)
+        fault = _interrupted(task, INTERRUPTED)
     except CliError as error:
         fault = error
     if measured := [level for level in task.levels if level.passes]:
@@ -167,22 +167,39 @@ def _questions(arguments: argparse.Namespace, wanted: int) -> list[InputRow]:
 
 async def _measure(task: Task) -> None:
     from vtengine.cli.measure_target import open_target
+
+    stop: Stop | None = None
+    try:
+        async with open_target(task.arguments, task.concurrency, task.resolutions) as target:
+            stop = Stop()
+            await _ask_all(task, target)
+    except asyncio.CancelledError:
+        if stop is None or stop.number is None:
+            raise
+        raise _interrupted(task, stop.status) from None
+
+
+async def _ask_all(task: Task, target: Target) -> None:
     from vtengine.measure.load import run_load
 
     arguments, count = task.arguments, task.num_questions
-    async with open_target(arguments, task.concurrency, task.resolutions) as target:
-        task.model = target.model
-        _tell_of_repeats(task, target)
-        for view in task.resolutions:
-            await _warm_up(task, target, view)
-        progress = Progress(count * len(task.levels) * arguments.rounds, 0, quiet=arguments.quiet)
-        try:
-            for level in task.rounds():
-                await target.empty_caches()
-                jobs = task.jobs(target, level.resolution, count, progress)
-                level.passes.append(await run_load(level.load, jobs, arguments.seed))
-        finally:
-            progress.close()
+    task.model = target.model
+    _tell_of_repeats(task, target)
+    for view in task.resolutions:
+        await _warm_up(task, target, view)
+    progress = Progress(count * len(task.levels) * arguments.rounds, 0, quiet=arguments.quiet)
+    try:
+        for level in task.rounds():
+            await target.empty_caches()
+            jobs = task.jobs(target, level.resolution, count, progress)
+            level.passes.append(await run_load(level.load, jobs, arguments.seed))
+    finally:
+        progress.close()
+
+
+def _interrupted(task: Task, status: int) -> CliError:
+    whole = min(len(level.passes) for level in task.levels)
+    return CliError(f"interrupted after {whole} of {task.arguments.rounds} whole rounds", status=status)
 
 
 async def _warm_up(task: Task, target: Target, view: Resolution) -> None:
