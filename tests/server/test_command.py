@@ -239,7 +239,7 @@ def test_the_shipped_model(process: Callable[..., Process]) -> None:
         assert len(texts) <= sum(turn["completion_tokens"] for turn in turns) / 2
         sampled = [client.chat.completions.create(**options, temperature=1, seed=5) for _ in range(2)]
         assert sampled[0].choices[0].message == sampled[1].choices[0].message
-    assert "vtengine_engine_engines 1.0" in get(server.url + "/metrics")[1], "one engine, in a process of its own"
+    assert "vtengine_engines 1.0" in get(server.url + "/metrics")[1], "one engine, in a process of its own"
     server.popen.send_signal(signal.SIGTERM)
     assert server.finish() == 0
 

@@ -120,7 +120,8 @@ _NAMES = {"pages_total": "pages", "cpu_s": "cpu_seconds"}
 
 
 class _StatsCollector(Collector):
-    """Figures kept elsewhere: counters vtengine_<prefix>_<name>_total, and gauges without the ending."""
+    """Figures kept elsewhere: counters vtengine_<prefix>_<name>_total, and gauges without the ending. A name that has
+    the prefix does not get it again."""
 
     def __init__(self, sources: Mapping[str, Stats]) -> None:
         self._sources = sources
@@ -132,5 +133,6 @@ class _StatsCollector(Collector):
         for prefix, stats in self._sources.items():
             for name, value in stats().items():
                 kind = GaugeMetricFamily if name in _GAUGES else CounterMetricFamily
-                full = f"vtengine_{prefix}_{_ODD.sub('_', _NAMES.get(name, name))}"
-                yield kind(full, f"{name} of the {prefix}", value=value)
+                full = _ODD.sub("_", _NAMES.get(name, name))
+                full = full if full.startswith(prefix) else f"{prefix}_{full}"
+                yield kind(f"vtengine_{full}", f"{name} of the {prefix}", value=value)

@@ -124,7 +124,8 @@ def test_an_update_may_abort_what_runs_and_start_it_again():
         await backend.load_weights(NORM, 5)
         fake.token_s = 0.0
         done = await running
-        return done.weight_version, done.finish, len(done.token_ids), len(fake.requests), backend.stats()["restarts"]
+        restarts = backend.stats()["requests_restarted"]
+        return done.weight_version, done.finish, len(done.token_ids), len(fake.requests), restarts
 
     assert serve(load, on_update="restart") == (5, "length", 100, 2, 1)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 COUNTERS = (
     *("requests", "prompt_tokens", "cached_tokens", "prefill_tokens", "generated_tokens", "images_encoded"),
-    *("retries", "restarts", "failures"),
+    *("requests_restarted", "retries", "failures"),
 )
 RETRY_PAUSE_S = 0.25
 
@@ -126,7 +126,7 @@ class SglangBackend:
                 self._aborted.discard(request.request_id)
             if not restarts:
                 return completion
-            self._counters["restarts"] += 1
+            self._counters["requests_restarted"] += 1
 
     async def load_weights(self, source: Path | Mapping[str, torch.Tensor], version: int) -> None:
         """source: a checkpoint folder that SGLang can read, or tensors by checkpoint name (a part is enough).
