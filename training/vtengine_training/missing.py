@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from vtengine_training.data.config import SourceConfig
+from vtengine_training.data.tables import is_saved_dataset
+from vtengine_training.lora.config import LoraConfig
+from vtengine_training.packages import check_installed, is_installed
 from vtengine_training.rewards.rewarder import RewardConfig
 
 Check = Callable[[], object]
@@ -38,24 +40,43 @@ def of_model(name: str, field: str = "model") -> Iterator[Check]:
 
 
 def _check_client(name: str, field: str) -> None:
-    if find_spec("huggingface_hub") is None:
+    if not is_installed("huggingface_hub"):
         raise ValueError(f"{field}: no folder {name} here; to fetch it from Hugging Face: pip install 'vtengine[hf]'")
 
 
 def of_backend(name: str) -> Iterator[Check]:
-    """That SGLang is installed, where it is to run in this process."""
+    """That SGLang is installed, where it is to run in this process; where it is elsewhere, an HTTP client."""
     from vtengine.engine.sglang.inprocess import installed_version
 
     if name == "sglang":
         yield installed_version
+    elif name != "embedded":
+        yield partial(check_installed, "httpx", "sglang", f"backend {name}")
+
+
+def of_data(section: str, source: SourceConfig) -> Iterator[Check]:
+    """That what reads these files is installed."""
+    folders = [path for path in map(Path, source.files) if path.is_dir()]
+    if any(map(is_saved_dataset, folders)):
+        yield partial(check_installed, "datasets", "data", f"{section}.files")
+    elif folders or any(name.endswith(".parquet") for name in source.files):
+        yield partial(check_installed, "pyarrow", "data", f"{section}.files")
+
+
+def of_lora(lora: LoraConfig) -> Iterator[Check]:
+    """That peft is installed, where adapters are trained."""
+    if lora.rank:
+        yield partial(check_installed, "peft", "lora", f"lora.rank = {lora.rank}")
 
 
 def of_reward(reward: RewardConfig) -> Iterator[Check]:
-    """That the user's function is found."""
+    """That the user's function is found, and the judge's client."""
     from vtengine_training.rewards.user import load_function
 
     if reward.function:
         yield partial(load_function, reward.function)
+    if reward.uses_judge:
+        yield partial(check_installed, "openai", "judge", f"reward.accuracy = {reward.accuracy!r}")
 
 
 def of_profile(name: str) -> Iterator[Check]:

@@ -10,13 +10,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from vtengine.config import load_config, to_toml
 from vtengine_training.curate.config import CurateConfig
-from vtengine_training.missing import absent_files, end_dry_run, of_backend, of_model, of_profile, of_reward, refused
+from vtengine_training.missing import (
+    absent_files,
+    end_dry_run,
+    of_backend,
+    of_data,
+    of_model,
+    of_profile,
+    of_reward,
+    refused,
+)
 
 
 def run_curate(arguments: argparse.Namespace) -> int:
@@ -104,8 +112,13 @@ def plan(config: CurateConfig) -> list[str]:
 
 def _missing(config: CurateConfig) -> Iterator[str]:
     yield from absent_files("data", config.data)
-    checks = (of_model(config.model), of_backend(config.backend), of_reward(config.reward), of_profile(config.profile))
-    yield from refused(*chain.from_iterable(checks))
+    yield from refused(
+        *of_data("data", config.data),
+        *of_model(config.model),
+        *of_backend(config.backend),
+        *of_reward(config.reward),
+        *of_profile(config.profile),
+    )
 
 
 def _session(config: CurateConfig) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from vtengine.config import to_dict
 from vtengine_training.loggers.base import Guarded, Row
 from vtengine_training.loggers.config import LoggerName, WandbConfig
 from vtengine_training.loggers.jsonl import JsonLines
+from vtengine_training.packages import is_installed
 
 Report = Callable[[dict[str, Any]], None]
 FAILED = "loggers/failed"
@@ -33,7 +33,7 @@ class Logged(Protocol):
 def check_loggers(names: Sequence[LoggerName]) -> None:
     """Raises ValueError for a logger whose package is missing: to be called before anything takes time."""
     for name in ("tensorboard", "wandb"):
-        if name in names and not _is_installed(name):
+        if name in names and not is_installed(name):
             raise ValueError(f"loggers: {name} is missing; pip install 'vtengine[{name}]', or leave it out")
 
 
@@ -78,11 +78,3 @@ def _open(name: LoggerName, config: Logged, output: Path, total: int, done: int,
     from vtengine_training.loggers.console import Console
 
     return Console(total, done, note)
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        spec = importlib.util.find_spec(name)
-    except ValueError:  # sys.modules says that it is not to be had
-        return False
-    return spec is not None and spec.origin is not None  # a folder ./wandb is no package

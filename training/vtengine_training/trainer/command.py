@@ -17,7 +17,17 @@ from vtengine.config import load_config, to_toml
 from vtengine_training.errors import first_line
 from vtengine_training.files import only_run_in
 from vtengine_training.loggers.open import check_loggers, open_loggers
-from vtengine_training.missing import absent_files, end_dry_run, of_backend, of_model, of_profile, of_reward, refused
+from vtengine_training.missing import (
+    absent_files,
+    end_dry_run,
+    of_backend,
+    of_data,
+    of_lora,
+    of_model,
+    of_profile,
+    of_reward,
+    refused,
+)
 from vtengine_training.rewards.penalty import PenaltyConfig
 from vtengine_training.stopping import EXIT_STOPPED, stop_at_signal
 from vtengine_training.trainer.config import GrpoConfig
@@ -152,11 +162,13 @@ def plan(config: GrpoConfig) -> list[str]:
 
 def missing(config: GrpoConfig) -> Iterator[str]:
     """What would end the run at its start, of what is seen without loading anything."""
-    yield from absent_files("data", config.data)
-    if config.validation.every:
-        yield from absent_files("validation", config.validation)
+    sources = {"data": config.data} | ({"validation": config.validation} if config.validation.every else {})
+    for section, source in sources.items():
+        yield from absent_files(section, source)
+        yield from refused(*of_data(section, source))
     yield from refused(
         *of_model(config.model),
+        *of_lora(config.lora),
         *of_backend(config.rollout.backend),
         partial(check_loggers, config.loggers),
         *of_reward(config.reward),
