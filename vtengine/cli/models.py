@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vtengine.cli.errors import UsageError, one_line
-from vtengine.vision.plan import MERGE, QWEN3_LIMITS, PixelLimits
+from vtengine.vision import processor
 
 SHIPPED_NAMES = ("glance", "glance-sft", "glance-crop")
 """The model taught when to look again, the cold start that it came from, and one that looks again at a part."""
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-"""What may describe an image processor; the second one, where it does, counts for transformers 5."""
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILES = ("*.json", "*.safetensors", "*.toml", "*.txt", "*.jinja")
 
@@ -52,72 +47,16 @@ def is_hub_id(name: str) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file of a checkpoint. Raises UsageError."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--model: {path} cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"--model: {path} holds no JSON object")
-    return config
-
-
-class ImageProcessor(NamedTuple):
-    """How a checkpoint wants its images. mean, std: of the three channels."""
-
-    limits: PixelLimits
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def image_processor(folder: Path) -> ImageProcessor:
-    """What the checkpoint's image processor states, as released or as transformers 5 writes it; for what it leaves out
-    the values that its family was released with. Raises UsageError for pixels that we would not make."""
-    config: dict[str, Any] = {}
-    for name in PROCESSOR_FILES:
-        found = read_json(folder / name) if (folder / name).is_file() else {}
-        config |= _part(found, "image_processor") or found
-    family = _family(folder)
-    _check_processor(folder, config, family)
-    size = _part(config, "size")
-    stated = {"min_pixels": config.get("min_pixels") or size.get("shortest_edge")}
-    stated["max_pixels"] = config.get("max_pixels") or size.get("longest_edge")
-    for name, value in stated.items():
-        if value is not None and type(value) is not int:
-            raise _unfit(folder, name, value, "must be a whole number of pixels")
-    limits = replace(family.limits, **{key: value for key, value in stated.items() if value is not None})
-    return family._replace(limits=limits)
-
-
-def _family(folder: Path) -> ImageProcessor:
-    from vtengine_kernels.patchify import CLIP_MEAN, CLIP_STD, HALF
-
-    if read_json(folder / "config.json").get("model_type") == "qwen3_vl":
-        return ImageProcessor(QWEN3_LIMITS, HALF, HALF)
-    return ImageProcessor(PixelLimits(), CLIP_MEAN, CLIP_STD)
-
-
-def _check_processor(folder: Path, config: dict[str, Any], family: ImageProcessor) -> None:
-    """Raises UsageError for pixel values that we would not make: their model would be shown others without a word."""
-    for name, ours in (("patch_size", family.limits.patch), ("temporal_patch_size", 2), ("merge_size", MERGE)):
-        if config.get(name, ours) != ours:
-            raise _unfit(folder, name, config[name], f"only {ours} is supported for this model")
-    for name, mean_or_std in (("image_mean", family.mean), ("image_std", family.std)):
-        stated = config.get(name, mean_or_std)
-        try:
-            fits = all(math.isclose(a, b, abs_tol=1e-5) for a, b in zip(stated, mean_or_std, strict=True))
-        except (TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise _unfit(folder, name, stated, f"only {list(mean_or_std)} is supported for this model")
-
-
-def _unfit(folder: Path, name: str, value: object, remedy: str) -> UsageError:
-    return UsageError(f"--model: {folder}: its image processor's file says {name} = {value!r}: {remedy}")
+        return processor.read_json(path)
+    except ValueError as error:
+        raise UsageError(f"--model: {one_line(error)}") from None
 
 
 def context_tokens(folder: Path) -> int | None:
     """The longest context that the checkpoint's config.json states."""
     config = read_json(folder / "config.json")
-    stated = (_part(config, "text_config") or config).get("max_position_embeddings")
+    text = config.get("text_config")
+    stated = (text if isinstance(text, dict) else config).get("max_position_embeddings")
     return stated if isinstance(stated, int) and stated > 0 else None
 
 
@@ -127,11 +66,6 @@ def bfloat16_bytes(folder: Path) -> int:
     if "bfloat16" not in (config.get("torch_dtype"), config.get("dtype")):
         return 0
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _part(config: dict[str, Any], key: str) -> dict[str, Any]:
-    value = config.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def cached_config(name: str) -> Path | None:

@@ -17,7 +17,7 @@ from vtengine.cli.beginning import prefill_beginning, shortest_prompt
 from vtengine.cli.engine import EngineSetup, start_engines
 from vtengine.cli.engine_args import deciding, read_engine_args
 from vtengine.cli.errors import CliError, UsageError, one_line
-from vtengine.cli.models import bfloat16_bytes, context_tokens, find_model, image_processor
+from vtengine.cli.models import bfloat16_bytes, context_tokens, find_model
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import Profile, load_profile, own_profile
 
@@ -157,6 +157,7 @@ def _build(
     from vtengine.rollout.tokenizer import Tokenizer
     from vtengine.vision.decode import DecodeLimits
     from vtengine.vision.pipeline import ImagePipeline
+    from vtengine.vision.processor import image_processor
     from vtengine.vision.source import SourceLimits
 
     profile = _profile(arguments.profile, folder)

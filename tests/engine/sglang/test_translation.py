@@ -20,6 +20,7 @@ from vtengine.engine.base import ImageInput, RequestRejected, SamplingParams
 from vtengine.engine.sglang import ServedModel, checks, translation
 from vtengine.engine.sglang.pixels import PngCache, full_layout, image_bytes
 from vtengine.engine.sglang.transport import ServerFacts, ServerUnsuitable
+from vtengine.vision.processor import image_processor
 
 
 def test_tensors_are_full_patches_with_inclusive_offsets():
@@ -144,9 +145,24 @@ def test_the_served_model_is_read_from_its_folder(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"size": {"shortest_edge": 784, "longest_edge": 9408}}')
     served = ServedModel.from_folder(tmp_path)
     assert (served.min_pixels, served.max_pixels, served.vocab_size, served.image_token_id) == (784, 9408, 256, PAD)
-    (tmp_path / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
-        ServedModel.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", r"preprocessor_config\.json: cannot be read as JSON"),
+        ("[1]", r"preprocessor_config\.json: holds no JSON object"),
+        ('{"min_pixels": "few"}', "min_pixels = 'few': must be a whole number of pixels"),
+        ('{"min_pixels": 784, "max_pixels": 100}', "image processor's file: limits.max_pixels = 100: must be >= 784"),
+        ('{"image_mean": [0.5, 0.5, 0.5]}', "image_mean = .*: only .* is supported"),
+    ],
+)
+def test_an_image_processor_is_refused_as_anywhere_else(tmp_path, content, words):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.config.to_json()))
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    for read in (ServedModel.from_folder, image_processor):
+        with pytest.raises(ValueError, match=words):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize(

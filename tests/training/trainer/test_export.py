@@ -11,8 +11,8 @@ from vtengine_training.trainer.export import export_model
 from vtengine_training.trainer.loop import Run
 
 from tests.training.trainer.toy import rewarder
-from vtengine.cli.models import image_processor
 from vtengine.engine.sglang.served import ServedModel
+from vtengine.vision.processor import image_processor
 
 FLAT, SIZED = "preprocessor_config.json", "processor_config.json"
 OLD = {"min_pixels": 3136, "max_pixels": 12544}

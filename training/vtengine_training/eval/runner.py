@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vtengine.cli.errors import UsageError
-from vtengine.cli.models import SHIPPED_NAMES, find_model, image_processor, is_hub_id, shipped_model
+from vtengine.cli.models import SHIPPED_NAMES, find_model, is_hub_id, shipped_model
 from vtengine.config import did_you_mean
 from vtengine.engine.base import SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
@@ -26,6 +26,7 @@ from vtengine.rollout.question import Question
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.stamp import stamp
 from vtengine.vision.pipeline import ImagePipeline
+from vtengine.vision.processor import image_processor
 from vtengine_training.eval.config import EvalConfig
 from vtengine_training.files import write_new
 from vtengine_training.glance.export import write_questions
@@ -121,7 +122,7 @@ async def _ask_all(
 
 
 def _pipeline(folder: Path, profile: Profile) -> ImagePipeline:
-    """As the checkpoint wants its images. Raises UsageError for what we would not make."""
+    """As the checkpoint wants its images. Raises ValueError for what we would not make."""
     limits, mean, std = image_processor(folder)
     return ImagePipeline(limits, mean=mean, std=std, resize_mode=profile.resize_mode, low_view=profile.low_view)
 

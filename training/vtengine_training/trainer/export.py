@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from vtengine.cli.models import PROCESSOR_FILES, image_processor, read_json
 from vtengine.model import VLModel, meta_model, save_model
 from vtengine.protocol.profile import PROFILE_FILE
+from vtengine.vision.processor import PROCESSOR_FILES, image_processor, read_json
 from vtengine_training.lora.adapters import save_adapter
 from vtengine_training.trainer.parts import Parts
 from vtengine_training.trainer.ranks import Ranks

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from vtengine.cli.models import image_processor
 from vtengine.engine.base import Backend, SamplingParams
 from vtengine.model import VLModel
 from vtengine.protocol.conversation import Limits
@@ -15,6 +14,7 @@ from vtengine.protocol.profile import Profile, load_profile, own_profile, profil
 from vtengine.rollout.group import Setting
 from vtengine.rollout.tokenizer import Tokenizer
 from vtengine.vision.pipeline import ImagePipeline
+from vtengine.vision.processor import image_processor
 from vtengine_training.data.examples import Dataset
 from vtengine_training.data.load import load_examples
 from vtengine_training.data.sampler import Sampler

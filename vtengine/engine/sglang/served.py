@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
 from vtengine.engine.sglang.checks import MODEL_TYPE
 from vtengine.model import ModelConfig
+from vtengine.vision.plan import PixelLimits
+from vtengine.vision.processor import image_processor
 
-DEFAULT_MIN_PIXELS = 56 * 56
-DEFAULT_MAX_PIXELS = 28 * 28 * 16384
+DEFAULT = PixelLimits()
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class ServedModel:
     vocab_size: int
     image_token_id: int
     video_token_id: int
-    min_pixels: int = DEFAULT_MIN_PIXELS
-    max_pixels: int = DEFAULT_MAX_PIXELS
+    min_pixels: int = DEFAULT.min_pixels
+    max_pixels: int = DEFAULT.max_pixels
     patch_dim: int = 1176
     config: ModelConfig | None = None
     decode: Callable[[Sequence[int]], str] | None = None
@@ -42,10 +41,11 @@ class ServedModel:
         config = ModelConfig.from_json(folder / "config.json")
         if config.model_type != MODEL_TYPE:
             raise ValueError(f"model {folder}: is a {config.model_type}; SGLang serves Qwen2.5-VL here: use embedded")
-        low, high = _pixel_limits(folder)
+        limits = image_processor(folder).limits
         ids = (config.text.vocab_size, config.image_token_id, config.video_token_id)
+        pixels = (limits.min_pixels, limits.max_pixels)
         decode = _decoder(folder / "tokenizer.json")
-        return ServedModel(str(folder), *ids, low, high, config.vision.patch_dim, config, decode)
+        return ServedModel(str(folder), *ids, *pixels, config.vision.patch_dim, config, decode)
 
     @property
     def compact_dim(self) -> int:
@@ -61,17 +61,3 @@ def _decoder(path: Path) -> Callable[[Sequence[int]], str] | None:
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from None
     return lambda token_ids: encoder.decode(list(token_ids), skip_special_tokens=False)
-
-
-def _pixel_limits(folder: Path) -> tuple[int, int]:
-    data: dict[str, Any] = {}
-    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):  # the later one wins
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
-        data |= found.get("image_processor") or found
-    size = data.get("size") or {}
-    low = data.get("min_pixels") or size.get("shortest_edge") or DEFAULT_MIN_PIXELS
-    high = data.get("max_pixels") or size.get("longest_edge") or DEFAULT_MAX_PIXELS
-    return int(low), int(high)
