@@ -20,6 +20,7 @@ from tests.training.trainer.test_ranks import close_rows
 from tests.training.trainer.test_resume import run_until
 from vtengine.protocol.conversation import Limits
 from vtengine.protocol.profile import load_profile
+from vtengine.protocol.reply import parse_reply
 from vtengine.rollout.tokenizer import Tokenizer
 
 CALL = '<think>I look.</think><tool_call>{"name": "resize_image", "arguments": {"action": "resize"}}</tool_call>'
@@ -66,8 +67,12 @@ def test_exactly_the_replies_are_trained_in_the_conversation_of_inference(run) -
         assert (one.token_advantages == 1).all()
 
 
-def test_replies_of_a_row_are_taught_as_they_are(run, tiny_data) -> None:
-    """Whatever its answer and its label say."""
+def test_replies_of_a_row_are_taught_as_they_are(run, tiny_data, monkeypatch) -> None:
+    """Whatever its answer and its label say. They are checked in one reading."""
+    read: list[str] = []
+    monkeypatch.setattr(
+        "vtengine_training.trainer.lessons.parse_reply", lambda *a: read.append(a[0]) or parse_reply(*a)
+    )
     row = json.loads(tiny_data.read_text().splitlines()[0]) | {"needs_high": 0, "answer": "5"}
     row["replies"] = [CALL.replace("I look.", "Too small."), answered("Two and two.", "four")]
     file = tiny_data.parent / "written.jsonl"
@@ -75,6 +80,7 @@ def test_replies_of_a_row_are_taught_as_they_are(run, tiny_data) -> None:
     changes = SFT | {"rollout": SFT["rollout"] | {"prompts": 1}}
     (group,) = collect(run(data={"files": [str(file)]}, **changes))
     (one,) = group.trajectories
+    assert read == row["replies"]
     said = Tokenizer(byte_encoder()).decode(one.token_ids[one.trainable].tolist())
     assert said == "".join(f"{reply}<|im_end|>" for reply in row["replies"]) and len(one.images) == 2
 

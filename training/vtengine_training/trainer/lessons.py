@@ -5,6 +5,7 @@ They take the place of the engine's in the one episode loop, so prompts, views a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from vtengine.engine.base import RequestRejected
@@ -44,35 +45,35 @@ def taught(setting: Setting, replies: tuple[str, ...]) -> Setting:
 
     Rows whose replies would not be read back as they are meant, or are too long, are rejected with the reason.
     """
-    fault = _misplaced(replies, setting.limits) or next(filter(None, (_fault(text, setting) for text in replies)), None)
+    fault = _unfit_number(replies, setting.limits) or next(_faults(replies, setting), None)
     return replace(setting, backend=ScriptedBackend(setting.tokenizer, [fault] if fault else replies, logprob=0.0))
 
 
-def _misplaced(replies: tuple[str, ...], limits: Limits) -> RequestRejected | None:
-    """Whether a conversation would not come to each of them, or go on after the last."""
+def _unfit_number(replies: tuple[str, ...], limits: Limits) -> RequestRejected | None:
+    """Whether a conversation would not come to each of them."""
     if not replies:
         return RequestRejected("reply_unfit", "replies must be a list of texts, at least one")
     if len(replies) > limits.num_turns:
         remedy = "raise rollout.max_turns" if limits.resolution == "adaptive" else 'rollout.resolution = "adaptive"'
         words = f"the row has {len(replies)} replies, an episode here at most {limits.num_turns}: {remedy}"
         return RequestRejected("reply_unfit", words)
+    return None
+
+
+def _faults(replies: tuple[str, ...], setting: Setting) -> Iterator[RequestRejected]:
+    """Replies that would be read as something else, do not belong where they stand, or are too long."""
+    room = setting.sampling.max_new_tokens
     for number, text in enumerate(replies, start=1):
-        reply, is_last = parse_reply(text), number == len(replies)
-        if reply.error is None and (reply.call is None) != is_last:
+        reply, is_last = parse_reply(text, setting.profile.offered), number == len(replies)
+        ids = setting.tokenizer.encode_trusted(text)
+        if reply.error is not None or reply.flaws:
+            what = reply.error.message if reply.error is not None else ", ".join(reply.flaws)
+            yield RequestRejected("reply_unfit", f"a reply would not be read as it is meant: {what}")
+        elif (reply.call is None) != is_last:
             wanted = "the last one must answer" if is_last else "all but the last must call for a view"
-            return RequestRejected("reply_unfit", f"reply {number} of {len(replies)}: {wanted}")
-    return None
-
-
-def _fault(text: str, setting: Setting) -> RequestRejected | None:
-    reply, room = parse_reply(text, setting.profile.offered), setting.sampling.max_new_tokens
-    ids = setting.tokenizer.encode_trusted(text)
-    if reply.error is not None or reply.flaws:
-        what = reply.error.message if reply.error is not None else ", ".join(reply.flaws)
-        return RequestRejected("reply_unfit", f"a reply would not be read as it is meant: {what}")
-    if not setting.tokenizer.special_ids.isdisjoint(ids):
-        return RequestRejected("reply_unfit", "a reply spells a special token")
-    if len(ids) >= room:
-        words = f"the reply has {len(ids) + 1} tokens, rollout.max_new_tokens = {room}: raise it"
-        return RequestRejected("reply_too_long", words)
-    return None
+            yield RequestRejected("reply_unfit", f"reply {number} of {len(replies)}: {wanted}")
+        elif not setting.tokenizer.special_ids.isdisjoint(ids):
+            yield RequestRejected("reply_unfit", "a reply spells a special token")
+        elif len(ids) >= room:
+            words = f"the reply has {len(ids) + 1} tokens, rollout.max_new_tokens = {room}: raise it"
+            yield RequestRejected("reply_too_long", words)
