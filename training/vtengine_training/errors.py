@@ -1,6 +1,10 @@
-"""How other people's errors are told. Imports nothing."""
+"""Errors that training raises by name, and how other people's are told. Imports nothing."""
 
 from __future__ import annotations
+
+
+class Refused(ValueError):
+    """No example can be asked. All ranks find it out alike, and raise it."""
 
 
 def first_line(error: BaseException) -> str:

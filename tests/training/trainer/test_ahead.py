@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vtengine_training.errors import Refused
 from vtengine_training.rewards.base import Score
 from vtengine_training.sync.daemon import is_running
 from vtengine_training.trainer.command import train
@@ -219,7 +220,7 @@ def test_a_refusal_ends_the_run_after_the_step_that_was_learned_meanwhile(make_c
         draws[step] = one.parts.collector.sampler.drawn
         found = await wave(count, step, *rest)
         if step == 2:
-            raise ValueError("no example can be asked")
+            raise Refused("no example can be asked")
         return found
 
     monkeypatch.setattr(one.parts.collector, "_wave", refuses)
@@ -232,11 +233,23 @@ def test_a_refusal_ends_the_run_after_the_step_that_was_learned_meanwhile(make_c
     asyncio.run(again.close())
 
 
+def test_what_the_other_ranks_have_not_found_out_is_raised_at_once(monkeypatch) -> None:
+    """This rank would else come to the meetings of a step that the others do not get to."""
+    rollouts = Rollouts(SimpleNamespace(sampler=SimpleNamespace(drawn=0)), 0)
+
+    async def fails(step):
+        raise ValueError("of this rank alone")
+
+    monkeypatch.setattr(rollouts, "_sample", fails)
+    with pytest.raises(ValueError, match="of this rank alone"):
+        asyncio.run(rollouts.ahead(2, lambda: None))
+
+
 def test_of_two_failures_neither_is_lost(monkeypatch, caplog) -> None:
     rollouts = Rollouts(SimpleNamespace(sampler=SimpleNamespace(drawn=0)), 0)
 
     async def refuses(step):
-        raise ValueError("no example can be asked")
+        raise Refused("no example can be asked")
 
     def diverges():
         raise TrainingDiverged("no finite loss")

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from vtengine_training.errors import Refused
+
 
 class Sampler:
     """Draws example numbers, each once per epoch, without end. `drawn` is the whole state.
@@ -27,7 +29,7 @@ class Sampler:
         return self.drawn / self.size
 
     def draw(self) -> tuple[int, int]:
-        """(number of the draw, example). Raises ValueError when every example is in quarantine."""
+        """(number of the draw, example). Raises Refused when every example is in quarantine."""
         if len(self.quarantined) >= self.size:
             self.check_drawn()
         while True:
@@ -38,12 +40,12 @@ class Sampler:
                 return number, example
 
     def check_drawn(self) -> None:
-        """Raises ValueError when every example that was drawn so far is in quarantine."""
+        """Raises Refused when every example that was drawn so far is in quarantine."""
         tried = min(self.drawn, self.size)
         if len(self.quarantined) >= tried:
             tried_of = f"all {tried}" if tried == self.size else f"all {tried} (of {self.size})"
             last = f"; the last one: {self.reason}" if self.reason else ""
-            raise ValueError(f"data: {tried_of} examples are in quarantine: none can be asked{last}")
+            raise Refused(f"data: {tried_of} examples are in quarantine: none can be asked{last}")
 
     def quarantine(self, example: int, reason: str = "") -> None:
         """Never draws this example again."""

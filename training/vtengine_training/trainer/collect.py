@@ -18,6 +18,7 @@ from vtengine.rollout.records import Row
 from vtengine.rollout.seeds import derive_seed
 from vtengine_training.data.examples import Dataset, Example
 from vtengine_training.data.sampler import Sampler
+from vtengine_training.errors import Refused
 from vtengine_training.grpo.advantage import TurnRewards, advantages, has_spread, turn_advantages
 from vtengine_training.grpo.config import LossConfig
 from vtengine_training.rewards.base import Score, format_reward
@@ -86,7 +87,7 @@ class Collector:
     async def collect(self, step: int, keep_rows: bool = False) -> Collected:
         """At most config.prompts groups with spread; fewer when max_refill draws did not give more.
 
-        Raises ValueError, on every rank, where settings or server are to blame for a refusal: no example is.
+        Raises Refused, on every rank, where settings or server are to blame for a refusal: no example is.
         """
         done = Collected([])
         fresh = [group for group in self.leftover if step - group.step <= self.config.max_stale]
@@ -150,7 +151,7 @@ class Collector:
                 task.cancel()
             self._scoring.clear()
         if faults := [one for one in self.ranks.gather(fault) if one is not None]:
-            raise ValueError(f"no example can be asked: {faults[0]} (nothing is quarantined, checkpoints stay)")
+            raise Refused(f"no example can be asked: {faults[0]} (nothing is quarantined, checkpoints stay)")
         for examples, reason in self.ranks.gather([sorted(self.sampler.quarantined), self.sampler.reason]):
             for example in examples:
                 self.sampler.quarantine(example, reason)

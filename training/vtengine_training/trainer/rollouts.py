@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from vtengine_training.errors import Refused
 from vtengine_training.grpo.metrics import rollout_metrics
 from vtengine_training.sync.daemon import in_daemon
 from vtengine_training.trainer.collect import Collected, Collector
@@ -38,10 +39,10 @@ class Rollouts:
     def __init__(self, collector: Collector, dump_every: int) -> None:
         self.collector, self.dump_every = collector, dump_every
         self.waiting: Sampled | None = None
-        self._refusal: ValueError | None = None
+        self._refusal: Refused | None = None
 
     async def take(self, step: int) -> Sampled:
-        """Those of step `step`, now if they do not wait. Raises ValueError, see `Collector.collect`."""
+        """Those of step `step`, now if they do not wait. Raises Refused, see `Collector.collect`."""
         if self._refusal is not None:
             raise self._refusal
         found, self.waiting = self.waiting or await self._sample(step), None
@@ -61,7 +62,7 @@ class Rollouts:
                 log.error("the learner failed too: %s: %s", type(learned).__name__, learned)
                 raise sampled
             raise learned
-        if isinstance(sampled, ValueError):
+        if isinstance(sampled, Refused):
             self._refusal, self.collector.sampler.drawn = sampled, drawn
         elif isinstance(sampled, BaseException):
             raise sampled
