@@ -13,6 +13,11 @@ def peak_mib(process: int | str = "self") -> float:
     return _status_kib("VmHWM", process) / 1024
 
 
+def available_mib() -> float:
+    """What this machine can give to new work."""
+    return _kib("MemAvailable", Path("/proc/meminfo")) / 1024
+
+
 def grown_mib(call: Callable[[], object]) -> float | None:
     """How much the resident memory grew at most during the call; None where the system does not tell."""
     gc.collect()
@@ -39,5 +44,9 @@ def grown_on_gpu_mib(call: Callable[[], object]) -> float:
 
 
 def _status_kib(key: str, process: int | str = "self") -> int:
-    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    return _kib(key, Path(f"/proc/{process}/status"))
+
+
+def _kib(key: str, path: Path) -> int:
+    lines = path.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
