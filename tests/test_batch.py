@@ -174,9 +174,13 @@ def test_images_as_datasets_have_them():
     turned.getexif()[0x0112] = 6  # to be turned back
     images = [opened, opened.convert("CMYK"), turned, {"bytes": path.read_bytes(), "path": None}, cut]
     images.append({"bytes": None, "path": "images/test-0-00001.png"})
+    gray = np.asarray(opened.convert("L"))
+    images.append(Image.frombytes("I;16B", opened.size, (gray.astype(">u2") * 257).tobytes()))  # of a TIFF file
+    images.append(Image.fromarray(gray.astype(np.float32) / 255))  # Pillow's own conversion makes it black
     with AnswerBatches("glance", image_root=str(EXAMPLES), max_new_tokens=48) as stage:
         found = stage({"image": images, "question": ["What number is written?"] * len(images)})
-    assert found["answer"] == ["189"] * 4 + [None, "189"] and "image_corrupt" in found["error"][4]
+    assert found["answer"] == ["189"] * 4 + [None, "189", "189", None]
+    assert "image_corrupt" in found["error"][4] and "32-bit pixels" in found["error"][7]
 
 
 @pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vtengine.cli.arguments import engine_options
 from vtengine.cli.session import default_concurrency, open_session
@@ -22,6 +22,8 @@ from vtengine.protocol.messages import ErrorInfo
 from vtengine.rollout.group import Setting, in_order, run_sample
 from vtengine.rollout.question import Question
 from vtengine.rollout.records import Row, episode_row, rejected_row
+from vtengine.vision.decode import rgb_pixels
+from vtengine.vision.errors import ImageError
 
 T = TypeVar("T")
 Columns = dict[str, Any]
@@ -111,6 +113,8 @@ class AnswerBatches:
     async def _row(self, row_id: str | int, image: Any, text: Any) -> Row:
         try:
             source = None if image is None else _source(image)
+        except ImageError as fault:
+            return rejected_row(row_id, 0, ErrorInfo(fault.code, str(fault)))
         except Exception as fault:  # Pillow's plugins raise anything at all for a bad file
             return rejected_row(row_id, 0, ErrorInfo("image_corrupt", f"the image cannot be read: {fault}"))
         if not isinstance(text, str) or (image is not None and not isinstance(source, str)):
@@ -188,9 +192,7 @@ def _source(image: Any) -> Any:
         image = image.get("bytes") or image.get("path")
     if isinstance(image, Image.Image):
         file = io.BytesIO()
-        upright = ImageOps.exif_transpose(image)
-        plain = upright if upright.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else upright.convert("RGB")
-        plain.save(file, "PNG", compress_level=1)
+        Image.fromarray(rgb_pixels(image)).save(file, "PNG", compress_level=1)
         image = file.getvalue()
     if isinstance(image, bytes):
         image = "data:image/png;base64," + base64.b64encode(image).decode("ascii")

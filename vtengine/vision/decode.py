@@ -60,6 +60,14 @@ def decode_image(data: bytes, limits: DecodeLimits) -> np.ndarray:
         raise _fault(data, name, fault) from fault
 
 
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """As `decode_image` gives them, of an image that Pillow has opened or made. Raises ImageError, and what Pillow's
+    plugins raise on a bad file.
+    """
+    image.load()
+    return _to_rgb(_upright(image), image.format or "a picture of Pillow's")
+
+
 def _check_bytes(data: bytes, limits: DecodeLimits) -> Format:
     if not data:
         raise ImageError("image_empty", "the image has 0 bytes")
@@ -110,7 +118,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image) if turned else image
 
 
-def _to_rgb(image: Image.Image, name: Format) -> np.ndarray:
+def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     if image.mode in ("F", "I") and not (image.mode == "I" and name == "PNG"):
         raise ImageError(
             "image_unsupported_format", f"{name} with 32-bit pixels (mode {image.mode}): save it with 8 or 16 bits"
