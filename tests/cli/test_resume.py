@@ -121,12 +121,15 @@ def test_resume_refuses_rows_of_another_input(
     assert uninterrupted.read_bytes() == before
 
 
-@pytest.mark.parametrize(("key", "value"), [("question", "Another?"), ("answer", "green"), ("k", -1), ("new", [1])])
+@pytest.mark.parametrize(
+    ("key", "value"), [("question", "Another?"), ("answer", "green"), ("k", -1), ("new", [1]), ("image", None)]
+)
 def test_resume_refuses_rows_of_a_changed_line(
     uninterrupted: Path, vtengine: Run, scripted: Run, tmp_path: Path, key: str, value: object
 ) -> None:
     lines = (tmp_path / "in.jsonl").read_text().splitlines()
-    lines[2] = json.dumps(json.loads(lines[2]) | {key: value})
+    line = json.loads(lines[2]) | {key: value}
+    lines[2] = json.dumps({name: found for name, found in line.items() if found is not None})
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     before = uninterrupted.read_bytes()
     done = vtengine(*arguments(tmp_path, uninterrupted, scripted(), "--resume"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vtengine.cli.errors import CliError, UsageError, one_line
-from vtengine.cli.inputs import InputRow, RejectedRow
+from vtengine.cli.inputs import RESERVED_KEYS, InputRow, RejectedRow
 from vtengine.cli.output import complete_rows, kept_path
 
 Row = dict[str, Any]
@@ -151,6 +151,7 @@ def _check_place(output: Path, row: Row, place: Place, source: Path) -> None:
     wanted = dict(line.carried)
     if isinstance(line, InputRow):
         wanted["expected"] = list(line.answers) or None
-    changed = [key for key, value in wanted.items() if row.get(key) != value]
+    gone = row.keys() - wanted.keys() - RESERVED_KEYS - {"id", "answer"}  # a row without its image is another question
+    changed = [key for key in (*wanted, *sorted(gone)) if row.get(key) != wanted.get(key)]
     if changed:
         raise UsageError(f"--resume {output}: the input has changed: {changed[0]!r} of id {line.id!r} is another")
