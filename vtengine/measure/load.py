@@ -62,12 +62,12 @@ async def run_load(load: Load, jobs: Sequence[Job], seed: int) -> Pass:
 
 
 def _arrivals_s(rate_per_s: float, count: int, seed: int) -> list[float]:
-    """Seconds from the first one on. Of a Poisson process that brings `count` questions in just the time that the rate
-    says: these are spread evenly at random. Gaps drawn one by one would bring 64 questions 10 % too fast or too slow.
+    """Seconds from the first one on. Of a Poisson process whose last question comes just when the rate says: those
+    between are spread evenly at random. Gaps drawn one by one would bring 64 questions 10 % too fast or too slow.
     """
-    draw = random.Random(seed)
-    times = sorted(draw.uniform(0, count / rate_per_s) for _ in range(count))
-    return [at - times[0] for at in times]
+    draw, end_s = random.Random(seed), (count - 1) / rate_per_s
+    between = sorted(draw.uniform(0, end_s) for _ in range(count - 2))
+    return [0.0, *between, end_s][:count]
 
 
 async def _in_turn(waiting: Iterator[tuple[int, Job]], rows: list[Row]) -> None:
