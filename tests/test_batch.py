@@ -77,6 +77,7 @@ def test_answers_come_in_order_and_a_bad_row_ends_nothing():
         ({"backend": "nope"}, "--backend nope"),
         ({"model": "no/such/folder"}, "no/such/folder"),
         ({"image_root": "no/such/folder"}, "image_root = 'no/such/folder': is not a folder"),
+        ({"concurrency": 0}, "concurrency = 0: must be >= 1"),
         ({"engine_arg": ["tp_size=2", "page_size=1"]}, "--engine-arg tp_size=2: is for --backend sglang"),
     ],
 )
@@ -153,17 +154,20 @@ def test_ctrl_c_while_it_opens_leaves_nothing_behind(monkeypatch, notebook):
 @pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")
 def test_a_forked_process_is_told_instead_of_left_waiting():
     program = (
-        "import os\n"
+        "import os, torch\n"
         "from vtengine.batch import AnswerBatches\n"
+        "torch.set_num_threads(2)\n"
         "stage = AnswerBatches('glance')\n"
         "if os.fork() == 0:\n"
-        "    try: stage({'image': [], 'question': []})\n"
-        "    except RuntimeError as error: print(error, flush=True)\n"
+        "    for use in (lambda: stage({'image': [], 'question': []}), lambda: AnswerBatches('glance')):\n"
+        "        try: use()\n"
+        "        except RuntimeError as error: print(error, flush=True)\n"
         "    os._exit(0)\n"
         "os.wait(); stage.close()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert "make one in each process" in done.stdout
+    of_old, of_new = done.stdout.splitlines()
+    assert "make one in each process" in of_old and "multiprocessing's spawn" in of_new
 
 
 @pytest.mark.skipif(not (shipped_model() / "model.safetensors").is_file(), reason="the shipped model is not here")

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from PIL import Image
 
 from vtengine.cli.arguments import engine_options
@@ -65,6 +66,8 @@ class AnswerBatches:
         self.image_root = Path(image_root)
         if not self.image_root.is_dir():
             raise ValueError(f"image_root = {str(image_root)!r}: is not a folder")
+        if concurrency is not None and concurrency < 1:
+            raise ValueError(f"concurrency = {concurrency}: must be >= 1")
         self.concurrency = concurrency or default_concurrency(self.arguments)
         self._stack, self._is_closed = AsyncExitStack(), False
         self._loop = _LoopThread()
@@ -128,7 +131,17 @@ class AnswerBatches:
 class _LoopThread:
     """An event loop that has a thread of its own once `begin` is done."""
 
+    first_process: int | None = None
+    """Where the first one began, be it a parent of this process."""
+
     def __init__(self) -> None:
+        cls = _LoopThread
+        cls.first_process = cls.first_process or os.getpid()
+        if cls.first_process != os.getpid() and torch.get_num_threads() > 1:
+            raise RuntimeError(
+                "an AnswerBatches ran in the process that this one was forked from, and torch's threads do not outlive "
+                "a fork: start processes by multiprocessing's spawn, or make the first one after the fork"
+            )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vtengine-batches", daemon=True)
         self._process = os.getpid()
