@@ -9,6 +9,9 @@ from vtengine_training.rewards.rules import KINDS, Task, decide
 
 CHOICES = "Which animal is it?\nA. cat\nB. dog\n(C) red fox"
 TABLE = [
+    ("5", ".5", "", {}, False),
+    (".5", "5", "", {}, False),
+    (".5", "(.5)", "", {}, True),
     # reference, answer, question, fields -> verdict
     ("red", "red", "", {}, True),
     ("red", "Red.", "", {}, True),

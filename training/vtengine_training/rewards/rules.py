@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
+from vtengine.cli.scoring import without_outer
 from vtengine_training.rewards.numbers import Quantity, fold, parse_quantity
 
 Kind = Literal["exact", "number", "choice", "yes_no", "list", "ordered_list"]
@@ -89,7 +90,7 @@ def infer_kind(reference: str, options: Mapping[str, str]) -> Kind:
 def normalise(text: str) -> str:
     """Folded words with single spaces; without outer punctuation and a leading article, unless nothing else is left."""
     words = fold(text)
-    words = words.strip(_OUTER) or words
+    words = without_outer(words, _OUTER) or words
     first, _, rest = words.partition(" ")
     return rest if first in ("the", "a", "an") and rest else words
 
