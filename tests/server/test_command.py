@@ -126,6 +126,14 @@ def test_serves_and_stops(process: Callable[..., Process], scripted: Callable[..
     assert "POST /v1/chat/completions 200" in server.log and "no API key" not in server.log
 
 
+def test_a_model_in_the_current_folder_has_the_name_of_that(
+    process: Callable[..., Process], scripted: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "tiny")
+    server = process(*scripted(), "--model", ".")
+    assert server.client().models.list().data[0].id == "tiny"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_running_requests_finish(
     process: Callable[..., Process], scripted: Callable[..., list[str]], number: int

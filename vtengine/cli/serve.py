@@ -7,6 +7,7 @@ import asyncio
 import gc
 import ipaddress
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ async def _serve(arguments: argparse.Namespace, limits: ServerLimits, keys: ApiK
 
     images = DecodeLimits(max_bytes=limits.max_image_bytes, max_pixels=limits.max_image_pixels)
     async with open_session(arguments, limits.max_running, images, limits.max_text_events_per_s) as setting:
-        name = arguments.served_name or Path(arguments.model).name
+        name = arguments.served_name or Path(os.path.abspath(arguments.model)).name  # that of . too
         house = create_house(setting, name, limits, keys)
         server = Server(create_app(house), house)
         if not keys and not _is_loopback(arguments.host):
