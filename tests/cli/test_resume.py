@@ -108,6 +108,20 @@ def test_resume_without_a_file_starts(
     assert len(rows_of(tmp_path / "new.jsonl")) == 3
 
 
+def test_more_rows_after_a_finished_run_are_made_with_the_settings_of_now(
+    uninterrupted: Path, vtengine: Run, scripted: Run, questions: Run, tmp_path: Path
+) -> None:
+    questions(42, b'{"id": "half')
+    rows = (tmp_path / "in.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "in.jsonl").write_bytes(b"".join(rows[:40] + rows[42:] + rows[40:42]))
+    before = uninterrupted.read_bytes()
+    done = vtengine(*arguments(tmp_path, uninterrupted, scripted(), "--resume", "--temperature", "1"))
+    assert done.status == 3 and "its settings are not known" in done.err
+    assert uninterrupted.read_bytes().startswith(before) and uninterrupted.read_bytes() != before
+    done = vtengine(*arguments(tmp_path, uninterrupted, scripted(), "--resume"))
+    assert done.status == 3 and "settings" not in done.err, "nothing is made any more"
+
+
 def test_resume_refuses_rows_of_another_input(
     uninterrupted: Path, vtengine: Run, scripted: Run, questions: Run, tmp_path: Path
 ) -> None:

@@ -114,6 +114,10 @@ def test_a_stop_in_the_middle_of_a_stream_is_told(serve: Serve) -> None:
     assert b'"code":"shutting_down"' in raw and b"data: [DONE]" in raw
 
 
+def test_a_connection_outlives_the_idle_ones_of_proxies(serve: Serve) -> None:
+    assert serve([ANSWER]).server.config.timeout_keep_alive > 60
+
+
 def test_refused_while_it_drains(serve: Serve) -> None:
     server = serve([ANSWER])
     server.house.gate.draining = True

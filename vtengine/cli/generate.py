@@ -96,7 +96,15 @@ class _Task:
             found = find_rows(target, source, task.places, arguments.n, task.counter.add)
             task.rows_done, task.resume_at, task.kept = found.stay, found.end, found.kept
             task.tokens_before = task.counter.totals().completion_tokens
+            task._tell_of_settings()
         return task
+
+    def _tell_of_settings(self) -> None:
+        """A run that was finished has left none to compare with; the input may have grown since."""
+        target = self.arguments.output
+        if self.rows_done and self.rows_fresh and not settings_path(target).exists() and not self.arguments.quiet:
+            about = "the run that made its rows was finished, so that its settings are not known"
+            print(f"{target}: {about}; new rows are made with those given now", file=sys.stderr)
 
     @property
     def writes_file(self) -> bool:

@@ -52,7 +52,8 @@ class ChatServer:
             async with asyncio.timeout(LIST_S), self._http.request("GET", "models") as response:
                 body = await response.read()
             if response.status != 200:
-                raise ChatFailed("unreachable", f"/models answers {response.status}: {_excerpt(body)}")
+                hint = "; base URLs end in /v1 as a rule" if response.status == 404 else ""
+                raise ChatFailed("unreachable", f"/models answers {response.status}: {_excerpt(body)}{hint}")
             names = [str(card["id"]) for card in json.loads(body)["data"]]
         except (HttpFault, TimeoutError, ValueError, KeyError, TypeError) as error:
             raise ChatFailed("unreachable", f"does not list its models at /models: {error or 'no answer'}") from None

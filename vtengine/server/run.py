@@ -19,6 +19,9 @@ from vtengine.server.house import House
 from vtengine.server.transport import HttpProtocol
 
 log = logging.getLogger(__name__)
+IDLE_S = 75
+"""How long a connection stays open without a request. Clients and proxies keep theirs for up to 60 s; one that is closed
+here first fails the request that is sent into it just then."""
 
 
 class Server(uvicorn.Server):
@@ -27,8 +30,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, house: House) -> None:
         options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         options["proxy_headers"] = False  # nothing here depends on a client's address
-        drain_s = math.ceil(house.limits.drain_s)
-        super().__init__(uvicorn.Config(app, http=HttpProtocol, timeout_graceful_shutdown=drain_s, **options))
+        times = {"timeout_graceful_shutdown": math.ceil(house.limits.drain_s), "timeout_keep_alive": IDLE_S}
+        super().__init__(uvicorn.Config(app, http=HttpProtocol, **times, **options))
         self.house = house
 
     def stop(self) -> None:
