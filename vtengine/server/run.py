@@ -20,7 +20,7 @@ from vtengine.server.transport import HttpProtocol
 
 log = logging.getLogger(__name__)
 IDLE_S = 75
-"""How long a connection stays open without a request. Clients and proxies keep theirs for up to 60 s; one that is closed
+"""How long a connection stays open without a request. Clients and proxies keep theirs for up to 60 s; one closed
 here first fails the request that is sent into it just then."""
 
 
