@@ -10,10 +10,14 @@ PICKED = {"usual": CASES["usual"], "8 rows of 1,000, 7B": Case((1000,) * 8, head
 
 
 @pytest.mark.parametrize("case", PICKED)
-def test_prefix_attention(measure, impl, device, dtype, case):
-    tensors = [x.to(device) for x in PICKED[case].tensors(dtype)]
+@pytest.mark.parametrize("is_large", [False, True])
+def test_prefix_attention(measure, impl, device, dtype, case, is_large):
+    """is_large: as for a large model, which is in bfloat16 on a CPU too."""
+    if is_large and device == "cuda":
+        pytest.skip("bfloat16 already")
+    tensors = [x.to(device) for x in PICKED[case].tensors(torch.bfloat16 if is_large else dtype)]
     with torch.inference_mode():
-        measure("prefix_attention", case, lambda: prefix_attention(*tensors, impl=impl))
+        measure("prefix_attention", case + ", bfloat16" * is_large, lambda: prefix_attention(*tensors, impl=impl))
 
 
 @pytest.mark.parametrize("case", PICKED)

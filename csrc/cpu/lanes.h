@@ -9,25 +9,28 @@ VT_TARGET static inline Vec& vec(float* at) { return *reinterpret_cast<Vec*>(at)
 typedef uint16_t HalfVec __attribute__((vector_size(VT_LANES * 2), aligned(2), may_alias));
 typedef uint32_t BitsVec __attribute__((vector_size(VT_LANES * 4), aligned(4), may_alias));
 
-// bfloat16 to floats.
+// A vector of bfloat16 to floats.
+VT_TARGET static inline void widen_lanes(const uint16_t* x, float* out) {
+    const BitsVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(x), BitsVec);
+    *reinterpret_cast<BitsVec*>(out) = bits << 16;
+}
+
+// A vector of floats to bfloat16: the nearest, ties to even; NaN stays NaN.
+VT_TARGET static inline void narrow_lanes(const float* x, uint16_t* out) {
+    const BitsVec nan = BitsVec{} + 0x7fc00000u, bits = *reinterpret_cast<const BitsVec*>(x);
+    const BitsVec rounded = (vec(x) == vec(x)) ? bits + 0x7fffu + ((bits >> 16) & 1u) : nan;
+    *reinterpret_cast<HalfVec*>(out) = __builtin_convertvector(rounded >> 16, HalfVec);
+}
+
 VT_TARGET static inline void widen(const uint16_t* x, int64_t size, float* out) {
     int64_t i = 0;
-    for (; i + VT_LANES <= size; i += VT_LANES) {
-        const BitsVec bits = __builtin_convertvector(*reinterpret_cast<const HalfVec*>(x + i), BitsVec);
-        *reinterpret_cast<BitsVec*>(out + i) = bits << 16;
-    }
+    for (; i + VT_LANES <= size; i += VT_LANES) widen_lanes(x + i, out + i);
     for (; i < size; ++i) out[i] = from_bfloat16(x[i]);
 }
 
-// Floats to bfloat16: the nearest, ties to even; NaN stays NaN.
 VT_TARGET static inline void narrow(const float* x, int64_t size, uint16_t* out) {
-    const BitsVec nan = BitsVec{} + 0x7fc00000u;
     int64_t i = 0;
-    for (; i + VT_LANES <= size; i += VT_LANES) {
-        const BitsVec bits = *reinterpret_cast<const BitsVec*>(x + i);
-        const BitsVec rounded = (vec(x + i) == vec(x + i)) ? bits + 0x7fffu + ((bits >> 16) & 1u) : nan;
-        *reinterpret_cast<HalfVec*>(out + i) = __builtin_convertvector(rounded >> 16, HalfVec);
-    }
+    for (; i + VT_LANES <= size; i += VT_LANES) narrow_lanes(x + i, out + i);
     for (; i < size; ++i) out[i] = x[i] == x[i] ? to_bfloat16(x[i]) : 0x7fc0;
 }
 

@@ -1,5 +1,6 @@
 // The kernel of some rows and one key head, compiled once per instruction set: the including file defines VT_TARGET (the
-// function attribute), VT_LANES (floats per vector) and VT_FMA inside its own namespace. Include it there, more than once.
+// function attribute), VT_LANES (floats per vector) and VT_FMA inside its own namespace; for bfloat16 alone also VT_DOTS, where
+// the processor multiplies it. Include it there, more than once.
 //
 // Tokens pass in blocks that begin at multiples of kBlock. What a query gets from a block, and the order in which it gets
 // it, depends on that query alone: a block that several rows share gives each of them the same bits as alone.
@@ -37,26 +38,47 @@ VT_TARGET static inline void sum_eight(const Vec* x, float* out) {
 }
 #undef VT_SHUFFLE
 
-// Q queries against 8 / Q keys; NV vectors per head.
+// A vector of the queries and keys that are multiplied, at i of a head.
+#ifdef VT_DOTS
+typedef uint16_t Number;
+typedef __m512bh Numbers;
+template <int kSize>
+VT_TARGET static inline Numbers numbers(const Number* at, int i) {
+    if (kSize % 32 != 0 && i + 32 > kSize) return reinterpret_cast<Numbers>(_mm512_maskz_loadu_epi16(0xffffu, at + i));
+    return reinterpret_cast<Numbers>(_mm512_loadu_si512(at + i));
+}
+#define VT_DOT(q, k, sum) _mm512_dpbf16_ps(sum, q, k)
+#else
+typedef float Number;
+typedef Vec Numbers;
+template <int>
+VT_TARGET static inline const Numbers& numbers(const Number* at, int i) { return vec(at + i); }
+#define VT_DOT(q, k, sum) VT_FMA(q, k, sum)
+#endif
+
+// Q queries against 8 / Q keys; NV vectors of floats per head.
 template <int NV, int Q>
-VT_TARGET static inline void score(const float* q, const float* keys, const int64_t* places, float* scores) {
+VT_TARGET static inline void score(const Number* q, const Number* keys, const int64_t* places, float scale, float* scores) {
     constexpr int kSize = NV * VT_LANES, kKeys = 8 / Q;
     Vec dots[8] = {};
-#pragma GCC unroll 2
-    for (int i = 0; i < NV; ++i) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSize; i += static_cast<int>(sizeof(Numbers) / sizeof(Number))) {
 #pragma GCC unroll 8
         for (int t = 0; t < kKeys; ++t) {
-            const Vec k = vec(keys + places[t] + i * VT_LANES);
+            const Numbers k = numbers<kSize>(keys + places[t], i);
 #pragma GCC unroll 2
-            for (int g = 0; g < Q; ++g) dots[g * kKeys + t] = VT_FMA(vec(q + g * kSize + i * VT_LANES), k, dots[g * kKeys + t]);
+            for (int g = 0; g < Q; ++g) {
+                dots[g * kKeys + t] = VT_DOT(numbers<kSize>(q + g * kSize, i), k, dots[g * kKeys + t]);
+            }
         }
     }
     float sums[8];
     sum_eight(dots, sums);
     for (int g = 0; g < Q; ++g) {
-        for (int t = 0; t < kKeys; ++t) scores[g * kBlock + t] = sums[g * kKeys + t];
+        for (int t = 0; t < kKeys; ++t) scores[g * kBlock + t] = sums[g * kKeys + t] * scale;
     }
 }
+#undef VT_DOT
 
 // scores[0..count) of a query become weights relative to its highest score so far; what it summed before fades.
 template <int NV>
@@ -118,40 +140,83 @@ VT_TARGET static inline void add_columns(const float* weights, const float* valu
     for (int i = kWhole; i < NV; ++i) add_values<NV, Q, 1>(weights, values + i * VT_LANES, places, count, sums + i * VT_LANES);
 }
 
+// Numbers of up to eight tokens as floats, and where these lie; bfloat16 is widened into `room`, once for all queries.
+template <int NV>
+VT_TARGET static inline const float* floats(const float* cache, const int64_t*&, int64_t, float*) {
+    return cache;
+}
+
+template <int NV>
+VT_TARGET static inline const float* floats(const uint16_t* cache, const int64_t*& places, int64_t count, float* room) {
+    constexpr int kSize = NV * VT_LANES;
+    static const int64_t kPlaces[8] = {0, kSize, 2 * kSize, 3 * kSize, 4 * kSize, 5 * kSize, 6 * kSize, 7 * kSize};
+    for (int64_t t = 0; t < count; ++t) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kSize; i += VT_LANES) widen_lanes(cache + places[t] + i, room + t * kSize + i);
+    }
+    places = kPlaces;
+    return room;
+}
+
 // Queries [begin, end) of the scratch meet the tokens at `places`, `count` of which are real. Eight tokens at a time: their
 // keys or values stay in the first cache while the queries pass by.
-template <int NV>
-VT_TARGET static void meet(const Task& task, int64_t begin, int64_t end, const int64_t* places, int64_t count) {
+template <int NV, typename T>
+VT_TARGET static void meet(const Task<T>& task, int64_t begin, int64_t end, const int64_t* places, int64_t count) {
     constexpr int kSize = NV * VT_LANES;
     const Scratch& s = task.scratch;
+    float room[8 * kSize];
     for (int64_t t = 0; t < count; t += 8) {
+        const int64_t* at = places + t;
+        const Number* q = reinterpret_cast<const Number*>(s.q);
+#ifdef VT_DOTS
+        const Number* keys = task.keys;
+        const float scale = task.scale;
+#else
+        const Number* keys = floats<NV>(task.keys, at, 8, room);
+        const float scale = 1.0f;
+#endif
         int64_t g = begin;
         for (; g + 2 <= end; g += 2) {
-            score<NV, 2>(s.q + g * kSize, task.keys, places + t, s.scores + g * kBlock + t);
-            score<NV, 2>(s.q + g * kSize, task.keys, places + t + 4, s.scores + g * kBlock + t + 4);
+            score<NV, 2>(q + g * kSize, keys, at, scale, s.scores + g * kBlock + t);
+            score<NV, 2>(q + g * kSize, keys, at + 4, scale, s.scores + g * kBlock + t + 4);
         }
-        if (g < end) score<NV, 1>(s.q + g * kSize, task.keys, places + t, s.scores + g * kBlock + t);
+        if (g < end) score<NV, 1>(q + g * kSize, keys, at, scale, s.scores + g * kBlock + t);
     }
     for (int64_t g = begin; g < end; ++g) weigh<NV>(s.scores + g * kBlock, count, s.highest[g], s.totals[g], s.sums + g * kSize);
     for (int64_t t = 0; t < count; t += 8) {
         const int64_t some = std::min<int64_t>(8, count - t);
         const float* w = s.scores + t;
+        const int64_t* at = places + t;
+        const float* values = floats<NV>(task.values, at, some, room);
         int64_t g = begin;
-        for (; g + 4 <= end; g += 4) add_columns<NV, 4>(w + g * kBlock, task.values, places + t, some, s.sums + g * kSize);
-        for (; g + 2 <= end; g += 2) add_columns<NV, 2>(w + g * kBlock, task.values, places + t, some, s.sums + g * kSize);
-        if (g < end) add_columns<NV, 1>(w + g * kBlock, task.values, places + t, some, s.sums + g * kSize);
+        for (; g + 4 <= end; g += 4) add_columns<NV, 4>(w + g * kBlock, values, at, some, s.sums + g * kSize);
+        for (; g + 2 <= end; g += 2) add_columns<NV, 2>(w + g * kBlock, values, at, some, s.sums + g * kSize);
+        if (g < end) add_columns<NV, 1>(w + g * kBlock, values, at, some, s.sums + g * kSize);
     }
 }
 
-template <int NV>
-VT_TARGET static void attend(const Task& task) {
+// A vector of a query, or of a result, from and to where the caller has it.
+VT_TARGET static inline void take(const float* x, float* out) { vec(out) = vec(x); }
+VT_TARGET static inline void take(const uint16_t* x, float* out) { widen_lanes(x, out); }
+VT_TARGET static inline void put(const float* x, float* out) { vec(out) = vec(x); }
+VT_TARGET static inline void put(const float* x, uint16_t* out) { narrow_lanes(x, out); }
+
+template <int NV, typename T>
+VT_TARGET static void attend(const Task<T>& task) {
     constexpr int kSize = NV * VT_LANES;
     const Scratch& s = task.scratch;
     const int64_t group = task.group;
     int64_t longest = 0;
     for (int64_t n = 0; n < task.num_rows; ++n) {
-        const float* q = task.rows[n].q;
-        for (int64_t i = 0; i < group * kSize; ++i) s.q[n * group * kSize + i] = q[i] * task.scale;
+        Number* q = reinterpret_cast<Number*>(s.q) + n * group * kSize;
+#ifdef VT_DOTS
+        std::memcpy(q, task.rows[n].q, group * kSize * sizeof *q);  // scaled after the products
+#else
+        for (int64_t i = 0; i < group * kSize; i += VT_LANES) {
+            take(task.rows[n].q + i, q + i);
+            vec(q + i) *= task.scale;
+        }
+#endif
         longest = std::max(longest, task.rows[n].length);
     }
     for (int64_t g = 0; g < task.num_rows * group; ++g) {
@@ -172,25 +237,24 @@ VT_TARGET static void attend(const Task& task) {
     }
     for (int64_t n = 0; n < task.num_rows; ++n) {
         for (int64_t g = 0; g < group; ++g) {
-            const float* sums = s.sums + (n * group + g) * kSize;
-            for (int i = 0; i < NV; ++i) {
-                vec(task.rows[n].out + g * kSize + i * VT_LANES) = vec(sums + i * VT_LANES) / s.totals[n * group + g];
+            float* sums = s.sums + (n * group + g) * kSize;
+            for (int i = 0; i < kSize; i += VT_LANES) {
+                vec(sums + i) /= s.totals[n * group + g];
+                put(sums + i, task.rows[n].out + g * kSize + i);
             }
         }
     }
 }
 
-VT_TARGET static void run(const Task& task, int64_t size) {
-    switch (size / VT_LANES) {
-        case 1: return attend<1>(task);
-        case 2: return attend<2>(task);
-        case 4: return attend<4>(task);
-        case 5: return attend<5>(task);
-        case 6: return attend<6>(task);
-        case 8: return attend<8>(task);
-        case 10: return attend<10>(task);
-        case 12: return attend<12>(task);
-        case 16: return attend<16>(task);
-        case 32: return attend<32>(task);
+template <typename T>
+VT_TARGET static void run(const Task<T>& task, int64_t size) {
+    switch (size) {
+        case 16: return attend<16 / VT_LANES>(task);
+        case 32: return attend<32 / VT_LANES>(task);
+        case 64: return attend<64 / VT_LANES>(task);
+        case 80: return attend<80 / VT_LANES>(task);
+        case 96: return attend<96 / VT_LANES>(task);
+        case 128: return attend<128 / VT_LANES>(task);
+        case 256: return attend<256 / VT_LANES>(task);
     }
 }

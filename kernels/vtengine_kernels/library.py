@@ -6,7 +6,7 @@ import ctypes
 import functools
 from pathlib import Path
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 NAME = "_vtengine_cpu.so"
 ISAS = {"auto": 0, "scalar": 1, "avx2": 2, "avx512": 3}
 

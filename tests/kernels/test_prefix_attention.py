@@ -8,19 +8,35 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from vtengine_kernels import library
 from vtengine_kernels.prefix_attention import Crossover, Siblings, native, prefix_attention, ref
 from vtengine_kernels.prefix_attention.cases import CASES, Case
 
 CPU = pytest.mark.skipif(native.missing() is not None, reason=f"no C++ library: {native.missing()}")
+BF16 = torch.bfloat16
+WAYS = [(isa, dtype) for dtype in (torch.float32, BF16) for isa in ("scalar", "avx2", "avx512")]
+"""Instruction set and dtype; "auto" multiplies bfloat16 as it is where the processor can, "avx512" widens it."""
+
+
+@pytest.fixture(params=[*WAYS, ("auto", BF16)], ids=lambda way: f"{way[0]}-{way[1]}")
+def way(request):
+    if request.param[0] not in ("auto", *library.isas()):
+        pytest.skip(f"{request.param[0]}: not on this machine, or the C++ library is not built")
+    return request.param
+
+
+def is_close(out, exact):
+    """To float32's accuracy, rounded once."""
+    return ((out.double() - exact).abs() <= (exact.abs() * 2**-8 if out.dtype == BF16 else 0.0) + 1e-5).all()
 
 
 def truth(q, keys, values, tables, lengths):
     return ref.prefix_attention(q.double(), keys.double(), values.double(), tables, lengths, q.shape[2] ** -0.5)
 
 
-def torch_error(case, exact):
+def torch_error(case, exact, dtype=torch.float32):
     """The largest error of scaled_dot_product_attention on the same numbers, row by row."""
-    q, keys, values, tables, lengths = case.tensors()
+    q, keys, values, tables, lengths = case.tensors(dtype)
     worst = 0.0
     for row, length in enumerate(lengths.tolist()):
         pages = tables[row, : -(-length // case.page_size)]
@@ -32,35 +48,40 @@ def torch_error(case, exact):
 
 @CPU
 @pytest.mark.parametrize("name", CASES)
-def test_errs_no_more_than_torch(name, isa):
-    tensors = CASES[name].tensors()
+def test_errs_no_more_than_torch(name, way):
+    isa, dtype = way
+    tensors = CASES[name].tensors(dtype)
     out = native.prefix_attention(*tensors, tensors[0].shape[2] ** -0.5, isa=isa)
-    assert out.shape == tensors[0].shape
+    assert out.shape == tensors[0].shape and out.dtype == dtype
     if len(out):
         exact = truth(*tensors)
-        assert (out - exact).abs().max() <= torch_error(CASES[name], exact) + 1e-6
+        assert (out - exact).abs().max() <= torch_error(CASES[name], exact, dtype) + 1e-6
+        assert is_close(out, exact)
 
 
 @CPU
-def test_extreme_scores_stay_exact():
-    q, keys, values, tables, lengths = Case((40, 3)).tensors()
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_extreme_scores_stay_exact(dtype):
+    q, keys, values, tables, lengths = Case((40, 3)).tensors(dtype)
     q = q * 300
     out = prefix_attention(q, keys, values, tables, lengths)
-    assert torch.allclose(out.double(), truth(q, keys, values, tables, lengths), atol=1e-4)
+    exact, rounding = truth(q, keys, values, tables, lengths), 2**-8 if dtype == BF16 else 1e-5
+    assert torch.allclose(out.double(), exact, atol=1e-4, rtol=rounding)
 
 
 @CPU
-def test_a_score_of_minus_infinity_is_no_weight():
-    q, keys, values, tables, lengths = Case((40, 3)).tensors()
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_score_of_minus_infinity_is_no_weight(dtype):
+    q, keys, values, tables, lengths = Case((40, 3)).tensors(dtype)
     q[:, :, 0], keys[tables[0, 1], 3, :, 0] = 1.0, -torch.inf
-    out = prefix_attention(q, keys, values, tables, lengths)
-    assert torch.allclose(out.double(), truth(q, keys, values, tables, lengths), atol=1e-5)
+    assert is_close(prefix_attention(q, keys, values, tables, lengths), truth(q, keys, values, tables, lengths))
 
 
 @CPU
-def test_queries_may_be_a_view_and_threads_change_nothing():
-    q, keys, values, tables, lengths = CASES["usual"].tensors()
-    wide = torch.full((len(q), 9, q.shape[2]), float("nan"))
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_queries_may_be_a_view_and_threads_change_nothing(dtype):
+    q, keys, values, tables, lengths = CASES["usual"].tensors(dtype)
+    wide = torch.full((len(q), 9, q.shape[2]), float("nan"), dtype=dtype)
     wide[:, :4] = q
     expected = prefix_attention(q, keys, values, tables, lengths)
     assert torch.equal(prefix_attention(wide[:, :4], keys, values, tables, lengths), expected)
@@ -114,7 +135,7 @@ def test_what_is_read_in_place_must_be_contiguous(name):
         prefix_attention(**(arguments | {name: spread}))
 
 
-def forest(seed, shape, most=170):
+def forest(seed, shape, dtype=torch.float32, most=170):
     """Tensors of rows whose page tables are paths in a random tree, and those paths."""
     generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     heads, kv_heads, size, page_size = shape
@@ -131,7 +152,7 @@ def forest(seed, shape, most=170):
     keys, values = (torch.randn(num_pages, page_size, kv_heads, size, generator=generator) for _ in range(2))
     q = 2 * torch.randn(len(tables), heads, size, generator=generator)
     padded = torch.tensor([table + [0] * (width - len(table)) for table in tables])
-    return (q, keys, values, padded, lengths), tables
+    return (q.to(dtype), keys.to(dtype), values.to(dtype), padded, lengths), tables
 
 
 SHAPES = ((4, 2, 64, 16), (7, 1, 16, 5), (28, 4, 128, 16), (3, 3, 80, 1), (80, 2, 32, 64))
@@ -139,14 +160,15 @@ SHAPES = ((4, 2, 64, 16), (7, 1, 16, 5), (28, 4, 128, 16), (3, 3, 80, 1), (80, 2
 
 @CPU
 @pytest.mark.parametrize("shape", SHAPES)
-def test_siblings_change_no_bit(isa, shape):
+def test_siblings_change_no_bit(way, shape):
+    isa, dtype = way
     shared_anything = 0
     before = torch.get_num_threads()
     for seed in range(12):
-        tensors, tables = forest(seed, shape)
+        tensors, tables = forest(seed, shape, dtype)
         scale = shape[2] ** -0.5
         plain = native.prefix_attention(*tensors, scale, isa=isa)
-        assert (plain - truth(*tensors)).abs().max() < 1e-5
+        assert is_close(plain, truth(*tensors))
         siblings = Siblings.of(tables, shape[3], Crossover())
         shared_anything += siblings is not None and int(siblings.shared.max()) >= 64
         try:
@@ -159,13 +181,15 @@ def test_siblings_change_no_bit(isa, shape):
 
 
 @CPU
-def test_a_row_has_the_same_bits_in_any_company():
-    tensors, tables = forest(3, SHAPES[0])
+def test_a_row_has_the_same_bits_in_any_company(way):
+    isa, dtype = way
+    tensors, tables = forest(3, SHAPES[0], dtype)
     q, keys, values, padded, lengths = tensors
-    together = prefix_attention(*tensors, Siblings.of(tables, 16, Crossover()))
+    together = native.prefix_attention(*tensors, 0.125, Siblings.of(tables, 16, Crossover()), isa=isa)
     for row in range(len(q)):
         one = slice(row, row + 1)
-        assert torch.equal(prefix_attention(q[one], keys, values, padded[one], lengths[one])[0], together[row])
+        alone = native.prefix_attention(q[one], keys, values, padded[one], lengths[one], 0.125, isa=isa)
+        assert torch.equal(alone[0], together[row])
 
 
 def test_siblings_are_those_with_equal_beginnings():

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define VT_ABI_VERSION 4
+#define VT_ABI_VERSION 5
 #define VT_MAX_STEPS 2
 
 enum vt_isa { VT_ISA_AUTO = 0, VT_ISA_SCALAR = 1, VT_ISA_AVX2 = 2, VT_ISA_AVX512 = 3 };

@@ -56,7 +56,8 @@ def prefix_attention(
 
     "flash", "flashinfer": CUDA, 16 bits, where these packages are installed; they know no siblings, so "auto" takes
     another where there are some, and it never takes FlashInfer (see `flashinfer_paged`). "triton": CUDA, 16-bit and
-    float32. "cpu": float32, head sizes 16, 32, 64, 80, 96, 128, 256. "ref": all.
+    float32. "cpu": float32 and bfloat16 (scores, weights and sums in float32), head sizes 16, 32, 64, 80, 96, 128, 256.
+    "ref": all.
     ValueError: shapes, dtypes, layouts or devices that do not fit. RuntimeError: `impl` is not available here.
     """
     _check(q, keys, values, tables, lengths)

@@ -1,4 +1,4 @@
-"""The C++ implementation (csrc/cpu/prefix_attention.cpp): float32 on the CPU, pages read in place."""
+"""The C++ implementation (csrc/cpu/prefix_attention.cpp): float32 and bfloat16 on the CPU, pages read in place."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class _Args(ctypes.Structure):
             for name in ("rows", "heads", "kv_heads", "size", "page_size", "q_stride", "table_stride")
         ),
         ("scale", ctypes.c_float),
+        ("is_bfloat16", ctypes.c_int32),
         ("isa", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
     )
@@ -35,7 +36,7 @@ def missing() -> str | None:
 
 def takes(keys: Tensor) -> bool:
     """Whether a cache of this kind is implemented."""
-    return keys.device.type == "cpu" and keys.dtype == torch.float32 and keys.shape[3] in HEAD_SIZES
+    return keys.device.type == "cpu" and keys.dtype in (torch.float32, torch.bfloat16) and keys.shape[3] in HEAD_SIZES
 
 
 def prefix_attention(
@@ -69,6 +70,7 @@ def prefix_attention(
         q.stride(0),
         tables.stride(0),
         scale,
+        q.dtype == torch.bfloat16,
         library.ISAS[isa],
         torch.get_num_threads(),
     )

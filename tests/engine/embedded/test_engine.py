@@ -6,9 +6,11 @@ import asyncio
 
 import pytest
 import torch
+from vtengine_kernels.prefix_attention import native
 
 from tests.engine.harness import MODEL, TOLERANCE, assert_cold, mixed_requests, run, serve
 from tests.engine.tiny import PAD, STOP, VIDEO, Letters, cold_logits, image, prompt, request, tiny_model
+from vtengine.engine.embedded import attention
 
 
 @pytest.mark.parametrize("budget", [8, 9, 13, 31, 64, 2048])
@@ -171,11 +173,14 @@ def test_the_stop_id_is_the_last_id():
         assert (completion.finish == "stop") == (completion.token_ids[-1] == STOP)
 
 
-def test_bfloat16_runs_through_the_portable_path():
-    model = tiny_model().to(torch.bfloat16)
+def test_bfloat16_is_decoded_over_pages_too(monkeypatch):
+    model, calls = tiny_model().to(torch.bfloat16), []
+    kernel = attention.prefix_attention
+    monkeypatch.setattr(attention, "prefix_attention", lambda *args: calls.append(args[0].dtype) or kernel(*args))
     asks = mixed_requests(3, max_new_tokens=4)
     for completion in run(lambda engine: asyncio.gather(*map(engine.generate, asks)), model=model):
         assert len(completion.token_ids) == 4
+    assert (torch.bfloat16 in calls) == (native.missing() is None)
     first = cold_logits(model, asks[0].token_ids)[-1].float()
     assert abs(float(first.log_softmax(-1)[completion_of(model, asks[0])]) - float(first.log_softmax(-1).max())) < 0.2
 
