@@ -30,8 +30,8 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, house: House) -> None:
         options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         options["proxy_headers"] = False  # nothing here depends on a client's address
-        times = {"timeout_graceful_shutdown": math.ceil(house.limits.drain_s), "timeout_keep_alive": IDLE_S}
-        super().__init__(uvicorn.Config(app, http=HttpProtocol, **times, **options))
+        options |= {"timeout_graceful_shutdown": math.ceil(house.limits.drain_s), "timeout_keep_alive": IDLE_S}
+        super().__init__(uvicorn.Config(app, http=HttpProtocol, **options))
         self.house = house
 
     def stop(self) -> None:
