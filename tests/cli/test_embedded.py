@@ -264,6 +264,8 @@ def test_what_does_not_fit_is_said(
     out.write_bytes(out.read_bytes().split(b"\n")[0] + b"\n")
     assert vtengine("generate", path, "-o", out, *tiny, "--resume").status == 3
     assert without_times(out) == whole
+    vtengine("generate", path, "-o", out, *flags(checkpoint), "--resume")  # there is room now
+    assert rows_of(out)[1]["turns"]
     for much_or_little in ("1000000", "0.0000001"):
         done = vtengine("generate", path, "-o", out, *flags(checkpoint), "--kv-gb", much_or_little)
         assert done.status == 2 and "--kv-gb" in done.err and done.err.count("\n") == 1

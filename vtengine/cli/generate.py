@@ -26,7 +26,7 @@ from vtengine.cli.errors import OK, ROWS_REJECTED, CliError, UsageError, reason
 from vtengine.cli.inputs import InputRow, RejectedRow, count_inputs, first_rejection, read_inputs
 from vtengine.cli.output import OutputFile, check_free, check_settings, kept_path, settings_path
 from vtengine.cli.progress import Progress
-from vtengine.cli.resume import KeptRows, Place, find_rows
+from vtengine.cli.resume import NO_ROOM, KeptRows, Place, find_rows
 from vtengine.cli.session import check_flags, default_concurrency, open_session, sampling_settings
 from vtengine.cli.stop import Stop
 from vtengine.cli.summary import print_summary
@@ -134,8 +134,9 @@ class _Task:
         return output
 
     def close_output(self, output: OutputFile, *, finished: bool) -> None:
-        """finished: every row was written; rows that failed leave something to resume."""
-        output.close(finished=finished and "failed" not in dict(self.counter.totals().statuses))
+        """finished: every row was written; rows that are tried again leave something to resume."""
+        totals = self.counter.totals()
+        output.close(finished=finished and "failed" not in dict(totals.statuses) and NO_ROOM not in dict(totals.codes))
         if finished and self.kept is not None:
             self.kept.remove()
 

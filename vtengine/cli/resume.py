@@ -1,6 +1,7 @@
 """What `--resume` finds: rows that stay where they are, and good rows behind a failed one, which are taken over.
 
-A row with status `failed` (server down, engine broken, image out of reach) is tried again; every other row is final.
+A row with status `failed` (server down, engine broken, image out of reach) is tried again, and one that the engine had
+no room for, since it may have more now; every other row is final.
 Rows are written in input order, so from the first failed row on the output is written anew. The good rows behind it
 wait meanwhile in `OUT.jsonl.kept`, written whole before the output is cut: the two files together always hold all.
 """
@@ -19,6 +20,8 @@ from vtengine.cli.inputs import RESERVED_KEYS, InputRow, RejectedRow
 from vtengine.cli.output import complete_rows, kept_path
 
 Row = dict[str, Any]
+NO_ROOM = "request_too_large"
+"""Code of a request that needs more keys and values than the engine holds (`--kv-gb`)."""
 Place = tuple[InputRow | RejectedRow, int]
 """An input and the index of a sample of it; places are numbered from 0 in the order of the output."""
 
@@ -111,7 +114,7 @@ def find_rows(
 def _sort_in(
     found: Found, place: int, row: Row, output: Path, begin: int, end: int, on_stay: Callable[[Row], None]
 ) -> None:
-    if row.get("status") == "failed":
+    if row.get("status") == "failed" or (row.get("error") or {}).get("code") == NO_ROOM:
         return
     if place == found.stay:
         found.stay, found.end = place + 1, end
