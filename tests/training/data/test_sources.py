@@ -217,6 +217,28 @@ def test_columns_of_jsonl(tmp_path) -> None:
     assert found.examples[0].question == "what?" and found.examples[0].answers == ("x",)
 
 
+def test_a_mapped_column_that_no_row_has_is_an_error(tmp_path) -> None:
+    """A mistyped needs_high would else be missed without a word, with the column of that name hidden by the mapping."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"image": "a.png", "question": "?", "answer": "x", "needs_high": 1, "of": {"b": 2}}))
+    with pytest.raises(ValueError, match=r"data.columns.needs_high = 'needs_hihg': no row has it; .* image, of, que"):
+        read_dataset([path], SourceConfig(columns={"needs_high": "needs_hihg"}))
+    with pytest.raises(ValueError, match=r"validation.columns.id = 'uid': no row"):
+        read_dataset([path], SourceConfig(columns={"id": "uid", "b": "of.b"}), section="validation")
+    with pytest.raises(ValueError, match=r"data.columns.needs_high = 'info.use_tol': no row"):
+        columns = VISIONTHINK | {"needs_high": "info.use_tol"}
+        read(parquet(tmp_path / "a.parquet", [published(0)]), tmp_path, columns=columns)
+
+
+def test_what_is_wrong_with_the_validation_set_is_said_of_it(tmp_path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"^validation.files: no usable example"):
+        load_examples(SourceConfig(files=(str(tmp_path / "empty.jsonl"),)), tmp_path, "validation")
+    source = SourceConfig(files=(str(labelled(tmp_path, ["a"])),), mix={"b": 1.0})
+    with pytest.raises(ValueError, match=r"^validation.mix.b: no example"):
+        load_examples(source, tmp_path, "validation")
+
+
 def labelled(folder, labels):
     rows = [{"image": "a", "question": "?", "answer": "x", "label": label} for label in labels]
     path = folder / "labelled.jsonl"

@@ -60,6 +60,12 @@ def infinite(episode, example):
     return float("inf")
 
 
+async def waits_for_what_another_cancelled(episode, example):
+    shared = asyncio.ensure_future(asyncio.sleep(60))
+    shared.cancel()
+    await shared
+
+
 def text(episode, example):
     return "1"
 

@@ -245,6 +245,20 @@ def test_no_verdict_is_never_cached(tmp_path):
             assert asyncio.run(run()) is expected
 
 
+def test_why_there_is_no_verdict_is_said_once_and_counted_for_all_who_wanted_it(caplog):
+    with serving(lambda asked: status(401)) as server:
+
+        async def run():
+            async with judging(server) as judge:
+                queries = [query("4"), query("4"), query("5")]
+                assert await asyncio.gather(*map(judge.verdict, queries)) == [None] * 3
+                return judge.figures()
+
+        figures = asyncio.run(run())
+    assert figures["shared"] == 1 and figures["no_verdict/http_error"] == figures["no_verdict"] == 3
+    assert caplog.text.count("no verdict") == 1 and f"{server.url}: HTTP 401" in caplog.text
+
+
 def test_a_file_that_is_no_cache_is_named(tmp_path):
     path = tmp_path / "verdicts.sqlite"
     path.write_bytes(b"no database, but long enough to be read as one" * 100)

@@ -46,6 +46,22 @@ def test_one_that_never_returns_is_given_up_on():
         score("never", timeout_s=0.1)
 
 
+def test_waiting_for_what_was_cancelled_elsewhere_is_a_fault_of_the_function_and_ends_no_run():
+    with pytest.raises(RewardError, match="waits_for_what_another_cancelled: raised CancelledError"):
+        score("waits_for_what_another_cancelled")
+
+
+def test_a_call_that_is_cancelled_itself_ends():
+    async def cancelled():
+        call = asyncio.ensure_future(UserReward(f"{HERE}:never", 60.0).score(direct("4"), example("4")))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(cancelled())
+
+
 @pytest.mark.parametrize(("timeout_s", "lines"), [(0.05, 1), (60.0, 0)])
 def test_a_plain_one_that_holds_everything_up_is_named_meanwhile_and_counts(timeout_s, lines, caplog):
     assert score("slow", timeout_s=timeout_s).accuracy == 1.0

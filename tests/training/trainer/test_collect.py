@@ -147,6 +147,16 @@ def test_words_that_differ_each_time_are_said_once_an_example(collector, caplog)
     assert one.sampler.drawn == 6 and caplog.text.count("boom") == 5  # of the five examples one was drawn twice
 
 
+def test_of_words_that_differ_with_each_example_only_the_first_are_said(collector, caplog, monkeypatch) -> None:
+    monkeypatch.setattr("vtengine_training.trainer.collect.UNREWARDED_SHOWN", 3)
+
+    def of(example, asked):
+        raise ValueError(f"boom of {example.id}")
+
+    collect(collector(Reward(of), rollout={"max_refill": 3.0}))
+    assert caplog.text.count("boom") == 3
+
+
 def refuse(one, monkeypatch, rejection):
     """The engine refuses what it is asked about q1."""
     generate = one.setting.backend.generate

@@ -213,6 +213,8 @@ def test_dry_run_prints_config_and_plan_and_writes_nothing(command, tmp_path, mo
     [
         ("rollout.top_p=0.9", "renormalised"),
         ("rollout.top_k=20", "renormalised"),
+        ("rollout.max_refill=inf", "max_refill = inf: must be finite"),
+        ("rollout.oversample=inf", "oversample = inf: must be finite"),
         ("rollout.n=1", "siblings"),
         ("rollout.temperature=0.0", "greedy"),
         ("rollout.promts=3", "did you mean prompts"),

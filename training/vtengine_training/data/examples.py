@@ -63,18 +63,23 @@ class Dataset:
         return digest.hexdigest()
 
 
-def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, images: Path | None = None) -> Dataset:
+def read_dataset(
+    files: Sequence[Path], source: SourceConfig | None = None, images: Path | None = None, section: str = "data"
+) -> Dataset:
     """Reads the files one after another; ids become text and must differ between them.
 
     source: columns, texts to remove and max_rows. images: the folder that encoded images of tables are unpacked to;
-    None: tables are refused. Raises ValueError if nothing usable is left; OSError as the files do.
+    None: tables are refused. section: of the configuration, for the words of an error. Raises ValueError if nothing
+    usable is left, or no row has a mapped column; OSError as the files do.
     """
     source = source or SourceConfig()
     examples: list[Example] = []
     rejected: Counter[str] = Counter()
     seen: set[str] = set()
+    keys: set[str] = set()
     rows = ((path, row) for path in files for row in _rows(path, source, images))
     for path, (row, root) in islice(rows, source.max_rows):
+        keys |= row.carried.keys() | ({"id"} if row.id != f"line-{row.line}" else set())
         if isinstance(row, RejectedRow):
             rejected[row.code] += 1
         elif row.image is None:
@@ -92,7 +97,10 @@ def read_dataset(files: Sequence[Path], source: SourceConfig | None = None, imag
             examples.append(Example(name, image, row.question, answers, root, fields))
     if not examples:
         counts = ", ".join(f"{code} {count}" for code, count in rejected.items()) or "the files are empty"
-        raise ValueError(f"data.files: no usable example ({counts}); every row needs image, question and answer")
+        raise ValueError(f"{section}.files: no usable example ({counts}); every row needs image, question and answer")
+    for ours in sorted(source.columns.keys() - keys - {"image", "question", "answer"}):
+        found = ", ".join(sorted(keys))
+        raise ValueError(f"{section}.columns.{ours} = {source.columns[ours]!r}: no row has it; the rows have {found}")
     return Dataset(tuple(examples), dict(rejected))
 
 

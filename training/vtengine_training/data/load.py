@@ -24,14 +24,15 @@ def load_examples(source: SourceConfig, folder: Path, split: str = "train", seed
     files = [Path(name) for name in source.files]
     if source.glance is not None:
         files = [glance_questions(source.glance, folder, split)]
-    dataset = read_dataset(files, source, folder / "images")
+    section = "data" if split == "train" else split
+    dataset = read_dataset(files, source, folder / "images", section)
     if dataset.rejected:
         counts = ", ".join(f"{code} {count}" for code, count in sorted(dataset.rejected.items()))
-        log.warning("data: %d rows cannot be used: %s", sum(dataset.rejected.values()), counts)
+        log.warning("%s: %d rows cannot be used: %s", section, sum(dataset.rejected.values()), counts)
     if not source.mix:
         return dataset
-    kept = tuple(mixed(dataset.examples, source.label, source.mix, seed))
-    log.info("data: %d of %d examples make the mix", len(kept), len(dataset))
+    kept = tuple(mixed(dataset.examples, source.label, source.mix, seed, section))
+    log.info("%s: %d of %d examples make the mix", section, len(kept), len(dataset))
     return replace(dataset, examples=kept)
 
 

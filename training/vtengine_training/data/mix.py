@@ -10,7 +10,9 @@ import numpy as np
 from vtengine_training.data.examples import Example
 
 
-def mixed(examples: Sequence[Example], label: str, shares: Mapping[str, float], seed: int) -> list[Example]:
+def mixed(
+    examples: Sequence[Example], label: str, shares: Mapping[str, float], seed: int, section: str = "data"
+) -> list[Example]:
     """The most examples, in their order, whose labels stand in the given shares (to within one example).
 
     What is left out is drawn at random from `seed`. Labels are compared as text, truth values as true and false.
@@ -23,7 +25,7 @@ def mixed(examples: Sequence[Example], label: str, shares: Mapping[str, float], 
     for name in shares:
         if not by_label.get(name):
             found = ", ".join(f"{key} ({len(places)})" for key, places in sorted(by_label.items())) or "no labels"
-            raise ValueError(f"data.mix.{name}: no example has {label} = {name}; there are {found}")
+            raise ValueError(f"{section}.mix.{name}: no example has {label} = {name}; there are {found}")
     whole = sum(shares.values())
     total = min(len(by_label[name]) * whole / share for name, share in shares.items())
     kept: list[int] = []

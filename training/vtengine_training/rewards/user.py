@@ -74,7 +74,10 @@ class UserReward:
             if inspect.isawaitable(value):
                 async with limit:
                     value = await value
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # it is this call that was cancelled, not something that the function waited for
             if limit.expired():
                 raise RewardError(f"{where}: no result within reward.timeout_s = {self.timeout_s:g}") from None
             raise RewardError(f"{where}: raised {type(error).__name__}: {one_line(error)}") from error

@@ -103,6 +103,9 @@ class RolloutConfig:
                 "ahead, release_memory: with ahead SGLang generates while the learner works; leave one out"
             )
         at_least(self, 1, "prompts", "max_new_tokens", "max_turns", "concurrency", "max_refill", "oversample")
+        for name in ("max_refill", "oversample"):
+            if math.isinf(getattr(self, name)):
+                raise ValueError(f"{name} = inf: must be finite; it bounds the draws of a step")
         positive_or_none(self, "kv_mib", "max_context_tokens")
         at_least(self, 0, "max_stale", "image_cache_mib", "dump_every")
 

@@ -33,7 +33,8 @@ class Judge:
         self._endpoint: Endpoint | None = None
         self._abandoned: list[Endpoint | None] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._running: dict[str, asyncio.Task[bool | None]] = {}
+        self._running: dict[str, asyncio.Task[bool | NoVerdict]] = {}
+        self._complained: set[str] = set()
         self._canaries = itertools.cycle(CANARIES)
         self._canary_tasks: set[asyncio.Task[None]] = set()
 
@@ -56,8 +57,10 @@ class Judge:
         else:
             self.totals["shared"] += 1
         verdict = await asyncio.shield(task)  # one waiter's cancellation is not the others'
-        self.totals["no_verdict"] += verdict is None
-        return verdict
+        if not isinstance(verdict, NoVerdict):
+            return verdict
+        self.totals.update(["no_verdict", f"no_verdict/{verdict.code}"])
+        return None
 
     def start_canaries(self) -> None:
         """Sends `config.canaries` known pairs, in turn, never from the cache. Call once per step, in the loop."""
@@ -123,13 +126,14 @@ class Judge:
             self._running.clear()
             self._canary_tasks.clear()
 
-    async def _ask_and_keep(self, key: str, query: Query) -> bool | None:
+    async def _ask_and_keep(self, key: str, query: Query) -> bool | NoVerdict:
         try:
             verdict = await self.ask(query)
         except NoVerdict as failure:
-            self.totals[f"no_verdict/{failure.code}"] += 1
-            log.info("judge: no verdict: %s", failure)
-            return None
+            if failure.code not in self._complained:
+                self._complained.add(failure.code)
+                log.warning("judge: no verdict (%s; others are counted): %s", failure.code, failure)
+            return failure
         self.cache.put(key, verdict, query, self.config.model)
         return verdict
 
