@@ -189,6 +189,25 @@ def test_agreement_with_the_labels_of_the_data() -> None:
     assert "agrees_with_needs_high" not in summary([row], {})
 
 
+def test_columns_that_are_called_like_ours(curate, tiny_data, tmp_path) -> None:
+    """A data set with `reason`, `rollouts` and an empty `needs_high`: reasons are of rows without a label only."""
+    rows = [json.loads(line) | {"reason": ["two"], "rollouts": "x"} for line in tiny_data.read_text().splitlines()][:2]
+    rows[1]["needs_high"] = None
+    path = tiny_data.with_name("like_ours.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0] | {"id": "q9", "image": "none.png"}]))
+    status, found = curate("a", f"data.files=['{path}']")
+    told = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert status == 0 and [row["label"] for row in found] == ["low_is_enough", "needs_high", "rejected"]
+    assert found[0]["reason"] == ["two"] and found[1]["needs_high"] is True
+    assert list(told["reasons"].values()) == [1] and told["accuracy_low"] == 0.5
+
+
+def test_a_reward_that_always_fails_is_said_once(curate, caplog) -> None:
+    status, rows = curate("a", "reward.function=toy_answers:always_breaks")
+    assert status == 0 and {row["label"] for row in rows} == {"unscored"}
+    assert caplog.text.count("boom") == 1
+
+
 def test_a_dry_run_names_what_is_missing(curate, tmp_path, capsys) -> None:
     settings = ("model=absent", "profile=nothing", "data.files=['gone.jsonl']", "reward.function=nowhere:by_id")
     path = tmp_path / "curate.toml"

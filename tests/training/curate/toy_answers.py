@@ -19,3 +19,7 @@ def breaks_at_q2(episode, example) -> float:
     if example.id == "q2":
         raise RuntimeError("boom")
     return by_id(episode, example)
+
+
+def always_breaks(episode, example) -> float:
+    raise RuntimeError("boom")

@@ -88,13 +88,14 @@ SLOW = {"timeout_s": 0.4}
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_that_stays_is_no_verdict_after_bounded_attempts(name):
+def test_a_fault_that_stays_is_no_verdict_after_bounded_attempts_and_is_in_the_log(name, caplog):
     act, attempts, code = FAULTS[name]
     began = time.monotonic()
     verdict, server, figures = verdict_of(act, **(SLOW if name == "slow" else {}))
     assert verdict is None
     assert len(server.asked) == figures["requests"] == attempts
     assert figures[code] == attempts and figures[f"no_verdict/{code}"] == figures["no_verdict"] == 1
+    assert caplog.text.count(f"no verdict ({code}; others are counted): {server.url}: ") == 1
     assert time.monotonic() - began < 10
 
 
@@ -195,6 +196,9 @@ def test_equal_queries_are_asked_once():
         found, figures = asyncio.run(run(server))
         assert found == [True] * 17 and len(server.asked) == 1
     assert figures["shared"] == 15 and figures["cache_hits"] == 1 and figures["asked"] == 17
+    with serving(lambda asked: status(401)) as server:
+        found, figures = asyncio.run(run(server))
+    assert found == [None] * 17 and figures["no_verdict"] == figures["no_verdict/http_error"] == 17
 
 
 def test_a_cancelled_waiter_takes_nobody_along():
@@ -243,20 +247,6 @@ def test_no_verdict_is_never_cached(tmp_path):
                     return await judge.verdict(query("4"))
 
             assert asyncio.run(run()) is expected
-
-
-def test_why_there_is_no_verdict_is_said_once_and_counted_for_all_who_wanted_it(caplog):
-    with serving(lambda asked: status(401)) as server:
-
-        async def run():
-            async with judging(server) as judge:
-                queries = [query("4"), query("4"), query("5")]
-                assert await asyncio.gather(*map(judge.verdict, queries)) == [None] * 3
-                return judge.figures()
-
-        figures = asyncio.run(run())
-    assert figures["shared"] == 1 and figures["no_verdict/http_error"] == figures["no_verdict"] == 3
-    assert caplog.text.count("no verdict") == 1 and f"{server.url}: HTTP 401" in caplog.text
 
 
 def test_a_file_that_is_no_cache_is_named(tmp_path):

@@ -25,6 +25,7 @@ def stop(number: int, frame: object) -> None:
 signal.signal(signal.SIGTERM, stop)
 theta = config["reward"]["penalty"]["theta"]
 with (output / "metrics.jsonl").open("w") as file:
+    file.write('{"step": 0, "val/reward/accuracy": 0.5}\n')  # as a run with a validation set begins
     for step in range(1, config["steps"] + 1):
         row = {"step": step, "upscale/ratio": theta * step, "reward/accuracy": 0.5, "time/step": 1.0}
         file.write(json.dumps(row) + "\n")

@@ -132,6 +132,7 @@ def test_one_fails_the_others_run_and_the_next_call_does_the_rest(sweep, tmp_pat
     assert "run theta-0.3 ended with status 1: the reward is not a number" in said
     rows = {row["run"]: row for row in json.loads((out / "summary.json").read_text())["rows"]}
     assert rows["theta-0.1"]["state"] == "done" and rows["theta-0.3"]["state"] == "ended with status 1"
+    assert rows["theta-0.1"]["steps"] == 3
     assert rows["theta-0.1"]["upscale/ratio"] == pytest.approx(0.25)  # of the last two of three steps
     assert rows["theta-0.1"]["curves"]["upscale/ratio"] == [[1, 0.1], [2, 0.2], [3, 0.3]]
     (out / "theta-0.3" / "mended").touch()
@@ -160,7 +161,7 @@ def test_a_metric_that_no_run_has_is_told_of(sweep, tmp_path, capsys) -> None:
     assert main(["sweep", str(path)]) == 0
     said = capsys.readouterr().err
     assert "plot.metrics: no run has 'upscale/ration'; did you mean upscale/ratio? (corrected, the same" in said
-    assert "no run has 'loss'; they have reward/accuracy, step, time/step, upscale/ratio (" in said
+    assert "no run has 'loss'; they have reward/accuracy, step, time/step, upscale/ratio, val/reward/accuracy (" in said
     assert "'reward/accuracy'" not in said
     path.write_text(path.read_text().replace("upscale/ration", "upscale/ratio").replace(', "loss"', ""))
     assert main(["sweep", str(path)]) == 0

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 View = Literal["low", "high"]
 VIEWS: tuple[View, ...] = ("low", "high")
 Row = dict[str, Any]
+SHOWN = 5
+"""Why there is no verdict is said once, not for every rollout and example; of reasons that name theirs, so many."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Curation:
                 correct = score.is_correct if score.is_usable else None
             except Exception as fault:
                 error = f"{type(fault).__name__}: {fault}"
-                if example.id not in self._complained:  # once, not for every rollout
-                    self._complained.add(example.id)
+                if self._complained.isdisjoint((error, example.id)) and len(self._complained) < 2 * SHOWN:
+                    self._complained |= {error, example.id}
                     log.warning("example %s: no verdict: %s", example.id, error)
         return Outcome(correct, encoded, error, episode.visual_tokens)
 
@@ -113,8 +115,9 @@ class Curation:
             return row | {"label": "unscored", "reason": errors[0] if errors else "no verdict"}
         low_correct, high_correct = (sum(one.correct is True for one in part) for part in (low, high))
         given = label(low_correct, high_correct, config.rollouts, config.margin)
-        if given in ("low_is_enough", "needs_high"):
-            row.setdefault("needs_high", given == "needs_high")  # a label that the data came with is kept
+        is_needed = {"low_is_enough": False, "needs_high": True}.get(given)
+        if row.get("needs_high") is None and is_needed is not None:  # a label that the data came with is kept
+            row["needs_high"] = is_needed
         counts = {"low_correct": low_correct, "high_correct": high_correct, "rollouts": config.rollouts}
         tokens = {"low_tokens": low[0].visual_tokens, "high_tokens": high[0].visual_tokens}
         return row | {"label": given} | counts | tokens

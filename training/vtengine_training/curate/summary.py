@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+UNLABELLED = ("rejected", "unscored")
+"""Only a row with one of these labels has a `reason` of ours; others may have one that their data came with."""
 
 
 def summary(rows: Sequence[Row], left_out: Mapping[str, int]) -> dict[str, Any]:
@@ -14,12 +16,13 @@ def summary(rows: Sequence[Row], left_out: Mapping[str, int]) -> dict[str, Any]:
 
     left_out: rows of the files that could not be read as examples, by reason.
     """
-    scored = [row for row in rows if "rollouts" in row]
+    scored = [row for row in rows if row["label"] not in UNLABELLED]
+    reasons = Counter(row["reason"] for row in rows if row["label"] in UNLABELLED)
     found: dict[str, Any] = {
         "questions": len(rows),
         "left_out": dict(left_out),
         "labels": dict(sorted(Counter(row["label"] for row in rows).items())),
-        "reasons": dict(sorted(Counter(row["reason"] for row in rows if "reason" in row).items())),
+        "reasons": dict(sorted(reasons.items())),
     }
     if scored:
         for view in ("low", "high"):

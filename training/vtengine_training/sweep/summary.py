@@ -75,7 +75,7 @@ def summary(config: SweepConfig, planned: Sequence[Planned], ended: Mapping[str,
 def _row(config: SweepConfig, one: Planned, status: int | None, titles: Mapping[str, str]) -> Row:
     rows = read_rows(one.folder)
     state = {None: "not run", 0: "done"}.get(status, f"ended with status {status}")
-    found: Row = {"run": one.name, "state": state, "steps": len(rows)}
+    found: Row = {"run": one.name, "state": state, "steps": max((row["step"] for row in rows), default=0)}
     found |= {titles[key]: value for key, value in one.settings.items()}
     for metric in (*config.plot.metrics, *EXTRA):
         values = [value for _, value in curve(rows, metric)][-config.last :]
