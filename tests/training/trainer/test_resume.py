@@ -162,6 +162,7 @@ def test_resume_refuses_another_model_data_or_seed(make_config, tmp_path, tiny_d
         ({"data": {"files": [str(tiny_data)], "seed": 5}}, "data.seed = 0, not 5"),
         ({"seed": 5}, "seed = 0, not 5"),
         ({"resume": "never"}, "resume"),
+        ({"loss": {"algorithm": "sft"}}, r"loss.algorithm = grpo, not sft.*with model = .*model"),
     ):
         one = Run(make_config(**changes), rewarder())
         try:

@@ -234,6 +234,12 @@ def _check_state(run: Run, folder: Path, state: Mapping[str, Any]) -> None:
     for name, reason in remedies.items():
         if state["fingerprints"][name] != run.fingerprints[name]:
             raise CheckpointError(f"{folder}: {reason}; give them back, or use another output")
+    algorithm, now = state["config"]["loss"]["algorithm"], run.config.loss.algorithm
+    if (algorithm == "sft") != (now == "sft"):  # the log-probabilities of written replies that wait mean nothing
+        raise CheckpointError(
+            f"{folder}: was made with loss.algorithm = {algorithm}, not {now}: a cold start is a run of its own; "
+            f"use another output (with model = {run.output / 'model'}, to begin with what this run ends with)"
+        )
     saved, wanted = state["config"].get("lora", to_dict(LoraConfig())), to_dict(run.config.lora)
     if saved != wanted:
         changed = [
