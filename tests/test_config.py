@@ -108,7 +108,7 @@ def test_a_machines_defaults_give_way_to_file_and_overrides(tmp_path: Path) -> N
         (["device=cdua"], "device = 'cdua': must be one of cpu, cuda; did you mean cuda?"),
         (["level=true"], "level = True: must be one of 1, 2"),
         (["compile=1"], "compile = 1: must be true or false"),
-        (["names=a"], "names = 'a': must be a list"),
+        (["names=a"], "names = 'a': must be a list, such as [\"a\"]"),
         (["stages=[{weight=1}]"], "stages[0].name: missing; add it"),
         (["weights=1"], "weights = 1: must be a section"),
         (['weights.a="x"'], "weights.a = 'x': must be a number"),

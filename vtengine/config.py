@@ -196,7 +196,7 @@ def _convert_union(value: Any, kind: Any, where: str) -> Any:
 
 def _convert_tuple(value: Any, kind: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise ConfigError(f"{where} = {value!r}: must be a list")
+        raise ConfigError(f"{where} = {value!r}: must be a list, such as {json.dumps([value], default=str)}")
     kinds = get_args(kind)
     if len(kinds) == 2 and kinds[1] is Ellipsis:
         return tuple(_convert(item, kinds[0], f"{where}[{index}]") for index, item in enumerate(value))

@@ -86,6 +86,17 @@ def test_what_came_out_can_be_trained_on(curate, tmp_path) -> None:
         assert found.examples[labels.index("needs_high")].answers == ("1",)
 
 
+def test_one_row_with_several_answers_fits_a_table_too(curate, tiny_data, tmp_path) -> None:
+    rows = [json.loads(line) for line in tiny_data.read_text().splitlines()][:2]
+    rows[1]["answer"] = ["1", "one"]
+    path = tiny_data.with_name("several.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curate("a", "format=parquet", f"data.files=['{path}']")[0] == 0
+    config = DataConfig(files=(str(tmp_path / "a" / "curated.parquet"),))
+    found = load_examples(config, tmp_path / "unpacked").examples
+    assert [one.answers for one in found] == [(rows[0]["answer"],), ("1", "one")]
+
+
 def test_an_interrupted_curation_goes_on(curate, tmp_path, capsys) -> None:
     _, whole = curate("whole", "reward.function=toy_answers:by_id")
     curate("parts")

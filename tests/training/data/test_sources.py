@@ -230,6 +230,16 @@ def test_a_mapped_column_that_no_row_has_is_an_error(tmp_path) -> None:
         read(parquet(tmp_path / "a.parquet", [published(0)]), tmp_path, columns=columns)
 
 
+def test_a_label_that_is_no_truth_value_is_not_passed_over(tmp_path) -> None:
+    """A cold start would teach such a row both ways, as one without a label."""
+    path, labels = tmp_path / "a.jsonl", ["true", "1", 0.5, [], True, 0, 1.0, None]
+    rows = [{"image": "a.png", "question": "?", "answer": "x", "needs_high": label} for label in labels]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_dataset([path])
+    assert found.rejected == {"needs_high_wrong_type": 4}
+    assert [one.fields["needs_high"] for one in found.examples] == [True, 0, 1.0, None]
+
+
 def test_what_is_wrong_with_the_validation_set_is_said_of_it(tmp_path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"^validation.files: no usable example"):

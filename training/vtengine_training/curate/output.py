@@ -71,14 +71,21 @@ class Output:
         return path
 
     def _batches(self) -> Iterator[list[Row]]:
+        """Where any row has several accepted answers, all have a list of them: a column has one type."""
+        several = any(isinstance(row.get("answer"), list) for row in read_rows(self.rows_path))
         rows = read_rows(self.rows_path)
         while batch := list(islice(rows, BATCH_ROWS)):
-            yield batch
+            yield [_listed(row) if several else row for row in batch]
 
     def _with_image(self, row: Row) -> Row:
         if "image" not in row:
             return row
         return row | {"image": {"bytes": (self.folder / row["image"]).read_bytes(), "path": row["image"]}}
+
+
+def _listed(row: Row) -> Row:
+    answer = row["answer"]
+    return row | {"answer": answer if isinstance(answer, list) else [answer]}
 
 
 def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:

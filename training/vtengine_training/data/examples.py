@@ -86,6 +86,8 @@ def read_dataset(
             rejected["image_missing"] += 1
         elif not (answers := tuple(answer for answer in row.answers if answer.strip())):
             rejected["answer_missing"] += 1
+        elif row.carried.get("needs_high") not in (None, 0, 1):  # True and False are among them
+            rejected["needs_high_wrong_type"] += 1
         elif (name := _name(path, row, len(files))) in seen:
             rejected["id_duplicate"] += 1
         else:
