@@ -109,6 +109,16 @@ def test_a_block_is_read_by_all_threads_before_its_gradients_are_written_over_it
     assert "bar.sync" in before[before.rindex("ld.global") :]
 
 
+@pytest.mark.parametrize("arch", triton_resources.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "spec", [spec for spec in SPECS if spec.kernel == "_loss_gradients_kernel"], ids=lambda spec: spec.label
+)
+def test_the_targets_score_is_read_by_all_threads_before_gradients_are_written_over_it(tmp_path, spec, arch):
+    triton_resources.needs(spec, arch, tmp_path)
+    before = (tmp_path / "kernel.ptx").read_text().split("st.global.v4.b32")[0]
+    assert "bar.sync" in before[before.rindex("st.global.b32") :]  # of the logprob, which is made of that score
+
+
 def on_gpu(case, objective, impl, dtype, chunk):
     """(loss, gradients) as `run_loss` gives them, computed on the GPU."""
     hidden, head, targets = case.tensors(dtype)

@@ -86,6 +86,9 @@ def test_merge_compiles_without_spills(tmp_path, record_property, arch, dtype, h
     needs = compiled(merge._merge_kernel, types, constants, arch, tmp_path)
     record_property("needs", str(needs))
     assert needs.spill_bytes == 0 and needs.registers <= 128
+    ptx = (tmp_path / "kernel.ptx").read_text()
+    between = ptx[ptx.rindex("ld.global") : ptx.rindex("st.global")]
+    assert "bar.sync" in between  # all threads have read the log-sum-exps that are written over
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

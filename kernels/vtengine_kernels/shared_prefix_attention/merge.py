@@ -44,6 +44,7 @@ if missing() is None:
         out_HD = out_HD * (tl.exp(old_H - highest_H) / total_H)[:, None]
         out_HD += part_HD * (tl.exp(new_H - highest_H) / total_H)[:, None]
         tl.store(out_ptr + row * HEADS * SIZE + head_HD, out_HD.to(out_ptr.dtype.element_ty), mask=real_HD)
+        tl.debug_barrier()  # all threads have read the old log-sum-exps, each for its own columns
         tl.store(lse_ptr + h.to(tl.int64) * num_tokens + row, highest_H + tl.log(total_H), mask=real_H)
 
 

@@ -67,6 +67,7 @@ if missing() is None:
         """The gradients of one row's scores, over them. NARROW: they have half the size, and overtake no block but the
         one that was read last."""
         v = tl.arange(0, BLOCK)
+        tl.debug_barrier()  # all threads have read the target's score
         for first in range(0, vocabulary, BLOCK):
             in_V = first + v < vocabulary
             x_V = tl.load(row_ptr + first + v, mask=in_V, other=float("-inf")).to(tl.float32)
