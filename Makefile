@@ -90,7 +90,7 @@ $(GPU_STAMP): pyproject.toml setup.py .ci/venv $(SOURCES)
 	@.ci/venv $(VENV) gpu
 	@touch $@
 
-GPU_TESTS ?= $(shell grep -rl --include='test_*.py' '^@pytest.mark.gpu' tests)
+GPU_TESTS ?= $(shell grep -rlE --include='test_*.py' '^@pytest.mark.gpu|marks=pytest.mark.gpu' tests)
 gpu: $(if $(wildcard $(STAMP)),$(STAMP),$(GPU_STAMP))
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	    failed=; gate=--no-gate; $(PY) -m vtengine.cli doctor || failed="$$failed doctor"; \

@@ -56,11 +56,16 @@ class Worker:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._begun = threading.Event()
+        self._unready: Exception | None = None
 
     def start(self) -> None:
+        """Raises what keeps passes from running at all, such as a GPU without memory for them."""
         self.thread.start()
         atexit.register(self.close)  # torch aborts the process if Python ends a thread inside of it
         self._begun.wait()  # a synchronisation of the GPU by who made the engine would break a capture
+        if self._unready is not None:
+            self.close()
+            raise self._unready
 
     def post(self, command: Callable[[], None]) -> None:
         """To be carried out between two steps. Raises BackendFailed once closed."""
@@ -90,9 +95,8 @@ class Worker:
             torch.cuda.set_device(self.device)
         fault: Exception | None = None
         try:
-            self.runner.warm_up()
-            self._begun.set()
-            while self._take_commands():
+            self._warm_up()
+            while self._unready is None and self._take_commands():
                 try:
                     self.step()
                 except Exception as error:
@@ -113,6 +117,13 @@ class Worker:
                 self._outbox.add(update.loop, partial(set_error, update.done, closed))
             self._outbox.deliver()
         self._forget()
+
+    def _warm_up(self) -> None:
+        try:
+            self.runner.warm_up()
+        except Exception as error:
+            self._unready = error
+        self._begun.set()
 
     def _take_commands(self) -> bool:
         """Carries out what was posted, waiting if there is nothing to do; False once closed."""
