@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +13,6 @@ from tests.engine.harness import MODEL, TOLERANCE, assert_cold, mixed_requests, 
 from tests.engine.tiny import PAD, VOCAB, Letters, image, prompt, request, tiny_model
 from vtengine.engine.base import BackendFailed, RequestRejected
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig, PoolTooSmall
-from vtengine.engine.embedded.runner import Runner
 from vtengine.model import ModelLoadError, hf_tensors, save_model
 
 OVERLAP = pytest.mark.parametrize("overlap", [False, True])
@@ -395,16 +393,3 @@ def test_the_worker_works_on_the_device_of_the_model(monkeypatch):
     engine.worker.device = torch.device("cuda:1")
     engine.worker.serve()  # ends at once: it is closed
     assert chosen == [torch.device("cuda:1")]
-
-
-def test_an_engine_whose_passes_cannot_run_is_none(monkeypatch):
-    """A GPU may have no memory left for what the first pass takes; requests would only hear that it is closed."""
-
-    def warm_up(runner):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(Runner, "warm_up", warm_up)
-    before = set(threading.enumerate())
-    with pytest.raises(torch.OutOfMemoryError):
-        EmbeddedEngine(tiny_model(), Letters())
-    assert before.issuperset(threading.enumerate())

@@ -58,8 +58,10 @@ class Captures:
         with _CAPTURING:
             stream.wait_stream(outside)
             with torch.cuda.stream(stream):
-                function()  # a capture must neither compile a kernel nor set up a library
-                outside.wait_stream(stream)  # for that one; a capture computes nothing
+                try:
+                    function()  # a capture must neither compile a kernel nor set up a library
+                finally:
+                    outside.wait_stream(stream)  # for what it launched; a capture computes nothing
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
                     result = function()

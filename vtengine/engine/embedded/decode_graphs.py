@@ -48,7 +48,8 @@ class DecodeGraphs:
         self._steps = torch.zeros(numbers, dtype=torch.int64, device=device)
         self._sent = torch.zeros(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        self._work = torch.full((sampled.max_rows * -(-CONTEXT_TOKENS[-1] // SPAN), 1 + ROWS), -1, device=device)
+        most_spans = -(-self._widths[-1] * cache.page_size // SPAN)
+        self._work = torch.full((sampled.max_rows * most_spans, 1 + ROWS), -1, device=device)
         self._impl: Impl = capturable(cache.keys[0]) or "auto"
 
     @torch.inference_mode()
