@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from suites.gpu_siblings import HEADS, INSTALLED, SIZE, caches_of, microseconds, numbers
-from suites.siblings import PAGE
+from suites.gpu_siblings import HEADS, INSTALLED, PAGE, SIZE, caches_of, microseconds, numbers
 from torch import Tensor
 from vtengine_kernels.paged_prefill import paged_prefill
 from vtengine_kernels.shared_prefix_attention import flash

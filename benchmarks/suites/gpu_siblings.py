@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 from on_gpu import captured, layers_of, repeat
-from suites.siblings import PAGE, SHAPES, crossover, tables_of
+from suites.siblings import SHAPES, crossover, tables_of
 from torch import Tensor
 from vtengine_kernels import flash_attn3, flashinfer_paged
 from vtengine_kernels.prefix_attention import Crossover, Siblings, prefix_attention
 
+from vtengine.engine.embedded.config import GPU_PAGE_SIZE
+
 TESTS = ["-m", "gpu", "tests/kernels/test_prefix_attention_triton.py", "tests/kernels/test_installed_attention.py"]
 HEADS, KV_HEADS, SIZE = SHAPES["Qwen2.5-VL-7B"]
-OWN = 256
+OWN, PAGE = 256, GPU_PAGE_SIZE
 BATCHES, GROUPS, PREFIXES = (8, 32, 128, 256), (8, 16), (256, 1024, 4096)
 CROSSOVER = "kernels/vtengine_kernels/prefix_attention/crossover_triton.json"
 REPEATS = 4  # of all layers, so that little of the time is that of one launch
@@ -73,7 +75,7 @@ def data(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured(context: Any, pool: Tensor, batch: int, n: int, prefix: int) -> dict[str, Any]:
-    tables = tables_of(batch, n, prefix, OWN)
+    tables = tables_of(batch, n, prefix, OWN, PAGE)
     caches = caches_of(pool, 1 + max(map(max, tables)))
     q = torch.randn(batch, HEADS, SIZE, device="cuda", dtype=torch.bfloat16)
     lengths = np.full(batch, prefix + OWN)

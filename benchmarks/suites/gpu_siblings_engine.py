@@ -18,6 +18,7 @@ from suites.gpu_steps import FEW_TOKENS, step_ms
 
 from vtengine.engine.base import SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.embedded.config import GPU_PAGE_SIZE
 from vtengine.model import Qwen2_5_VL
 
 TESTS = ["-m", "gpu", "tests/engine/embedded/test_attention_paths.py"]
@@ -39,8 +40,10 @@ async def _steps(
     model: Qwen2_5_VL, share: bool, rows: int, groups: tuple[int, ...], prefixes: tuple[int, ...]
 ) -> dict[tuple[int, int], float]:
     """ms per step, by siblings and shared tokens; a first round is not counted."""
-    pages = rows * (max(prefixes) // 16 // min(groups) + 8) + max(prefixes)
-    config = EngineConfig(num_pages=pages, max_running=rows, max_batch_tokens=8192, share_prefix=share)
+    pages = rows * (max(prefixes) // GPU_PAGE_SIZE // min(groups) + 8) + max(prefixes)
+    config = EngineConfig(
+        page_size=GPU_PAGE_SIZE, num_pages=pages, max_running=rows, max_batch_tokens=8192, share_prefix=share
+    )
     engine = EmbeddedEngine(model, NoText(), config)
     found: dict[tuple[int, int], list[float]] = {case: [] for case in product(groups, prefixes)}
     try:

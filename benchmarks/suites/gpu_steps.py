@@ -16,6 +16,7 @@ from qwen_sizes import NoText, model_of, shape
 
 from vtengine.engine.base import Request, SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.embedded.config import GPU_PAGE_SIZE
 from vtengine.model import Qwen2_5_VL
 
 TESTS = ["-m", "gpu", "tests/engine/embedded/test_overlap.py"]
@@ -67,9 +68,9 @@ async def _steps(
     """ms per step of each round, by rows and way to sample; the rounds of all in turn."""
     most_rows = max(rows for rows, _ in kinds)
     config = EngineConfig(
-        num_pages=most_rows * ((PROMPT_TOKENS + new_tokens) // 16 + 2), max_running=most_rows,
-        max_batch_tokens=most_rows * PROMPT_TOKENS, resume=False, share_prefix=False, cuda_graphs=graphs,
-        overlap=overlap,
+        page_size=GPU_PAGE_SIZE, num_pages=most_rows * ((PROMPT_TOKENS + new_tokens) // GPU_PAGE_SIZE + 2),
+        max_running=most_rows, max_batch_tokens=most_rows * PROMPT_TOKENS, resume=False, share_prefix=False,
+        cuda_graphs=graphs, overlap=overlap,
     )  # fmt: skip
     engine = EmbeddedEngine(model, NoText(), config)
     found: dict[tuple[int, str], list[float]] = {kind: [] for kind in kinds}

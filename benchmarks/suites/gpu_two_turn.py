@@ -20,6 +20,7 @@ from vtengine_kernels.prefix_attention import prefix_attention
 
 from vtengine.engine.base import Completion, ImageInput, Request, SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.embedded.config import GPU_PAGE_SIZE
 from vtengine.model import Qwen2_5_VL
 
 TESTS = ["-m", "gpu", "tests/engine/embedded/test_attention_paths.py"]
@@ -83,8 +84,10 @@ async def _rounds(
     One engine does them all, after a round of a sibling each that is not counted: it compiles the kernels of prefill.
     """
     tokens = sum(side**2 // 4 for side in sides) + 2 * (TEXT_TOKENS + NEW_TOKENS)
-    pages = PICTURES * siblings * (tokens // 16 + 2)
-    config = EngineConfig(num_pages=pages, max_running=PICTURES * siblings, max_batch_tokens=8192, resume=resume)
+    pages = PICTURES * siblings * (tokens // GPU_PAGE_SIZE + 2)
+    config = EngineConfig(
+        page_size=GPU_PAGE_SIZE, num_pages=pages, max_running=PICTURES * siblings, max_batch_tokens=8192, resume=resume
+    )
     engine = EmbeddedEngine(model, NoText(), config)
     runs = []
     try:
@@ -147,7 +150,7 @@ def _paged(batch: int, length: int, page: int, layers: int) -> tuple[Any, ...]:
 
 
 def _ours(batch: int, length: int, layers: int) -> Any:
-    q, caches, *rest = _paged(batch, length, 16, layers)
+    q, caches, *rest = _paged(batch, length, GPU_PAGE_SIZE, layers)
     return lambda: [prefix_attention(q, *cache, *rest, impl="triton") for cache in caches]
 
 

@@ -18,6 +18,7 @@ from vtengine_kernels.prefix_attention import Crossover, Siblings, prefix_attent
 
 from vtengine.engine.base import Request, SamplingParams
 from vtengine.engine.embedded import EmbeddedEngine, EngineConfig
+from vtengine.engine.embedded.config import PAGE_SIZE
 from vtengine.model import Qwen2_5_VL, load_model
 from vtengine.rollout.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ TESTS = ["tests/kernels/test_prefix_attention.py", "tests/engine/embedded/test_f
 SHAPES = {"glance": (4, 2, 64), "Qwen2.5-VL-3B": (16, 2, 128), "Qwen2.5-VL-7B": (28, 4, 128)}
 GROUPS = (2, 4, 8, 16)
 PREFIXES = (64, 128, 256, 512, 1024, 4096)
-OWN, PAGE = 64, 4
+OWN, PAGE = 64, PAGE_SIZE
 CACHES_MIB = 96
 """Of all layers together: more than a processor's last cache."""
 MOST_LAYERS = 48
@@ -82,7 +83,7 @@ def crossover(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 def attention_row(context: Any, shape: str, n: int, prefix: int) -> dict[str, Any]:
     heads, kv_heads, size = SHAPES[shape]
-    tables = tables_of(n, n, prefix, OWN)
+    tables = tables_of(n, n, prefix, OWN, PAGE)
     num_pages = 1 + max(map(max, tables))
     layer = 2 * num_pages * PAGE * kv_heads * size * 4
     layers = min(MOST_LAYERS, -(-(CACHES_MIB << 20) // layer))
@@ -104,14 +105,14 @@ def attention_row(context: Any, shape: str, n: int, prefix: int) -> dict[str, An
     return row | {"speedup": times["plain_ms"] / times["shared_ms"], "threads": torch.get_num_threads()}
 
 
-def tables_of(batch: int, n: int, prefix: int, own: int) -> list[list[int]]:
+def tables_of(batch: int, n: int, prefix: int, own: int, page: int) -> list[list[int]]:
     """The pages of each row, scattered as they are after a while: n after n share `prefix` tokens, `own` follow."""
-    shared = prefix // PAGE
-    pages = iter(torch.randperm(-(-batch // n) * shared + batch * (own // PAGE)).tolist())
+    shared = prefix // page
+    pages = iter(torch.randperm(-(-batch // n) * shared + batch * (own // page)).tolist())
     tables: list[list[int]] = []
     for row in range(batch):
         begin = tables[row - row % n][:shared] if row % n else [next(pages) for _ in range(shared)]
-        tables.append(begin + [next(pages) for _ in range(own // PAGE)])
+        tables.append(begin + [next(pages) for _ in range(own // page)])
     return tables
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from vtengine_kernels.prefix_attention import siblings, triton
 
+from vtengine.engine.embedded.config import GPU_PAGE_SIZE, PAGE_SIZE
 from vtengine.engine.embedded.families import Families
 from vtengine.stamp import stamp
 
@@ -202,6 +203,20 @@ def test_rows_of_a_suite_that_fails_or_is_interrupted_are_kept(
     assert partial.name == "failing.json.partial"
     found = json.loads(partial.read_text(encoding="utf-8"))
     assert found["rows"] == [{"case": 1}, {"case": 2}] and error in found["failed"]
+
+
+def test_suites_have_the_pages_of_the_engines_they_speak_for(repo_root: Path) -> None:
+    run = load(repo_root, "run")
+    assert run.load_suite("siblings").PAGE == PAGE_SIZE
+    for name in ("gpu_siblings", "gpu_paged_prefill"):
+        assert run.load_suite(name).PAGE == GPU_PAGE_SIZE
+
+
+def test_a_suite_of_the_engine_on_a_gpu_shows_on_a_cpu_that_it_runs(repo_root: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("make gpu runs it")
+    rows = load(repo_root, "run").run_suite("gpu_steps", quick=True)["rows"]
+    assert len(rows) == 6 and all(row["ms"] > 0 for row in rows)
 
 
 NEEDED = """
