@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vtengine.engine.base import ImageInput
 from vtengine.model import ModelConfig, Qwen2_5_VL, TextConfig, VisionConfig
 
 PAD = 151655
@@ -45,6 +46,13 @@ def model_of(sizes: dict[str, int], learns: bool = False) -> Qwen2_5_VL:
             else:
                 parameter.fill_(1.0)
     return model.requires_grad_(learns).train(learns)
+
+
+def view_of(picture: int, side: int, dtype: torch.dtype) -> ImageInput:
+    """A square view of side x side patches of noise; the same numbers give the same one."""
+    generator = torch.Generator().manual_seed(1000 * picture + side)
+    pixels = torch.randn(side * side, 588, generator=generator).to(dtype)
+    return ImageInput(f"picture-{picture}-{side}", (1, side, side), pixels)
 
 
 class NoText:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from on_gpu import captured, layers_of
-from qwen_sizes import PAD, NoText, model_of, shape
+from qwen_sizes import PAD, NoText, model_of, shape, view_of
 from vtengine_kernels.prefix_attention import prefix_attention
 
 from vtengine.engine.base import Completion, ImageInput, Request, SamplingParams
@@ -93,7 +93,7 @@ async def _rounds(
     try:
         for number in range(rounds + 1):
             pictures, asked = range(number * PICTURES, (number + 1) * PICTURES), siblings if number else 1
-            views = {picture: [_image(picture, side, model) for side in sides] for picture in pictures}
+            views = {picture: [view_of(picture, side, model.dtype) for side in sides] for picture in pictures}
             started_s = time.perf_counter()
             done = await asyncio.gather(
                 *(_episode(engine, picture, s, views[picture]) for picture in pictures for s in range(asked))
@@ -114,12 +114,6 @@ async def _episode(
     ids += [*first.token_ids, *[PAD] * images[1].visual_tokens, *text]
     second = await engine.generate(Request(f"{picture}.{sibling}/1", tuple(ids), tuple(images), sampling))
     return first, second
-
-
-def _image(picture: int, side: int, model: Qwen2_5_VL) -> ImageInput:
-    generator = torch.Generator().manual_seed(1000 * picture + side)
-    pixels = torch.randn(side * side, 588, generator=generator).to(model.dtype)
-    return ImageInput(f"picture-{picture}-{side}", (1, side, side), pixels)
 
 
 def _decode(context: Any) -> Iterator[dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from memory import available_mib
-from qwen_sizes import PAD, SHAPES, SMALL, NoText, config_of
+from qwen_sizes import PAD, SHAPES, SMALL, NoText, config_of, view_of
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation.streamers import BaseStreamer
 from transformers_backend import full_rows
@@ -145,7 +145,7 @@ async def _ask_vtengine(model: VLModel, together: int, first: int, sides: tuple[
         return clock.turn(done.token_ids)
 
     async def question(picture: int) -> tuple[Turn, ...]:
-        images = [image(picture, side) for side in sides]
+        images = [view_of(picture, side, torch.bfloat16) for side in sides]
         one = await turn(f"{picture}/0", ids := prompt(picture, images[0]), images[:1])
         return one, await turn(f"{picture}/1", continued(ids, one, images[1]), images)
 
@@ -174,7 +174,7 @@ def ask_transformers(model: Any, first: int, sides: tuple[int, int]) -> Asked:
         return clock.turn(output[0, len(ids) :].tolist())
 
     with torch.inference_mode():
-        images = [image(first, side) for side in sides]
+        images = [view_of(first, side, torch.bfloat16) for side in sides]
         started_s = time.perf_counter()
         one = turn(ids := prompt(first, images[0]), images[:1])
         two = turn(continued(ids, one, images[1]), images)
@@ -203,12 +203,6 @@ class Clock(BaseStreamer):  # type: ignore[misc]
 
     def turn(self, token_ids: Sequence[int]) -> Turn:
         return Turn(tuple(token_ids), self._seen_s[0], self._seen_s[-1])
-
-
-def image(picture: int, side: int) -> ImageInput:
-    generator = torch.Generator().manual_seed(1000 * picture + side)
-    pixels = torch.randn(side * side, 588, generator=generator).bfloat16()
-    return ImageInput(f"picture-{picture}-{side}", (1, side, side), pixels)
 
 
 def prompt(picture: int, view: ImageInput) -> list[int]:

@@ -148,7 +148,7 @@ def test_words_that_differ_each_time_are_said_once_an_example(collector, caplog)
 
 
 def test_of_words_that_differ_with_each_example_only_the_first_are_said(collector, caplog, monkeypatch) -> None:
-    monkeypatch.setattr("vtengine_training.trainer.collect.UNREWARDED_SHOWN", 3)
+    monkeypatch.setattr("vtengine_training.errors.Once.SHOWN", 3)
 
     def of(example, asked):
         raise ValueError(f"boom of {example.id}")

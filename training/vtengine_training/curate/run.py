@@ -18,14 +18,13 @@ from vtengine_training.curate.config import CurateConfig
 from vtengine_training.curate.label import label
 from vtengine_training.data.examples import Example
 from vtengine_training.data.images import ImageStore
+from vtengine_training.errors import Once
 from vtengine_training.rewards.rewarder import Rewarder
 
 log = logging.getLogger(__name__)
 View = Literal["low", "high"]
 VIEWS: tuple[View, ...] = ("low", "high")
 Row = dict[str, Any]
-SHOWN = 5
-"""Why there is no verdict is said once, not for every rollout and example; of reasons that name theirs, so many."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Curation:
         self.config, self.rewarder, self.store = config, rewarder, store
         self.settings = {view: _at(setting, view, config) for view in VIEWS}
         self._scoring: set[asyncio.Task[Outcome]] = set()
-        self._complained: set[str] = set()
+        self._complained = Once()
 
     async def rows(self, examples: Sequence[Example]) -> AsyncIterator[Row]:
         """One labelled row per example, in their order. Raises ValueError where settings or server are to blame."""
@@ -95,8 +94,7 @@ class Curation:
                 correct = score.is_correct if score.is_usable else None
             except Exception as fault:
                 error = f"{type(fault).__name__}: {fault}"
-                if self._complained.isdisjoint((error, example.id)) and len(self._complained) < 2 * SHOWN:
-                    self._complained |= {error, example.id}
+                if self._complained.is_new(error, example.id):
                     log.warning("example %s: no verdict: %s", example.id, error)
         return Outcome(correct, encoded, error, episode.visual_tokens)
 

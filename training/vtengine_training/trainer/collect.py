@@ -18,7 +18,7 @@ from vtengine.rollout.records import Row
 from vtengine.rollout.seeds import derive_seed
 from vtengine_training.data.examples import Dataset, Example
 from vtengine_training.data.sampler import Sampler
-from vtengine_training.errors import Refused
+from vtengine_training.errors import Once, Refused
 from vtengine_training.grpo.advantage import TurnRewards, advantages, has_spread, turn_advantages
 from vtengine_training.grpo.config import LossConfig
 from vtengine_training.rewards.base import Score, format_reward
@@ -30,8 +30,6 @@ from vtengine_training.trainer.samples import sample_facts, sample_row
 from vtengine_training.trainer.trajectory import Group, from_episode
 
 log = logging.getLogger(__name__)
-UNREWARDED_SHOWN = 5
-"""Each reason is said once, not for every example, sibling and epoch; of reasons that name their example, so many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +82,7 @@ class Collector:
         self.config, self.loss, self.seed = config, loss, seed
         self.leftover: list[Group] = []
         self._complained: set[str] = set()
-        self._unrewarded: set[str] = set()
+        self._unrewarded = Once()
         self._scoring: list[asyncio.Task[Score | None]] = []
 
     async def collect(self, step: int, keep_rows: bool = False) -> Collected:
@@ -192,8 +190,7 @@ class Collector:
             return await self.rewarder.score(episode, example)
         except Exception as error:
             words = f"{type(error).__name__}: {error}"
-            if self._unrewarded.isdisjoint((words, example.id)) and len(self._unrewarded) < 2 * UNREWARDED_SHOWN:
-                self._unrewarded |= {words, example.id}
+            if self._unrewarded.is_new(words, example.id):
                 log.warning("example %s: no reward, its group is dropped, as are others like it: %s", example.id, words)
             return None
 
